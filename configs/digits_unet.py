@@ -1,0 +1,31 @@
+"""Handwritten digits that ship with scikit-learn: nothing to download, a CPU is enough.
+
+python train.py --config configs/digits_unet.py
+"""
+
+config = dict(
+    dataset="digits",
+    image_size=16,
+    conditional=True,
+    model_type="unet",
+    model_params=dict(
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        dropout=0.1,
+        use_scale_shift_norm=True,
+    ),
+    cfg_scale=2.0,
+    epochs=60,
+    batch_size=128,
+    learning_rate=1e-3,
+    ema_decay=0.995,
+    use_scheduler=True,
+    scheduler_type="warmup_cosine",
+    warmup_epochs=2,
+    save_interval=20,
+    sample_interval=20,
+    num_samples=80,
+    num_inference_steps=25,
+)

@@ -1,0 +1,185 @@
+"""Data sets that need no preparation: digits ships with scikit-learn, torchvision fetches the rest.
+
+Files already under `data_root` are used as they are, from a read-only folder too. Downloading is
+not guarded against other processes: under torchrun rank 0 builds first and the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datasets.storage import ImageFileDataset, InMemoryDataset, fit_arrays, show
+from utils.config import Config
+from utils.errors import DataError
+
+DIGIT_NAMES = tuple("0123456789")
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; a blocked network may never answer
+CELEBA_SIZE = (64, 64)
+CELEBA_PARTITION = {"train": "0", "valid": "1", "test": "2"}
+
+
+def build_digits(config: Config, split: str) -> InMemoryDataset:
+    """scikit-learn's 1797 handwritten digits, 8x8; every fifth image of a class is a test image."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = np.rint(source.images * 255 / 16).astype(np.uint8)
+    labels = source.target.astype(np.int64)
+    order_in_class = np.empty_like(labels)
+    for label in range(len(DIGIT_NAMES)):
+        members = labels == label
+        order_in_class[members] = np.arange(members.sum())
+    chosen = (order_in_class % 5 == 4) == (split == "test")
+    return _in_memory(config, images[chosen], labels[chosen], DIGIT_NAMES)
+
+
+def build_mnist(config: Config, split: str) -> InMemoryDataset:
+    from torchvision.datasets import MNIST
+
+    return _build_mnist(config, split, MNIST, DIGIT_NAMES)
+
+
+def build_fashionmnist(config: Config, split: str) -> InMemoryDataset:
+    from torchvision.datasets import FashionMNIST
+
+    return _build_mnist(config, split, FashionMNIST, FashionMNIST.classes)
+
+
+def build_cifar10(config: Config, split: str) -> InMemoryDataset:
+    from torchvision.datasets import CIFAR10
+
+    return _build_cifar(config, split, CIFAR10)
+
+
+def build_cifar100(config: Config, split: str) -> InMemoryDataset:
+    from torchvision.datasets import CIFAR100
+
+    return _build_cifar(config, split, CIFAR100)
+
+
+def build_celeba(config: Config, split: str) -> ImageFileDataset:
+    """Aligned CelebA, unlabelled; the centred 178x178 of 178x218 (for square `image_size`).
+
+    Needs `img_align_celeba/` and `list_eval_partition.txt` only; files are decoded when asked for.
+    """
+    folder = Path(config.data_root) / "celeba"
+    images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
+    if not (images_dir.is_dir() and partition.is_file()):
+        from torchvision.datasets import CelebA
+
+        files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)", partition.name]
+        with _download(
+            "celeba", folder, files, "; or use the images alone with dataset='custom', "
+            f"data_root={show(images_dir)!r}, use_subdirs=False"
+        ):  # fmt: skip
+            CelebA(config.data_root, split="all", target_type=[], download=True)
+    names = read_celeba_partition(partition, split)
+    height, width = config.image_size or CELEBA_SIZE
+    return ImageFileDataset(
+        images_dir,
+        names,
+        [0] * len(names),
+        (),
+        height=height,
+        width=width,
+        channels=config.image_channels or 3,
+    )
+
+
+def read_celeba_partition(path: Path, split: str) -> list[str]:
+    """File names of one split, sorted. Lines are `000001.jpg 0`: 0 train, 1 valid, 2 test.
+
+    Raises:
+        DataError: a line has another form, or the split is empty.
+    """
+    names = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, part = line.partition(" ")
+        if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
+            raise DataError(f"{show(path)}:{number}: {line!r}: must be a file name and 0, 1 or 2")
+        if part.strip() == CELEBA_PARTITION[split]:
+            names.append(name)
+    if not names:
+        raise DataError(f"{show(path)}: lists no image of the {split} split")
+    return sorted(names)
+
+
+def _build_mnist(
+    config: Config, split: str, dataset_class: type, class_names: Sequence[str]
+) -> InMemoryDataset:
+    folder = Path(config.data_root) / dataset_class.__name__ / "raw"
+    files = [name.removesuffix(".gz") for name, _ in dataset_class.resources]
+    source = _load_torchvision(config, split, dataset_class, folder, files)
+    images, labels = source.data.numpy(), source.targets.numpy()
+    if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
+        raise DataError(
+            f"{show(folder)}: {len(images)} images with {len(labels)} labels up to "
+            f"{labels.max(initial=0)} is not {config.dataset}; delete the folder and start again"
+        )
+    return _in_memory(config, images, labels, class_names)
+
+
+def _build_cifar(config: Config, split: str, dataset_class: type) -> InMemoryDataset:
+    files = [name for name, _ in (*dataset_class.train_list, *dataset_class.test_list)]
+    files.append(dataset_class.meta["filename"])
+    folder = Path(config.data_root) / dataset_class.base_folder
+    files[-1] += f" (all unpacked from {dataset_class.url})"
+    source = _load_torchvision(config, split, dataset_class, folder, files)
+    return _in_memory(config, source.data, np.array(source.targets), source.classes)
+
+
+def _load_torchvision(
+    config: Config,
+    split: str,
+    dataset_class: Callable[..., Any],
+    folder: Path,
+    files: Sequence[str],
+) -> Any:
+    """The torchvision data set from the files that are there, else after downloading them."""
+    train = split == "train"
+    try:
+        return dataset_class(config.data_root, train=train, download=False)
+    except Exception:  # missing files are a RuntimeError, damaged ones may be anything
+        with _download(config.dataset, folder, files):
+            return dataset_class(config.data_root, train=train, download=True)
+
+
+@contextlib.contextmanager
+def _download(
+    dataset: str, folder: Path, files: Sequence[str], fallback: str = ""
+) -> Iterator[None]:
+    """Turn any failure inside into one line that says where to put which files.
+
+    Raises:
+        DataError: the block raised.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    except Exception as error:  # network, disk, archive and missing-package errors alike
+        raise DataError(
+            f"dataset={dataset!r}: files in {show(folder)} are missing or damaged, and downloading "
+            f"them failed ({_reason(error)}); put there: {', '.join(files)}{fallback}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _in_memory(
+    config: Config, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> InMemoryDataset:
+    fitted = fit_arrays(images, config.image_size, config.image_channels)
+    return InMemoryDataset(fitted, torch.from_numpy(labels), class_names)

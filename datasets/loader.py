@@ -1,0 +1,232 @@
+"""From a data set to batches on the device, as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.base import ImageDataset
+from datasets.storage import InMemoryDataset
+from utils.errors import DataError
+from utils.images import to_float
+from utils.rng import Stream, numpy_generator
+
+RESIDENT_LIMIT = 2**30  # bytes of uint8 images
+DECODE_BATCH_SIZE = 256
+
+
+class Batch(NamedTuple):
+    """One rank's rows of a global batch."""
+
+    images: Tensor  # (b, C, H, W) float32 in [-1, 1] on the device
+    labels: Tensor  # (b,) int64 in [0, K) on the device
+
+
+def batches(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    rows: slice | range,
+    horizontal_flip: bool,
+    num_workers: int,
+    resident: bool | None,
+    start_step: int = 0,
+) -> Iterator[Batch]:
+    """Endless batches; what step k yields depends on (seed, k) and the data, and on nothing else.
+
+    Sample n = step * batch_size + j is image `pos` of the order of `epoch`, where
+    `epoch, pos = divmod(n, N)`: batches run across the ends of epochs, so all have the same size
+    and no image is left out. Whether row j is mirrored is drawn for the whole global batch.
+
+    Args:
+        batch_size: global, over all ranks; may exceed N.
+        rows: this rank's rows of the global batch, such as `runtime.share(batch_size)`.
+        num_workers: processes that decode images which are not in memory.
+        resident: hold all images on the device; None: if they take at most `RESIDENT_LIMIT`.
+        start_step: step of the first batch.
+
+    Raises:
+        DataError: an image cannot be read; resident images are all read before this returns.
+    """
+    source = make_resident(dataset, device, resident=resident, num_workers=num_workers)
+    rows = slice(rows.start, rows.stop, rows.step)
+    indices = (
+        index[rows]
+        for index in global_indices(
+            len(dataset), batch_size=batch_size, seed=seed, start_step=start_step
+        )
+    )
+    loaded = _load(source, indices, num_workers, pin_memory=device.type == "cuda")
+
+    def generate() -> Iterator[Batch]:
+        for step, (images, labels) in enumerate(loaded, start=start_step):
+            images = images.to(device, non_blocking=True)
+            if horizontal_flip:
+                flip = numpy_generator(seed, Stream.FLIP, step).random(batch_size) < 0.5
+                mask = torch.from_numpy(flip[rows]).to(device, non_blocking=True)
+                images = torch.where(mask[:, None, None, None], images.flip(3), images)
+            yield Batch(to_float(images), labels.to(device, non_blocking=True))
+
+    return generate()
+
+
+def make_resident(
+    dataset: ImageDataset,
+    device: torch.device,
+    *,
+    resident: bool | None = None,
+    num_workers: int = 0,
+) -> ImageDataset:
+    """The data set with all its images decoded, as uint8 on `device`; a no-op on the result.
+
+    Args:
+        resident: True always, False never, None if the images take at most `RESIDENT_LIMIT`.
+            Where they are not to be resident the data set is returned as it is.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    shape = (len(dataset), *dataset.spec.shape)
+    if resident is None:
+        resident = int(np.prod(shape, dtype=np.int64)) <= RESIDENT_LIMIT
+    if not resident:
+        return dataset
+    if isinstance(dataset, InMemoryDataset):
+        images = dataset.images.to(device)
+    else:
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        start = 0
+        everything = range(len(dataset))
+        for part, _ in image_batches(
+            dataset, everything, DECODE_BATCH_SIZE, num_workers=num_workers
+        ):
+            images[start : start + len(part)] = part
+            start += len(part)
+    return InMemoryDataset(
+        images, dataset.labels, dataset.class_names, fingerprint=dataset.fingerprint
+    )
+
+
+def image_batches(
+    dataset: ImageDataset,
+    indices: Sequence[int] | Tensor,
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order; the last may be short.
+
+    On the CPU, or where a resident data set holds its images.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    order = np.asarray(indices, dtype=np.int64)
+    parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return _load(dataset, parts, num_workers, pin_memory=False)
+
+
+def global_indices(
+    num_images: int, *, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[np.ndarray]:
+    """int64 (batch_size,) image indices of every step from `start_step` on, without end."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return numpy_generator(seed, Stream.PERMUTATION, epoch).permutation(num_images)
+
+    for step in itertools.count(start_step):
+        parts, sample, stop = [], step * batch_size, (step + 1) * batch_size
+        while sample < stop:
+            epoch, position = divmod(sample, num_images)
+            parts.append(order(epoch)[position : position + stop - sample])
+            sample += len(parts[-1])
+        yield np.concatenate(parts)
+
+
+def _load(
+    dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The uint8 images and labels of each index array, in order."""
+    if isinstance(dataset, InMemoryDataset):
+        return _load_from_memory(dataset, indices)
+    return _load_from_workers(dataset, indices, num_workers, pin_memory=pin_memory)
+
+
+def _load_from_memory(
+    dataset: InMemoryDataset, indices: Iterable[np.ndarray]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    images = dataset.images
+    labels = dataset.labels.to(images.device)
+    for index in indices:
+        chosen = torch.from_numpy(index).to(images.device, non_blocking=True)
+        yield images.index_select(0, chosen), labels.index_select(0, chosen)
+
+
+def _load_from_workers(
+    dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        _Rows(dataset),
+        sampler=indices,
+        batch_size=None,  # each item of the sampler is a batch of indices already
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_survive_signals,
+        multiprocessing_context=_worker_context() if num_workers else None,
+        # Otherwise the loader draws its base seed from torch's global generator.
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, str):
+            raise DataError(item)
+        yield item
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """fork where it is the custom (Linux): workers start at once and share the file list.
+
+    They use Pillow and numpy only, never the accelerator, which a forked process could not.
+    """
+    method = "fork" if sys.platform.startswith("linux") else "spawn"
+    return multiprocessing.get_context(method)
+
+
+def _survive_signals(_worker: int) -> None:
+    """Outlive the Ctrl-C or SIGTERM that also reaches the trainer, which must end its step first.
+
+    Only one SIGTERM is passed over: a second is how the interpreter clears up workers at exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+class _Rows(Dataset):
+    """Maps an array of indices to stacked images and labels.
+
+    A `DataError` is returned as its text: raised in a worker, it would arrive as a long traceback.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor] | str:
+        images = torch.empty((len(index), *self.dataset.spec.shape), dtype=torch.uint8)
+        try:
+            for row, i in enumerate(index.tolist()):
+                images[row] = self.dataset[i][0]
+        except DataError as error:
+            return str(error)
+        return images, self.dataset.labels[torch.from_numpy(index)]

@@ -1,0 +1,62 @@
+"""Noise schedules, the diffusion process and samplers. Knows nothing of data sets or networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from diffusion.ddim import ddim
+from diffusion.ddpm import Step, ddpm
+from diffusion.dpm_solver import dpmpp_2m
+from diffusion.gaussian import GaussianDiffusion, Prediction
+from diffusion.guidance import make_denoiser
+from diffusion.schedules import SCHEDULES, timestep_grid
+from utils.config import Config, Problem, did_you_mean
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "GaussianDiffusion",
+    "Prediction",
+    "Step",
+    "build_diffusion",
+    "check_config",
+    "make_denoiser",
+    "timestep_grid",
+]
+
+
+class Sampler(NamedTuple):
+    """A sampler function and how many steps it takes when nobody says (None: all T)."""
+
+    run: Callable[..., Iterator[Step]]
+    default_steps: int | None
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm, None),
+    "ddim": Sampler(ddim, 50),
+    "dpmpp_2m": Sampler(dpmpp_2m, 20),
+}
+
+
+def build_diffusion(config: Config) -> GaussianDiffusion:
+    betas = SCHEDULES[config.beta_schedule](
+        config.num_timesteps, config.beta_start, config.beta_end
+    )
+    return GaussianDiffusion(
+        betas,
+        prediction_type=config.prediction_type,
+        loss_type=config.loss_type,
+        loss_weighting=config.loss_weighting,
+        min_snr_gamma=config.min_snr_gamma,
+    )
+
+
+def check_config(config: Config) -> Iterator[Problem]:
+    """Names that must be in the tables above."""
+    for key, table in (("beta_schedule", SCHEDULES), ("sampling_method", SAMPLERS)):
+        name = getattr(config, key)
+        if name not in table:
+            message = f"{key}={name!r}: use {', '.join(table)}{did_you_mean(name, table)}"
+            yield Problem((key,), message)

@@ -1,0 +1,46 @@
+"""Ancestral sampling (Ho et al. 2020, algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.guidance import Denoiser
+
+
+class Step(NamedTuple):
+    """After one sampler step: x at timestep `t` (-1: the image), and the x_0 it went towards."""
+
+    t: int
+    x: Tensor
+    x_0: Tensor
+
+
+def with_previous(timesteps: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each timestep with the one it steps to; the last steps to -1, the clean image."""
+    return zip(timesteps, [*timesteps[1:], -1], strict=True)
+
+
+def ddpm(
+    denoise: Denoiser,
+    x_T: Tensor,  # noqa: N803
+    diffusion: GaussianDiffusion,
+    timesteps: Sequence[int],
+    randn_like: Callable[[Tensor], Tensor],
+) -> Iterator[Step]:
+    """Sample the posterior q(x_s | x_t, x_0) (eq. 6 and 7) with its own, small variance.
+
+    A grid with gaps is the shorter chain with the same alphas_cumprod (Nichol and Dhariwal 2021).
+    """
+    x = x_T
+    for t, s in with_previous(timesteps):
+        x_0, _ = denoise(x, t)
+        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
+        alpha = a_t / a_s
+        x = (a_s**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - a_s) * x) / (1 - a_t)
+        if s >= 0:
+            x = x + ((1 - alpha) * (1 - a_s) / (1 - a_t)) ** 0.5 * randn_like(x)
+        yield Step(s, x, x_0)

@@ -1,0 +1,174 @@
+"""From a trained model to images: the one sampling path of sample.py, previews and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion import SAMPLERS, GaussianDiffusion, Step, make_denoiser, timestep_grid
+from utils.config import Config
+from utils.distributed import Runtime
+from utils.errors import ConfigError
+from utils.images import ImageSpec, to_uint8
+from utils.precision import autocast, resolve_precision
+from utils.rng import sample_noise
+
+MAX_GIF_FRAMES = 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to sample from it."""
+
+    model: nn.Module
+    diffusion: GaussianDiffusion
+    spec: ImageSpec
+    config: Config
+    checkpoint: Path | None = None
+    step: int = 0
+    epoch: int = 0
+    ema: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: see the config keys of the same names."""
+
+    method: str
+    num_inference_steps: int
+    eta: float
+    cfg_scale: float
+    cfg_interval: tuple[float, float] | None
+    threshold: str
+    spacing: str
+
+    def describe(self) -> str:
+        kinds = {0.0: "unconditional", 1.0: "conditional, no guidance"}
+        kind = kinds.get(self.cfg_scale, f"guided, cfg_scale {self.cfg_scale:g}")
+        eta = f", eta {self.eta:g}" if self.method == "ddim" and self.eta else ""
+        return f"{self.method}, {self.num_inference_steps} steps{eta}, {kind}"
+
+
+def sampling_from(
+    config: Config,
+    method: str | None = None,
+    num_inference_steps: int | None = None,
+    eta: float | None = None,
+    cfg_scale: float | None = None,
+) -> Sampling:
+    """The config's sampling settings, with what the caller gives laid over them.
+
+    The config's number of steps belongs to its own method: another one starts from its default.
+
+    Raises:
+        ConfigError: values that the model or the method cannot take.
+    """
+    chosen = method or config.sampling_method
+    if chosen not in SAMPLERS:
+        raise ConfigError(f"sampling_method={chosen!r}: use {', '.join(SAMPLERS)}")
+    steps = num_inference_steps
+    if steps is None and chosen == config.sampling_method:
+        steps = config.num_inference_steps
+    if steps is None:
+        steps = min(SAMPLERS[chosen].default_steps or config.num_timesteps, config.num_timesteps)
+    if not 1 <= steps <= config.num_timesteps:
+        raise ConfigError(f"num_inference_steps={steps}: must lie in 1..{config.num_timesteps}")
+    scale = config.guidance_scale if cfg_scale is None else cfg_scale
+    if scale != 1 and not config.conditional:
+        raise ConfigError(f"cfg_scale={scale:g}: this model was trained without class labels")
+    if scale not in (0, 1) and config.label_dropout == 0:
+        raise ConfigError(f"cfg_scale={scale:g}: trained with cfg_dropout_prob=0, so only 1 works")
+    return Sampling(
+        method=chosen,
+        num_inference_steps=steps,
+        eta=config.ddim_eta if eta is None else eta,
+        cfg_scale=float(scale),
+        cfg_interval=config.cfg_interval,
+        threshold=config.threshold,
+        spacing=config.timestep_spacing,
+    )
+
+
+def sample_steps(
+    run: Run,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    sampling: Sampling,
+    device: torch.device,
+) -> Iterator[Step]:
+    """The sampler's steps for one batch; the last one's x is the images, (b, C, H, W).
+
+    Each image depends on its own seed and label alone (up to floating-point rounding).
+    """
+    y = None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device)
+    denoise = make_denoiser(
+        run.diffusion,
+        run.model,
+        y,
+        cfg_scale=sampling.cfg_scale,
+        cfg_interval=sampling.cfg_interval,
+        threshold=sampling.threshold,
+    )
+    draw = sample_noise(list(seeds), device)
+    grid = timestep_grid(
+        run.diffusion.num_timesteps, sampling.num_inference_steps, sampling.spacing
+    )
+    options = {"eta": sampling.eta} if sampling.method == "ddim" else {}
+    x_T = draw((len(seeds), *run.spec.shape))  # noqa: N806
+    sampler = SAMPLERS[sampling.method].run
+    yield from sampler(denoise, x_T, run.diffusion, grid, lambda x: draw(tuple(x.shape)), **options)
+
+
+def generate(
+    run: Run,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    *,
+    sampling: Sampling,
+    batch_size: int,
+    runtime: Runtime,
+    on_step: Callable[[int, Step], None] | None = None,
+) -> Iterator[tuple[Tensor, list[int] | None, list[int]]]:
+    """Sample this rank's share of one image per seed.
+
+    Args:
+        labels: one in [0, K) per seed; None for a model without classes.
+        on_step: called with (step number, step) during every batch.
+
+    Yields:
+        images uint8 (b, C, H, W) on the CPU, their labels and their seeds, in order.
+    """
+    precision = resolve_precision(run.config.precision, runtime.device)
+    share = runtime.share(len(seeds))
+    for start in range(share.start, share.stop, batch_size):
+        rows = slice(start, min(start + batch_size, share.stop))
+        batch_labels = None if labels is None else list(labels[rows])
+        with torch.inference_mode(), autocast(precision, runtime.device):
+            steps = sample_steps(run, seeds[rows], batch_labels, sampling, runtime.device)
+            for number, step in enumerate(steps):
+                if on_step is not None:
+                    on_step(number, step)
+        yield to_uint8(step.x).cpu(), batch_labels, list(seeds[rows])
+
+
+class FrameRecorder:
+    """Keeps 8-bit copies of evenly spaced steps of every batch, for GIFs and step pictures."""
+
+    def __init__(self, num_steps: int) -> None:
+        count = min(num_steps, MAX_GIF_FRAMES)
+        self._kept = {round(i) for i in np.linspace(0, num_steps - 1, count)}
+        self._frames: dict[int, list[Tensor]] = {number: [] for number in sorted(self._kept)}
+
+    def __call__(self, number: int, step: Step) -> None:
+        if number in self._kept:
+            self._frames[number].append(to_uint8(step.x).cpu())
+
+    def frames(self, shape: tuple[int, ...]) -> list[Tensor]:
+        """One (n, C, H, W) tensor per kept step."""
+        empty = torch.zeros((0, *shape), dtype=torch.uint8)
+        return [torch.cat([empty, *batches]) for batches in self._frames.values()]

@@ -1,0 +1,80 @@
+"""From a model and labels to a denoiser: classifier-free guidance and bounds on x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion.gaussian import GaussianDiffusion, Model, Prediction
+from utils.labels import NULL_LABEL
+
+Denoiser = Callable[[Tensor, int], Prediction]
+
+DYNAMIC_QUANTILE = 0.995  # Saharia et al. 2022 (Imagen), section 2.3
+
+
+def threshold_x_0(x_0: Tensor, threshold: str) -> Tensor:
+    """Bound predicted images: `static` clamps to [-1, 1]; `dynamic` clamps each image to its own
+    99.5 % quantile (at least 1) and divides by it; `none` does nothing."""
+    if threshold == "none":
+        return x_0
+    if threshold == "static":
+        return x_0.clamp(-1, 1)
+    if threshold != "dynamic":
+        raise ValueError(f"threshold={threshold!r}: use static, dynamic or none")
+    limit = torch.quantile(x_0.abs().flatten(1), DYNAMIC_QUANTILE, dim=1).clamp(min=1)
+    limit = limit.reshape(-1, *[1] * (x_0.ndim - 1))
+    return x_0.clamp(-limit, limit) / limit
+
+
+def make_denoiser(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    y: Tensor | None,
+    *,
+    cfg_scale: float = 1.0,
+    cfg_interval: tuple[float, float] | None = None,
+    threshold: str = "static",
+) -> Denoiser:
+    """A function (x_t, t) -> Prediction, t the same int for the whole batch.
+
+    Guidance is out_null + cfg_scale * (out_y - out_null) (Ho and Salimans 2022): 1 is plain
+    conditional and 0 unconditional, a single forward each; any other scale is one forward of
+    twice the batch.
+
+    Args:
+        y: (B,) int64 in [0, K), or None for a model without classes.
+        cfg_interval: guide only while low <= t / T <= high (Kynkaanniemi et al. 2024); outside
+            it the prediction is plain conditional.
+
+    Raises:
+        ValueError: guidance asked of a model without classes.
+    """
+    if y is None and cfg_scale != 1.0:
+        raise ValueError(f"cfg_scale={cfg_scale} needs class labels")
+    null = None if y is None else torch.full_like(y, NULL_LABEL)
+
+    def is_guided(t: int) -> bool:
+        if cfg_scale == 1.0:
+            return False
+        low, high = cfg_interval or (0.0, 1.0)
+        return low <= t / diffusion.num_timesteps <= high
+
+    def denoise(x_t: Tensor, t: int) -> Prediction:
+        times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        if not is_guided(t):
+            output = model(x_t, times, y)
+        elif cfg_scale == 0.0:
+            output = model(x_t, times, null)
+        else:
+            both = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([y, null]))
+            out_y, out_null = both.float().chunk(2)
+            output = out_null + cfg_scale * (out_y - out_null)
+        prediction = diffusion.predict(output, x_t, times)
+        if threshold == "none":
+            return prediction
+        return diffusion.with_x_0(threshold_x_0(prediction.x_0, threshold), x_t, times)
+
+    return denoise

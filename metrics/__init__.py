@@ -1,0 +1,46 @@
+"""What generated images can be scored by. Imports only `utils`; images arrive as tensors.
+
+`METRICS` is the one list of names. The networks are loaded by the scorers that need them, so
+checking a name or printing the list costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from utils.config import did_you_mean
+from utils.errors import ConfigError
+
+
+class Needs(NamedTuple):
+    """What has to be there before a metric can run."""
+
+    network: str | None = None  # pretrained weights: "inception" or "lpips"
+    real_images: bool = False  # the train split of the data set
+    labels: bool = False  # a class-conditional model
+
+
+METRICS: dict[str, Needs] = {
+    "fid": Needs(network="inception", real_images=True),
+    "is": Needs(network="inception"),
+    "lpips": Needs(network="lpips"),  # real images add a baseline, but are not needed
+    "class_acc": Needs(real_images=True, labels=True),
+}
+
+
+def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names without repeats, in the given order.
+
+    Raises:
+        ConfigError: a name that is not in `METRICS`, or none at all.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in names))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        hints = {"accuracy": "class_acc", "inception_score": "is", "isc": "is", "LPIPS": "lpips"}
+        lines = [f"{n!r} is not a metric{did_you_mean(n.lower(), METRICS, hints)}" for n in unknown]
+        raise ConfigError("\n       ".join([*lines, f"metrics are {', '.join(METRICS)}"]))
+    if not names:
+        raise ConfigError(f"no metric was named; metrics are {', '.join(METRICS)}")
+    return names

@@ -1,0 +1,160 @@
+"""The evaluation loop: real images, then generated ones, through every scorer, over all processes.
+
+A scorer that raises drops out on every process and is recorded as failed; the others go on. For
+that, a scorer's local work and its collectives are separate methods: no process can be left waiting
+in a reduction that another one never reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from utils.distributed import Runtime
+
+Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
+Batches = Iterable[tuple[Tensor, "list[int] | None", Any]]  # as `sample.generate` yields them
+
+
+def entry(status: str, value: Any = None, reason: str | None = None, **details: Any) -> Entry:
+    """status: ok | skipped | unreliable | failed. `value` is None where there is none."""
+    return {"status": status, "value": value, "reason": reason, **details}
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images by index, wherever they come from.
+
+    Attributes:
+        labels: (N,) int64; all 0 when unlabelled.
+        indices: those to compare with, sorted; normally all N.
+        fetch: indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
+    """
+
+    labels: Tensor
+    indices: Sequence[int]
+    fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
+    num_classes: int
+    fingerprint: str
+    split: str = "train"
+    class_names: tuple[str, ...] = ()
+
+    def share(self, runtime: Runtime) -> Sequence[int]:
+        part = runtime.share(len(self.indices))
+        return self.indices[part.start : part.stop]
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (len(indices), C, H, W), all in memory."""
+        return torch.cat([images for images, _ in self.fetch(indices)])
+
+
+class Scorer(Protocol):
+    """One network and the metrics that it gives. Called in the order of the methods below."""
+
+    names: tuple[str, ...]
+
+    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+        """Local work on real images. May raise; must not communicate."""
+        ...
+
+    def reduce_real(self, runtime: Runtime) -> None:
+        """Collectives only."""
+        ...
+
+    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
+        """Add uint8 CPU images (b, C, H, W) with these global indices. Must not communicate."""
+        ...
+
+    def reduce_generated(self, runtime: Runtime) -> None:
+        """Collectives only."""
+        ...
+
+    def results(self) -> dict[str, Entry]:
+        """An entry for each of `names`. Called on the main process alone."""
+        ...
+
+
+def run_scorers(
+    scorers: Sequence[Scorer],
+    *,
+    real: RealImages | None,
+    batches: Batches,
+    num_images: int,
+    runtime: Runtime,
+    warn: Callable[[str], None] = lambda _: None,
+    always_sample: bool = False,
+) -> dict[str, Entry]:
+    """Score `batches`: this process's `runtime.share(num_images)`, contiguous and in order.
+
+    Args:
+        warn: told once about each scorer that fails.
+        always_sample: go through `batches` even if no scorer is left.
+
+    Returns:
+        metric name -> entry, complete on the main process only.
+    """
+    loop = _Loop(list(scorers), runtime, warn)
+    loop.each(lambda scorer: scorer.see_real(real, runtime))
+    loop.agree()
+    for scorer in loop.alive:
+        scorer.reduce_real(runtime)
+    if loop.alive or always_sample:
+        start = runtime.share(num_images).start
+        for images, labels, _ in batches:
+            indices = range(start, start + len(images))
+            loop.each(lambda s, x=images, y=labels, i=indices: s.see_generated(x, y, i))
+            start = indices.stop
+    loop.agree()
+    for scorer in loop.alive:
+        scorer.reduce_generated(runtime)
+    entries: dict[str, Entry] = {}
+    if runtime.is_main:
+        loop.each(lambda scorer: entries.update(scorer.results()))
+    for scorer in scorers:
+        for name in scorer.names:
+            if id(scorer) in loop.errors:
+                entries[name] = entry("failed", None, loop.errors[id(scorer)])
+            if name in entries:
+                entries[name]["seconds"] = round(loop.seconds[id(scorer)], 3)
+    return entries
+
+
+class _Loop:
+    """Which scorers still run, why the others do not, and the time each one took."""
+
+    def __init__(
+        self, scorers: list[Scorer], runtime: Runtime, warn: Callable[[str], None]
+    ) -> None:
+        self.alive = scorers
+        self.runtime = runtime
+        self.warn = warn
+        self.errors: dict[int, str] = {}
+        self.seconds = {id(scorer): 0.0 for scorer in scorers}
+
+    def each(self, call: Callable[[Scorer], None]) -> None:
+        for scorer in self.alive:
+            if id(scorer) in self.errors:
+                continue
+            started = time.perf_counter()
+            try:
+                call(scorer)
+            except Exception as error:
+                self._fail(scorer, f"{type(error).__name__}: {error}")
+            self.seconds[id(scorer)] += time.perf_counter() - started
+
+    def agree(self) -> None:
+        """Drop on every process what failed on one of them."""
+        for scorer in list(self.alive):
+            if self.runtime.any(id(scorer) in self.errors):
+                self.alive.remove(scorer)
+                if id(scorer) not in self.errors:
+                    self._fail(scorer, "failed on another process, see its output")
+
+    def _fail(self, scorer: Scorer, message: str) -> None:
+        self.errors[id(scorer)] = message
+        self.warn(f"{', '.join(scorer.names)} failed and is left out: {message}")

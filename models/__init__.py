@@ -1,0 +1,128 @@
+"""Backbones. Each is (x_t (B,C,H,W), t (B,) int64, y (B,) int64 or None) -> (B,C,H,W)."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from models.unet import UNet
+from utils.config import Config, Problem, did_you_mean
+from utils.errors import ConfigError
+from utils.images import ImageSpec
+
+BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
+
+# Arguments that follow from the data. A config may repeat them, but not contradict them.
+_SPEC_ARGUMENTS = ("image_size", "img_size", "in_channels", "out_channels", "num_classes")
+
+
+def build_model(config: Config, spec: ImageSpec) -> nn.Module:
+    """The backbone of `config.model_type` for images of `spec`, on the CPU.
+
+    Raises:
+        ConfigError: model_params that do not fit the backbone or the images.
+    """
+    backbone = BACKBONES[config.model_type]
+    num_classes = spec.num_classes if config.conditional else 0
+    known = _spec_arguments(spec, num_classes)
+    accepted = inspect.signature(backbone).parameters
+    derived = {name: value for name, value in known.items() if name in accepted}
+    params = _convert(backbone, config.model_params)
+    try:
+        return backbone(**{**params, **derived})
+    except ValueError as error:
+        raise ConfigError(f"model_params of {config.model_type!r}: {error}") from error
+
+
+def _spec_arguments(spec: ImageSpec, num_classes: int) -> dict[str, Any]:
+    size = (spec.height, spec.width)
+    values = (size, size, spec.channels, spec.channels, num_classes)
+    return dict(zip(_SPEC_ARGUMENTS, values, strict=True))
+
+
+def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
+    """Faults of `model_type` and `model_params`; with a spec, also against the images."""
+    if config.model_type not in BACKBONES:
+        hint = did_you_mean(config.model_type, BACKBONES)
+        names = ", ".join(BACKBONES)
+        yield Problem(("model_type",), f"model_type={config.model_type!r}: use {names}{hint}")
+        return
+    backbone = BACKBONES[config.model_type]
+    found = list(_check_params(backbone, config))
+    if spec is not None:
+        found += _check_spec(backbone, config, spec)
+    yield from found
+    if spec is None or found:
+        return
+    try:
+        with torch.device("meta"):  # shapes only: costs no memory and no time
+            build_model(config, spec)
+    except ConfigError as error:
+        yield Problem(("model_params", "image_size", "dataset"), str(error))
+
+
+def _check_params(backbone: type[nn.Module], config: Config) -> Iterator[Problem]:
+    accepted = inspect.signature(backbone).parameters
+    adapters = _adapters(backbone)
+    for name, value in config.model_params.items():
+        if name not in accepted:
+            allowed = ", ".join(accepted)
+            hint = did_you_mean(name, accepted) or f"; it takes {allowed}"
+            yield Problem(
+                (name, "model_params"),
+                f"model_params.{name}: {config.model_type!r} takes no such argument{hint}",
+            )
+        elif name in adapters:
+            try:
+                _to_type(adapters[name], value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                yield Problem((name, "model_params"), f"model_params.{name}={value!r}: {reason}")
+
+
+def _check_spec(backbone: type[nn.Module], config: Config, spec: ImageSpec) -> Iterator[Problem]:
+    accepted = inspect.signature(backbone).parameters
+    for name, expected in _spec_arguments(spec, spec.num_classes).items():
+        value = config.model_params.get(name, expected)
+        if name in ("image_size", "img_size") and isinstance(value, int):
+            value = (value, value)
+        value = tuple(value) if isinstance(value, list) else value
+        if name in accepted and value not in (expected, None):
+            yield Problem(
+                (name, "model_params"),
+                f"model_params.{name}={value} contradicts the data, which has {expected}; "
+                "leave it out of model_params",
+            )
+
+
+def _convert(backbone: type[nn.Module], params: dict[str, Any]) -> dict[str, Any]:
+    """Values as the signature's types: lists become tuples, 64.0 becomes 64."""
+    adapters = _adapters(backbone)
+    return {
+        name: _to_type(adapters[name], value) if name in adapters else value
+        for name, value in params.items()
+        if name not in _SPEC_ARGUMENTS
+    }
+
+
+def _to_type(adapter: TypeAdapter, value: Any) -> Any:
+    """Lax conversion, except that true is no number and 1 is no truth."""
+    converted = adapter.validate_python(value)
+    if isinstance(value, bool) != isinstance(converted, bool):
+        adapter.validate_python(value, strict=True)  # raises
+    return converted
+
+
+def _adapters(backbone: type[nn.Module]) -> dict[str, TypeAdapter]:
+    hints = typing.get_type_hints(backbone.__init__)
+    return {
+        name: TypeAdapter(hint)
+        for name, hint in hints.items()
+        if name != "return" and name not in _SPEC_ARGUMENTS
+    }

@@ -1,0 +1,247 @@
+"""The UNet of DDPM (Ho et al. 2020), with class conditioning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import LabelEmbedding, TimestepEmbedding, zero_init
+
+MAX_GROUPS = 32
+MIN_CHANNELS_PER_GROUP = 4
+LARGEST_ATTENTION_SIDE = 16  # default: attend at levels whose shorter side is at most this
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels; fewer where the channels do not divide."""
+    groups = min(MAX_GROUPS, max(1, channels // MIN_CHANNELS_PER_GROUP))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around the conditioning embedding, plus a shortcut."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, scale_shift: bool
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        modulation = self.emb(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + modulation)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, plus a shortcut."""
+
+    def __init__(self, channels: int, num_head_channels: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, channels // num_head_channels)
+        if channels % self.num_heads:
+            raise ValueError(
+                f"num_head_channels={num_head_channels} does not divide a level's {channels} "
+                "channels"
+            )
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, N, c / heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """A residual block, with attention after it where wanted."""
+
+    def __init__(self, block: ResBlock, attention: AttentionBlock | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = nn.Identity() if attention is None else attention
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.block(x, emb))
+
+
+class UNet(nn.Module):
+    """(x_t, t, y) -> (B, out_channels, H, W).
+
+    Args:
+        image_size: (H, W) in pixels, divisible by 2 ** (levels - 1).
+        in_channels: channels of the image.
+        num_classes: K; 0 makes the network unconditional.
+        model_channels: width of the first level; level i has model_channels * channel_mult[i].
+        out_channels: default: in_channels.
+        num_res_blocks: residual blocks per level (one more on the way up).
+        attention_resolutions: shorter sides, in pixels, of the levels with attention; default:
+            those of at most 16.
+        use_attention: False removes all attention, that of the bottleneck too.
+        num_head_channels: channels of one attention head.
+        dropout: probability within residual blocks.
+        use_scale_shift_norm: condition by scale and shift (ADM) instead of by addition (DDPM).
+        class_conditioning: `embedding` adds the class to the timestep embedding; `concat`
+            broadcasts an embedding of `class_emb_size` as extra input channels.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        in_channels: int,
+        num_classes: int = 0,
+        model_channels: int = 128,
+        out_channels: int | None = None,
+        num_res_blocks: int = 2,
+        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+        attention_resolutions: tuple[int, ...] | None = None,
+        use_attention: bool = True,
+        num_head_channels: int = 64,
+        dropout: float = 0.1,
+        use_scale_shift_norm: bool = False,
+        class_conditioning: Literal["embedding", "concat"] = "embedding",
+        class_emb_size: int = 16,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_mult)
+        sides = _level_sides(image_size, levels)
+        if attention_resolutions is None:
+            attention_resolutions = tuple(s for s in sides if s <= LARGEST_ATTENTION_SIDE)
+        unmatched = [side for side in attention_resolutions if side not in sides]
+        if unmatched and use_attention:
+            raise ValueError(
+                f"attention_resolutions {unmatched} match no level; image_size {image_size} with "
+                f"{levels} levels has the sides {', '.join(map(str, sides))}"
+            )
+        if model_channels % 2:
+            raise ValueError(f"model_channels={model_channels} must be even")
+
+        emb_dim = 4 * model_channels
+        self.time_embedding = TimestepEmbedding(model_channels, emb_dim)
+        concat = num_classes > 0 and class_conditioning == "concat"
+        self.class_planes = LabelEmbedding(num_classes, class_emb_size) if concat else None
+        self.label_embedding = (
+            LabelEmbedding(num_classes, emb_dim) if num_classes > 0 and not concat else None
+        )
+
+        def stage(channels_in: int, channels_out: int, side: int) -> Stage:
+            block = ResBlock(channels_in, channels_out, emb_dim, dropout, use_scale_shift_norm)
+            attend = use_attention and side in attention_resolutions
+            return Stage(block, AttentionBlock(channels_out, num_head_channels) if attend else None)
+
+        channels = model_channels * channel_mult[0]
+        first_channels = in_channels + (class_emb_size if concat else 0)
+        self.stem = nn.Conv2d(first_channels, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        skips = [channels]
+        for level, (mult, side) in enumerate(zip(channel_mult, sides, strict=True)):
+            for _ in range(num_res_blocks):
+                self.down.append(stage(channels, model_channels * mult, side))
+                channels = model_channels * mult
+                skips.append(channels)
+            if level < levels - 1:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
+
+        attention = AttentionBlock(channels, num_head_channels) if use_attention else None
+        self.middle = nn.ModuleList(
+            [
+                Stage(
+                    ResBlock(channels, channels, emb_dim, dropout, use_scale_shift_norm), attention
+                ),
+                Stage(ResBlock(channels, channels, emb_dim, dropout, use_scale_shift_norm), None),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            width = model_channels * channel_mult[level]
+            for _ in range(num_res_blocks + 1):
+                self.up.append(stage(channels + skips.pop(), width, sides[level]))
+                channels = width
+            if level > 0:
+                self.up.append(Upsample(channels))
+
+        self.out_norm = group_norm(channels)
+        self.out = zero_init(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = self.time_embedding(t)  # (B, D)
+        if self.label_embedding is not None:
+            emb = emb + self.label_embedding(y)
+        emb = F.silu(emb)
+        if self.class_planes is not None:
+            planes = self.class_planes(y)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+            x = torch.cat([x, planes.to(x.dtype)], dim=1)
+
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = layer(h)
+        return self.out(F.silu(self.out_norm(h)))
+
+
+def _level_sides(image_size: tuple[int, int], levels: int) -> list[int]:
+    """The shorter side, in pixels, of every level."""
+    factor = 2 ** (levels - 1)
+    if any(side % factor for side in image_size):
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {levels - 1} times; use multiples of "
+            f"{factor} or a shorter channel_mult than the {levels} levels given"
+        )
+    return [min(image_size) // 2**level for level in range(levels)]

@@ -1,0 +1,229 @@
+"""Draw images from a trained checkpoint: a grid, single files, NPZ, or a GIF of the denoising.
+
+python sample.py --checkpoint checkpoints/digits_unet --labels 0,1,2,3 --num_samples 16 --create_gif
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import datasets
+import diffusion
+import models
+from diffusion import SAMPLERS
+from diffusion.generation import FrameRecorder, Run, Sampling, generate, sampling_from
+from utils import images as pictures
+from utils.checkpoint import load_checkpoint, resolve_checkpoint
+from utils.cli import new_parser, parse_args, parse_int_list
+from utils.config import (
+    Check,
+    RawConfig,
+    apply_overrides,
+    format_config,
+    read_config_file,
+    validate,
+)
+from utils.distributed import describe_device, distributed_runtime
+from utils.errors import EXIT_OK, CheckpointError, ConfigError, exit_code_of
+from utils.images import ImageSpec
+
+__all__ = ["CONFIG_CHECKS", "Run", "Sampling", "generate", "load_run", "sampling_from"]
+
+MAX_GRID_IMAGES = 400
+
+CONFIG_CHECKS: tuple[Check, ...] = (
+    datasets.check_config,
+    diffusion.check_config,
+    lambda config: models.check_config(config, datasets.native_spec(config)),
+)
+
+
+def load_run(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    use_ema: bool | None = None,
+    config_path: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """Rebuild what a checkpoint (a file, or a run directory) holds.
+
+    Args:
+        use_ema: averaged or raw weights; None takes the averaged ones if there are any.
+        config_path, overrides: settings laid over those stored in the checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError: what is missing or does not fit.
+    """
+    path = resolve_checkpoint(checkpoint)
+    state = load_checkpoint(path)
+    raw = RawConfig(dict(state["config"]), {})
+    if config_path is not None:
+        given = read_config_file(Path(config_path))
+        raw.values.update(given.values)
+        raw.sources.update(given.sources)
+    config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
+    spec = ImageSpec(*state["spec"])
+    has_ema = "ema_model_state_dict" in state
+    if use_ema and not has_ema:
+        raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
+    ema = has_ema if use_ema is None else use_ema
+    model = models.build_model(config, spec)
+    try:
+        model.load_state_dict(state["ema_model_state_dict" if ema else "model_state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: does not fit the config: {reason}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    built = diffusion.build_diffusion(config)
+    return Run(model, built, spec, config, path, state["step"], state["epoch"], ema)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
+    add("--config", help="config file laid over the one in the checkpoint")
+    add("--sampling_method", help=f"{', '.join(SAMPLERS)}; default: the config's")
+    add("--num_inference_steps", "--steps", type=int, help="sampling steps")
+    add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
+    add("--num_samples", "--n", type=int, help="number of images; default: the config's")
+    add("--batch_size", type=int, default=64, help="images sampled at a time")
+    add("--output_dir", default="samples", help="where files go (default: samples)")
+    add("--output_name", default="samples", help="their name (default: samples)")
+    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
+    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
+    add("--cfg_scale", type=float, help="0 unconditional, 1 conditional, above 1 guided")
+    add("--labels", type=parse_int_list, help="classes to draw, e.g. 0,1,2 or 0-9; default: all")
+    add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
+    add("--seeds", type=parse_int_list, help="a seed for each image, e.g. 0-63")
+    add("--create_gif", action="store_true", help="GIF from noise to images")
+    add("--gif_fps", type=float, default=20.0, help="frames a second")
+    add("--gif_final_seconds", type=float, default=2.0, help="how long the last frame stays")
+    add("--save_intermediate", action="store_true", help="grids of the steps as PNG files")
+    add("--save_images", action="store_true", help="each image as images/000000.png ...")
+    add("--npz", action="store_true", help="all images (arr_0) and labels (arr_1) in one file")
+    return parser
+
+
+def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | None]:
+    """Seeds and labels of the images asked for.
+
+    Raises:
+        ConfigError: labels the model does not have, or no images.
+    """
+    num_samples = args.num_samples or (len(args.seeds) if args.seeds else run.config.num_samples)
+    seed = run.config.seed if args.seed is None else args.seed
+    seeds = args.seeds or list(range(seed, seed + num_samples))
+    if len(seeds) != num_samples or num_samples < 1 or min(seeds) < 0 or args.batch_size < 1:
+        raise ConfigError(
+            f"{num_samples} images, {len(seeds)} seeds, batch_size {args.batch_size}: give at "
+            "least one image, one non-negative seed per image, and a batch_size of at least 1"
+        )
+    if not run.config.conditional:
+        if args.labels:
+            raise ConfigError("--labels: this model was trained without class labels")
+        return seeds, None
+    classes = args.labels or list(range(run.spec.num_classes))
+    wrong = [label for label in classes if not 0 <= label < run.spec.num_classes]
+    if wrong:
+        raise ConfigError(f"--labels {wrong}: classes are 0..{run.spec.num_classes - 1}")
+    return seeds, pictures.block_labels(num_samples, classes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
+    with distributed_runtime(args.device) as runtime:
+        say = print if runtime.is_main else (lambda *_: None)
+        run = load_run(
+            args.checkpoint,
+            runtime.device,
+            use_ema=args.use_ema,
+            config_path=args.config,
+            overrides=args.overrides,
+        )
+        if args.print_config:
+            say(format_config(run.config))
+            return EXIT_OK
+        sampling = sampling_from(
+            run.config,
+            args.sampling_method,
+            args.num_inference_steps,
+            args.ddim_eta,
+            args.cfg_scale,
+        )
+        seeds, labels = plan(args, run)
+        weights = "EMA weights" if run.ema else "raw weights"
+        say(f"{run.checkpoint} (step {run.step}, {weights}) on {describe_device(runtime.device)}")
+        say(f"{len(seeds)} images: {sampling.describe()}")
+        if args.dry_run:
+            return EXIT_OK
+
+        recorder = FrameRecorder(sampling.num_inference_steps)
+        batches = generate(
+            run,
+            seeds,
+            labels,
+            sampling=sampling,
+            batch_size=args.batch_size,
+            runtime=runtime,
+            on_step=recorder if args.create_gif or args.save_intermediate else None,
+        )
+        total = -(-len(runtime.share(len(seeds))) // args.batch_size)
+        bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
+        empty = torch.zeros((0, *run.spec.shape), dtype=torch.uint8)
+        images = runtime.gather(torch.cat([empty, *(b for b, _, _ in bar)]), len(seeds))
+        frames = [runtime.gather(f, len(seeds)) for f in recorder.frames(run.spec.shape)]
+        if images is not None:
+            for path in write_outputs(args, images, labels, frames):
+                say(f"wrote {path}")
+    return EXIT_OK
+
+
+def write_outputs(
+    args: argparse.Namespace, images: Tensor, labels: list[int] | None, frames: list[Tensor]
+) -> Iterator[Path]:
+    """Write everything that was asked for; yields what was written."""
+    folder, name = Path(args.output_dir), args.output_name
+    count = len(images)
+    shown = sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_GRID_IMAGES))})
+    rows = pictures.grid_rows(len(shown), None if labels is None else [labels[i] for i in shown])
+
+    def grid(batch: Tensor) -> Tensor:
+        return pictures.make_grid(batch[shown], rows)
+
+    pictures.save_image(folder / f"{name}.png", grid(images))
+    yield folder / f"{name}.png"
+    if args.create_gif:
+        grids = [grid(frame) for frame in frames]
+        pictures.save_gif(
+            folder / f"{name}.gif", grids, fps=args.gif_fps, final_seconds=args.gif_final_seconds
+        )
+        yield folder / f"{name}.gif"
+    if args.save_intermediate:
+        for number, frame in enumerate(frames):
+            pictures.save_image(folder / f"{name}_steps" / f"{number:03d}.png", grid(frame))
+        yield folder / f"{name}_steps"
+    if args.save_images:
+        for i, image in enumerate(images):
+            pictures.save_image(folder / "images" / f"{i:06d}.png", image)
+        yield folder / "images"
+    if args.npz:
+        array = images.permute(0, 2, 3, 1).numpy()
+        path = folder / f"{name}_{'x'.join(map(str, array.shape))}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        given = {} if labels is None else {"arr_1": np.array(labels)}
+        np.savez_compressed(path, arr_0=array, **given)
+        yield path
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,301 @@
+"""Train a diffusion model from a config file.
+
+python train.py --config configs/digits_unet.py
+torchrun --standalone --nproc_per_node=2 train.py --config configs/digits_unet.py batch_size=256
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import datasets
+import diffusion
+import models
+from datasets.loader import batches, make_resident
+from diffusion.generation import Run, generate, sampling_from
+from diffusion.objective import Example, training_examples
+from sample import CONFIG_CHECKS
+from utils import images as pictures
+from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
+from utils.cli import new_parser, parse_args
+from utils.config import Config, Problem, format_config, load_config, warnings_of
+from utils.distributed import (
+    Runtime,
+    check_gpu_ids,
+    describe_device,
+    distributed_runtime,
+    world_size,
+    wrap_for_training,
+)
+from utils.ema import EMA
+from utils.errors import EXIT_OK, UserError, exit_code_of
+from utils.logs import log_to_file, setup_logging
+from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
+from utils.precision import resolve_precision
+from utils.resume import check_data, find_resume, plan_steps, prepare_run_dir
+from utils.rng import seed_everything
+from utils.schedule import Action, Schedule
+from utils.tracking import TrackerGroup, start_trackers
+from utils.trainer import Trainer
+
+PREVIEW_BATCH_SIZE = 64
+
+log = logging.getLogger("diffusion")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__ or "")
+    parser.add_argument("--config", required=True, help="a .py, .yml or .yaml config file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
+    config = load_config(args.config, args.overrides, checks=(*CONFIG_CHECKS, check_processes))
+    if args.print_config:
+        print(format_config(config))
+        return EXIT_OK
+    gpu_ids = config.gpu_ids if torch.cuda.is_available() else None
+    with distributed_runtime(args.device, gpu_ids=gpu_ids, port=config.port) as runtime:
+        setup_logging(is_main=runtime.is_main)
+        if config.gpu_ids and gpu_ids is None:
+            log.info("gpu_ids=%s: no CUDA here, ignored", list(config.gpu_ids))
+        try:
+            return train(config, runtime, dry_run=args.dry_run)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {runtime.device}; raise gradient_accumulation_steps (now "
+                f"{config.gradient_accumulation_steps}), which keeps the result, or lower "
+                f"batch_size (now {config.batch_size})"
+            ) from error
+
+
+def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
+    """Build everything the config names, and run it. Returns the exit code."""
+    device = runtime.device
+    precision = resolve_precision(config.precision, device)
+    resume = find_resume(config)
+    dataset = datasets.build_dataset(config, "train")
+    if resume is not None:
+        check_data(resume, spec=dataset.spec, fingerprint=dataset.fingerprint)
+    schedule = plan_steps(config, len(dataset), resume)
+    if schedule is None:
+        log.info("%s is complete, nothing is left to train", config.run_dir)
+        return EXIT_OK
+
+    seed_everything(config.seed)
+    model = models.build_model(config, dataset.spec).to(device)
+    process = diffusion.build_diffusion(config)
+    dataset = make_resident(
+        dataset, device, resident=config.resident, num_workers=config.num_workers
+    )
+    examples = make_examples(config, dataset, runtime)
+    describe(config, runtime, dataset, model, schedule, precision)
+    if dry_run:
+        with torch.no_grad():
+            loss = process.loss(model, *next(examples(0))).mean()
+        log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
+        return EXIT_OK
+
+    if runtime.is_main:
+        prepare_run_dir(config)
+        log_to_file(config.run_dir / "log.txt")
+        log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
+        (config.run_dir / "config.json").write_text(format_config(config), encoding="utf-8")
+    runtime.barrier()
+
+    ema = EMA(model, config.ema_decay) if config.use_ema else None
+    if config.compile:
+        model.compile()
+    optimizer = build_optimizer(model.parameters(), config)
+    factor = lr_factor(
+        config, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
+    )
+    tracker = start_trackers(
+        config,
+        is_main=runtime.is_main,
+        start_step=0 if resume is None else resume.step,
+        run_id=None if resume is None else resume.state.get("tracker_run_id"),
+    )
+    run = Run(model if ema is None else ema.model, process, dataset.spec, config)
+    trainer = Trainer(
+        model,
+        wrap_for_training(model, runtime),
+        lambda network, example: process.loss(network, *example),
+        examples,
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, factor),
+        ema=ema,
+        precision=precision,
+        schedule=schedule,
+        runtime=runtime,
+        tracker=tracker,
+        config=config,
+        extra_state=fixed_state(config, dataset, runtime),
+        actions=[
+            Action(
+                "preview",
+                config.sample_interval,
+                config.sample_start_epoch,
+                lambda epoch, step: preview(run, runtime, tracker, epoch, step),
+            )
+        ],
+    )
+    if resume is not None:
+        trainer.load_state_dict(resume.state)
+        log.info("going on from %s, step %d", resume.path, resume.step)
+    try:
+        code = trainer.train()
+    finally:
+        tracker.finish()
+    if code == EXIT_OK:
+        report_end(config)
+    return code
+
+
+def make_examples(
+    config: Config, dataset: datasets.ImageDataset, runtime: Runtime
+) -> Callable[[int], Iterator[Example]]:
+    """start_step -> this rank's training examples from that step on."""
+    share = runtime.share(config.batch_size)
+    rows = slice(share.start, share.stop)
+
+    def examples(start_step: int) -> Iterator[Example]:
+        images = batches(
+            dataset,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=runtime.device,
+            rows=rows,
+            horizontal_flip=datasets.default_flip(config),
+            num_workers=config.num_workers,
+            resident=config.resident,
+            start_step=start_step,
+        )
+        return training_examples(
+            images,
+            num_timesteps=config.num_timesteps,
+            batch_size=config.batch_size,
+            rows=rows,
+            seed=config.seed,
+            conditional=config.conditional,
+            label_dropout=config.label_dropout,
+            start_step=start_step,
+        )
+
+    return examples
+
+
+def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step: int) -> None:
+    """Sample a grid, a row per class, and save it as samples/epoch_0001.png. On every rank."""
+    config = run.config
+    count = config.num_samples
+    labels = None
+    if config.conditional:
+        labels = pictures.block_labels(count, range(run.spec.num_classes))
+    was_training = run.model.training
+    run.model.eval()
+    try:
+        parts = generate(
+            run,
+            range(count),
+            labels,
+            sampling=sampling_from(config),
+            batch_size=PREVIEW_BATCH_SIZE,
+            runtime=runtime,
+        )
+        empty = torch.zeros((0, *run.spec.shape), dtype=torch.uint8)
+        images = runtime.gather(torch.cat([empty, *(part for part, _, _ in parts)]), count)
+    finally:
+        run.model.train(was_training)
+    if images is not None:
+        grid = pictures.make_grid(images, pictures.grid_rows(count, labels))
+        path = config.preview_dir / f"epoch_{epoch:04d}.png"
+        pictures.save_image(path, grid)
+        tracker.log_image("samples", grid, step)
+        log.info("preview: %s", path)
+
+
+def fixed_state(config: Config, dataset: datasets.ImageDataset, runtime: Runtime) -> dict[str, Any]:
+    """What every checkpoint of this run says about where it came from. Plain types only."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "spec": list(dataset.spec),
+        "class_names": list(dataset.class_names),
+        "data_fingerprint": dataset.fingerprint,
+        "world_size": runtime.world_size,
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": str(np.__version__),
+        },
+    }
+
+
+def describe(
+    config: Config,
+    runtime: Runtime,
+    dataset: datasets.ImageDataset,
+    model: nn.Module,
+    schedule: Schedule,
+    precision: str,
+) -> None:
+    """The first lines of a run."""
+    for warning in warnings_of(config):
+        log.warning("%s", warning)
+    spec = dataset.spec
+    classes = f"{spec.num_classes} classes" if spec.num_classes else "unlabelled"
+    used = "conditional" if config.conditional else "unconditional"
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info("run:    %s", config.run_dir)
+    log.info("device: %s, %s, %d process(es)", describe_device(runtime.device), precision,
+             runtime.world_size)  # fmt: skip
+    log.info(
+        "data:   %s, %d images %dx%dx%d, %s", config.dataset, len(dataset), *spec.shape, classes
+    )
+    log.info("model:  %s, %.2f M parameters, %s", config.model_type, parameters / 1e6, used)
+    log.info(
+        "plan:   %d steps of %d images, %.1f steps per epoch",
+        schedule.total_steps,
+        schedule.batch_size,
+        schedule.steps_per_epoch,
+    )
+
+
+def report_end(config: Config) -> None:
+    """The last lines of a run: where everything is, and what to do next."""
+    folder = config.run_dir
+    best = folder / BEST
+    log.info("done. best (lowest smoothed loss): %s, last: %s", best, folder / CURRENT)
+    log.info("next:   python sample.py --checkpoint %s", folder)
+    log.info("        python evaluate.py --checkpoint %s", folder)
+
+
+def check_processes(config: Config) -> Iterator[Problem]:
+    """`gpu_ids` and `batch_size` against the number of processes."""
+    if message := check_gpu_ids(config.gpu_ids):
+        yield Problem(("gpu_ids",), message)
+    parts = world_size() * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        yield Problem(
+            ("batch_size", "gradient_accumulation_steps"),
+            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
+            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
+            f"multiple of {parts}",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,1 @@
+"""Bottom layer: config, distributed runtime, randomness, checkpoints, trainer, tracking, images."""

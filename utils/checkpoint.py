@@ -1,0 +1,152 @@
+"""Checkpoint files: one `.pth` of tensors and plain types, written atomically, read safely."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import CheckpointError
+
+FORMAT_VERSION = 1
+BEST, CURRENT = "best_model.pth", "current_model.pth"
+EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
+REQUIRED_KEYS = ("format_version", "model_state_dict", "epoch", "step", "config", "spec")
+
+
+def epoch_name(epoch: int) -> str:
+    return f"model_epoch_{epoch:04d}.pth"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that `path` is at every moment either the old file or the whole new one.
+
+    Raises:
+        OSError, RuntimeError: the disk refused; `path` is untouched (torch.save reports a full
+            disk as RuntimeError).
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def link_checkpoint(source: Path, path: Path) -> None:
+    """Give a finished checkpoint a second name; no bytes are copied where links exist."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        temporary.write_bytes(source.read_bytes())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read and verify a checkpoint; tensors arrive on the CPU.
+
+    The zip's CRC32s are checked first, because `torch.load` does not notice flipped bits, and
+    `weights_only=True` keeps a file from running code.
+
+    Raises:
+        CheckpointError: missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged (checksum of {damaged} is wrong)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    missing = [key for key in REQUIRED_KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: not a checkpoint of this project, lacks {missing}")
+    if state["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {state['format_version']} is newer than the {FORMAT_VERSION} "
+            "this version reads; update the project"
+        )
+    return state
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file, given itself or its run directory (best, else current).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint or run directory")
+        return path
+    for name in (BEST, CURRENT):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: has neither {BEST} nor {CURRENT}")
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps.
+
+    Returns:
+        path, its state, and a line for each damaged file passed over; None in a folder without
+        checkpoints.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is readable. (Never restart silently.)
+    """
+    skipped: list[str] = []
+    if (run_dir / CURRENT).is_file():
+        try:
+            return run_dir / CURRENT, load_checkpoint(run_dir / CURRENT), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    found = []
+    for path in sorted(run_dir.glob("*.pth")) if run_dir.is_dir() else []:
+        if path.name == BEST or EPOCH_PATTERN.fullmatch(path.name):
+            try:
+                state = load_checkpoint(path)
+                found.append((state["step"], path, state))
+            except CheckpointError as error:
+                skipped.append(str(error))
+    if found:
+        _, path, state = max(found, key=lambda item: item[:2])
+        return path, state, skipped
+    if skipped:
+        raise CheckpointError(
+            "no readable checkpoint to resume from:\n       " + "\n       ".join(skipped)
+        )
+    return None
+
+
+def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` of `model_epoch_*.pth`."""
+    numbered = [(int(m[1]), p) for p in run_dir.iterdir() if (m := EPOCH_PATTERN.fullmatch(p.name))]
+    for _, path in sorted(numbered)[:-keep_last]:
+        path.unlink()

@@ -1,0 +1,56 @@
+"""What the command lines of the three scripts share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options every script has. Finish with `parse_args` of this module."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="set_values",
+        help="override a config key (same as a bare key=value)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
+    parser.add_argument("--print_config", action="store_true", help="print the config and stop")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    normal = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token.partition("=")
+            token = "--" + name[2:].replace("-", "_") + equals + value
+        normal.append(token)
+    args = parser.parse_intermixed_args(normal)
+    args.overrides = [*args.set_values, *args.overrides]
+    return args
+
+
+def parse_int_list(text: str) -> list[int]:
+    """`"0,1,5-7"` -> [0, 1, 5, 6, 7]. For --labels and --seeds."""
+    numbers = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give whole numbers such as 0,1,2 or 0-9"
+            ) from None
+    return numbers

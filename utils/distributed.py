@@ -1,0 +1,191 @@
+"""Which device and which of how many processes: everything torchrun tells us, in one object."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import ConfigError
+
+DEFAULT_TIMEOUT_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the job. Collectives are no-ops in a single process."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, num_items: int) -> range:
+        """This rank's contiguous part of `num_items`; parts differ by at most one, may be empty."""
+        per_rank, extra = divmod(num_items, self.world_size)
+        start = self.rank * per_rank + min(self.rank, extra)
+        return range(start, start + per_rank + (self.rank < extra))
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce in place over all ranks (`sum`, `max` or `min`) and return the tensor."""
+        if self.world_size > 1:
+            ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+            dist.all_reduce(tensor, ops[op])
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one. Goes over gloo: no GPU synchronisation."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` (plain types) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
+        """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`.
+
+        Returns None on the other ranks.
+        """
+        if self.world_size == 1:
+            return rows.cpu()
+        largest = -(-num_items // self.world_size)
+        padded = torch.zeros((largest, *rows.shape[1:]), dtype=rows.dtype)
+        padded[: len(rows)] = rows.cpu()
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(padded, parts, dst=0)
+        if parts is None:
+            return None
+        per_rank, extra = divmod(num_items, self.world_size)
+        return torch.cat([p[: per_rank + (r < extra)] for r, p in enumerate(parts)])
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.all_reduce(torch.zeros(1))
+
+
+def choose_device(name: str | None, index: int = 0) -> torch.device:
+    """`name` if given, else cuda, mps, cpu, whichever exists first.
+
+    Raises:
+        ConfigError: the named device does not exist on this machine.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None:
+        name = next((kind for kind, there in available.items() if there), "cpu")
+        return torch.device(name, index) if name == "cuda" else torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type not in ("cpu", *available):
+        raise ConfigError(f"--device {name}: use cpu, cuda, cuda:1 or mps")
+    if not available.get(device.type, True):
+        raise ConfigError(f"--device {name}: this machine has no usable {device.type}; use cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", index if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ConfigError(f"--device {name}: this machine has {count} CUDA device(s)")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads; slow for large models, but allowed)"
+    return str(device)
+
+
+def world_size() -> int:
+    """Number of processes in this job, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
+    """What is wrong with `gpu_ids` for the processes of this node, or None."""
+    if not gpu_ids:
+        return None
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if len(gpu_ids) != local_world_size:
+        return (
+            f"gpu_ids={list(gpu_ids)} names {len(gpu_ids)} GPU(s), but this node runs "
+            f"{local_world_size} process(es), one per GPU; change gpu_ids or start it with "
+            f"`torchrun --standalone --nproc_per_node={len(gpu_ids)} train.py ...`"
+        )
+    if torch.cuda.is_available() and max(gpu_ids) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
+    return None
+
+
+@contextlib.contextmanager
+def distributed_runtime(
+    device: str | None = None,
+    *,
+    gpu_ids: tuple[int, ...] | None = None,
+    port: int | None = None,
+    timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
+) -> Iterator[Runtime]:
+    """Join the job that torchrun's environment describes, or a job of one; leave it at the end.
+
+    Args:
+        device: a device name; None chooses. Under torchrun each process takes its own GPU.
+        gpu_ids: CUDA device of each local rank; None means device = local rank.
+        port: MASTER_PORT where the launcher has set none.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    index = gpu_ids[local_rank] if gpu_ids else local_rank
+    chosen = choose_device(device, index)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    runtime = Runtime(chosen, rank, world_size(), local_rank)
+    if runtime.world_size == 1:
+        yield runtime
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if port is not None:
+        os.environ.setdefault("MASTER_PORT", str(port))
+    # gloo carries CPU tensors (flags, objects, gathered images) beside nccl for the gradients.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield runtime
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap_for_training(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The module to call in training: under several processes its gradients are averaged."""
+    if runtime.world_size == 1:
+        return model
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Context for all but the last micro-batch: gradients stay local."""
+    if isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,38 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A second, frozen copy of a model that follows it; `.model` is always in eval mode.
+
+    The n-th update uses decay min(decay, (1 + n) / (10 + n)), so that a short run does not stay
+    near its random initialisation. Every rank keeps its own copy of the same numbers.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        ours, theirs = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for our_buffer, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            our_buffer.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.num_updates = state["num_updates"]

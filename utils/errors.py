@@ -1,0 +1,45 @@
+"""Errors meant for the user: one readable message, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+EXIT_NON_FINITE = 41  # training stopped before a non-finite optimizer step
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: SIGTERM or SIGINT, state saved, run again to go on
+
+
+class UserError(ValueError):
+    """Something the user can fix. The message says what was given, what is allowed, how to fix."""
+
+    exit_code = EXIT_FAILURE
+
+
+class ConfigError(UserError):
+    """One or more faults in a config file or on the command line, a line each."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(UserError):
+    """A data set that is missing, broken or labelled wrongly. Names the file or folder."""
+
+    exit_code = EXIT_USAGE
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit."""
+
+
+class MissingWeightsError(UserError):
+    """Pretrained weights of a metric that are neither on disk nor downloadable."""
+
+
+def exit_code_of(main: Callable[[], int]) -> int:
+    """Run `main`; print a `UserError` as text on stderr and return its exit code."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code

@@ -1,0 +1,117 @@
+"""The shape of an image, the one conversion between [-1, 1] and 8 bits, and grids and GIFs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+GRID_PADDING = 2  # pixels between the cells of a grid
+GRID_BACKGROUND = 32  # grey level between and behind the cells
+MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
+MAX_COLUMNS = 16
+
+
+class ImageSpec(NamedTuple):
+    """Shape of one image and number of classes; `num_classes` 0 means unlabelled."""
+
+    channels: int
+    height: int
+    width: int
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255]: x * 127.5 + 128, clipped, truncated (as EDM and DiT).
+
+    `to_uint8(to_float(u)) == u` for every u.
+    """
+    return images.float().mul(127.5).add_(128.0).clamp_(0, 255).to(torch.uint8)
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """(B, 1 or 3, H, W) -> (B, 3, H, W); grey is repeated."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def to_array(image: Tensor) -> np.ndarray:
+    """uint8 (C, H, W) -> (H, W) for grey or (H, W, 3), as PIL and imageio expect."""
+    array = image.cpu().numpy()
+    return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+
+
+def grid_rows(num_images: int, labels: Sequence[int] | None = None) -> list[list[int]]:
+    """Where the images of a grid go: rows of image indices.
+
+    With labels, consecutive equal labels share rows and a new label starts a new row; where every
+    label has a single image, or there are no labels, the grid is near-square.
+    """
+    groups: list[list[int]] = []
+    for i in range(num_images):
+        if labels is None or i == 0 or labels[i] != labels[i - 1]:
+            groups.append([])
+        groups[-1].append(i)
+    if all(len(group) == 1 for group in groups):
+        columns = max(1, min(MAX_COLUMNS, math.ceil(math.sqrt(num_images))))
+        groups, columns_per_group = [list(range(num_images))], columns
+    else:
+        longest = max(len(group) for group in groups)
+        num_lines = math.ceil(longest / MAX_COLUMNS)
+        columns_per_group = math.ceil(longest / num_lines)
+    return [
+        group[i : i + columns_per_group]
+        for group in groups
+        for i in range(0, len(group), columns_per_group)
+    ]
+
+
+def block_labels(num_samples: int, labels: Sequence[int]) -> list[int]:
+    """`num_samples` labels in blocks of equal ones, as even as can be; for grids."""
+    if num_samples < len(labels):
+        return list(labels[:num_samples])
+    return [labels[i * len(labels) // num_samples] for i in range(num_samples)]
+
+
+def make_grid(images: Tensor, rows: list[list[int]]) -> Tensor:
+    """uint8 (B, C, H, W) -> (C, H', W'): a cell per index in `rows`, small images enlarged."""
+    channels, height, width = images.shape[1:]
+    scale = max(1, math.ceil(MIN_CELL_SIZE / max(height, width)))
+    height, width = height * scale, width * scale
+    step_y, step_x = height + GRID_PADDING, width + GRID_PADDING
+    shape = (len(rows) * step_y + GRID_PADDING, max(map(len, rows)) * step_x + GRID_PADDING)
+    grid = torch.full((channels, *shape), GRID_BACKGROUND, dtype=torch.uint8)
+    for r, row in enumerate(rows):
+        for c, index in enumerate(row):
+            cell = images[index].cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            y, x = GRID_PADDING + r * step_y, GRID_PADDING + c * step_x
+            grid[:, y : y + height, x : x + width] = cell
+    return grid
+
+
+def save_image(path: Path, image: Tensor) -> None:
+    """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_array(image)).save(path)
+
+
+def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
+    """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [1000.0 / fps] * (len(frames) - 1) + [max(1000.0 / fps, final_seconds * 1000.0)]
+    iio.imwrite(path, [to_array(frame) for frame in frames], duration=durations, loop=0)

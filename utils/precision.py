@@ -1,0 +1,35 @@
+"""Which number format a run computes in."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from utils.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16` for a `precision` of the config.
+
+    `auto` is bf16 on CUDA GPUs with bf16 units, else fp32 (on most CPUs bf16 is emulated and two
+    to three times slower).
+
+    Raises:
+        ConfigError: fp16 on a device without it.
+    """
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("precision='fp16' needs a GPU; on a CPU use fp32 or auto")
+    return name
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Context for forward passes in a resolved `precision`."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])

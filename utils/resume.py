@@ -1,0 +1,201 @@
+"""Starting a run or going on with one: what is allowed, and from where."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import CURRENT, load_checkpoint, newest_checkpoint
+from utils.config import Config
+from utils.errors import CheckpointError, ConfigError, UserError
+from utils.schedule import Schedule
+
+AUTO = "auto"
+
+# A changed value of these would not continue the run, but silently begin another one.
+MUST_MATCH = [
+    "model_type",
+    "model_params",
+    "conditional",
+    "batch_size",
+    "seed",
+    "optimizer",
+    "use_ema",
+    "num_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+]
+MAY_DIFFER = [
+    "learning_rate",
+    "weight_decay",
+    "grad_clip",
+    "ema_decay",
+    "loss_type",
+    "loss_weighting",
+    "min_snr_gamma",
+    "cfg_dropout_prob",
+    "use_scheduler",
+    "scheduler_type",
+    "gradient_accumulation_steps",
+    "precision",
+    "dataset",
+    "image_size",
+    "horizontal_flip",
+]
+
+log = logging.getLogger("diffusion")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from."""
+
+    path: Path
+    state: dict[str, Any]
+    is_auto: bool
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def find_resume(config: Config) -> Resume | None:
+    """The checkpoint that `resume_path` means, or None for a fresh run. Writes nothing.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or does not continue under this config.
+        ConfigError: the run's folder belongs to another run.
+    """
+    folder = config.run_dir
+    if config.resume_path == AUTO:
+        found = newest_checkpoint(folder)
+        if found is None:
+            return None
+        path, state, skipped = found
+        for reason in skipped:
+            log.warning("passed over %s", reason)
+        resume = Resume(path, state, True)
+    elif config.resume_path is not None:
+        path = Path(config.resume_path)
+        if path.is_dir():
+            path = path / CURRENT
+        resume = Resume(path, load_checkpoint(path), False)
+        if path.resolve().parent != folder.resolve():
+            _refuse_occupied(folder)
+    else:
+        _refuse_occupied(folder)
+        return None
+    _check_matches(resume, config)
+    return resume
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if folder.is_dir() and any(folder.glob("*.pth")):
+        raise ConfigError(
+            f"{folder} already holds a run; go on with it by resume_path=auto, choose another "
+            "experiment_name, or remove the folder"
+        )
+
+
+def _check_matches(resume: Resume, config: Config) -> None:
+    old, new = resume.state["config"], config.to_dict()
+    changed = [
+        f"{key}: {old[key]} in the checkpoint, {new[key]} in the config"
+        for key in MUST_MATCH
+        if key in old and old[key] != new[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{resume.path} cannot be continued with changed settings; restore them, or start a "
+            "new run:\n       " + "\n       ".join(changed)
+        )
+    for key in MAY_DIFFER:
+        if key in old and old[key] != new[key]:
+            log.warning("%s: was %s, from here on %s", key, old[key], new[key])
+
+
+def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> None:
+    """Compare the images with those the run was trained on so far.
+
+    Raises:
+        CheckpointError: their shape or classes differ. (Other pictures are only a warning.)
+    """
+    old = tuple(resume.state["spec"])
+    if old != tuple(spec):
+        raise CheckpointError(
+            f"{resume.path} was trained on images of (channels, height, width, classes) = {old}, "
+            f"the data set has {tuple(spec)}"
+        )
+    if resume.state.get("data_fingerprint") != fingerprint:
+        log.warning("the data set is not the one this run was trained on so far")
+
+
+def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedule | None:
+    """How far to train; None if an automatically resumed run is already complete.
+
+    A `resume_path` that names a file, with no more `epochs` than are done, trains that many
+    epochs more, and says so.
+
+    Raises:
+        UserError: the named file already has `max_steps` steps.
+    """
+    done = 0 if resume is None else resume.step
+
+    def steps_of(epochs: int) -> int:
+        return math.ceil(epochs * num_images / config.batch_size)
+
+    total = steps_of(config.epochs)
+    if resume is not None and total <= done:
+        if resume.is_auto:
+            return None
+        epochs_done = done * config.batch_size // num_images
+        total = steps_of(epochs_done + config.epochs)
+        log.info(
+            "epochs=%d, but %d are done: training %d more, to epoch %d",
+            config.epochs,
+            epochs_done,
+            config.epochs,
+            epochs_done + config.epochs,
+        )
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+        if total <= done and resume is not None:
+            if resume.is_auto:
+                return None
+            raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")
+    return Schedule(num_images, config.batch_size, total)
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Make the run's folder and make sure that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = config.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); set save_dir") from error
+    for leftover in folder.glob("*.tmp-*"):
+        if not _is_running(int(leftover.name.rpartition("-")[2] or 0)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,39 @@
+"""How optimizer steps and epochs relate, and what happens when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to do every `interval` epochs from epoch `start` on, on every rank."""
+
+    name: str
+    interval: int
+    start: int
+    run: Callable[[int, int], None]  # (epoch, step)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How optimizer steps and epochs relate: step s ends with s * batch_size images seen."""
+
+    num_images: int
+    batch_size: int
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_images / self.batch_size
+
+    def epochs_done(self, step: int) -> int:
+        return step * self.batch_size // self.num_images
+
+    def is_due(self, step: int, interval: int, start: int = 1) -> bool:
+        """True if step `step` completed an epoch that is `start` or a multiple of `interval`."""
+        before, now = self.epochs_done(step - 1), self.epochs_done(step)
+        if now < start:
+            return False
+        return before < start or now // interval > before // interval

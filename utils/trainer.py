@@ -1,0 +1,319 @@
+"""The training loop and nothing else. What it trains, on what, and where results go is given."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils import checkpoint as files
+from utils.config import Config
+from utils.distributed import Runtime, no_gradient_sync
+from utils.ema import EMA
+from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED, UserError
+from utils.precision import autocast
+from utils.rng import Stream, derive_seed
+from utils.schedule import Action, Schedule
+from utils.signals import StopSignal
+from utils.tracking import TrackerGroup
+
+LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
+MAX_FAILED_SAVES = 3
+
+log = logging.getLogger("diffusion")
+
+LossFn = Callable[[nn.Module, tuple[Tensor | None, ...]], Tensor]
+
+
+class NonFiniteError(UserError):
+    """Loss or gradients became infinite or NaN; the weights are those from before that step."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Trainer:
+    """Runs optimizer steps until `schedule.total_steps`.
+
+    Args:
+        model: the bare module; its parameters are trained and saved.
+        network: what to call: `model`, or its wrapper that averages gradients over ranks.
+        loss_fn: (network, example) -> (b,) losses of the example's b rows.
+        batches: start_step -> iterator over examples, tuples of tensors with equal first
+            dimension: this rank's rows, a fresh iterator at any step.
+        ema: None for none.
+        precision: resolved: fp32, bf16 or fp16.
+        extra_state: plain values that every checkpoint carries (config, spec, versions).
+        actions: run at epoch ends. One that raises is a warning.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        loss_fn: LossFn,
+        batches: Callable[[int], Iterator[tuple[Tensor | None, ...]]],
+        *,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+        ema: EMA | None,
+        precision: str,
+        schedule: Schedule,
+        runtime: Runtime,
+        tracker: TrackerGroup,
+        config: Config,
+        extra_state: dict[str, Any],
+        actions: Sequence[Action] = (),
+    ) -> None:
+        self.model, self.network, self.loss_fn, self.batches = model, network, loss_fn, batches
+        self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
+        self.precision, self.schedule, self.runtime = precision, schedule, runtime
+        self.tracker, self.config, self.actions = tracker, config, actions
+        self.extra_state = extra_state
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.step = 0
+        self.best_loss = math.inf
+        self.last_saved_step: int | None = None
+        self._failed_saves = 0
+        # Loss statistics stay on the device, so that no step waits for the host:
+        # smoothed loss, its bias correction, sum and count since the last log line.
+        self._stats = torch.zeros(4, dtype=torch.float64 if self._is_cpu else torch.float32)
+        self._stats = self._stats.to(runtime.device)
+        self._bad = torch.zeros((), device=runtime.device)  # 1 after a non-finite step, for good
+        self._grad_norm = torch.zeros((), device=runtime.device)
+
+    @property
+    def _is_cpu(self) -> bool:
+        return self.runtime.device.type == "cpu"
+
+    def train(self) -> int:
+        """Train to the end, or to a SIGINT or SIGTERM. Returns the exit code.
+
+        Raises:
+            NonFiniteError: before the step that would have spoilt the weights.
+        """
+        self.network.train()
+        batches = self.batches(self.step)
+        first_step, self._log_time, self._log_step = self.step, time.monotonic(), self.step
+        bar = tqdm(
+            initial=self.step,
+            total=self.schedule.total_steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (self.runtime.is_main and sys.stderr.isatty()),
+        )
+        with StopSignal() as stop, bar:
+            while self.step < self.schedule.total_steps:
+                if self.runtime.any(stop.requested):
+                    return self._stop_early()
+                self._train_step(next(batches))
+                self.step += 1
+                bar.update()
+                if self.step % self.config.log_interval == 0 or self.step == first_step + 1:
+                    self._log(bar)
+                self._end_of_step()
+        if self.last_saved_step != self.step:
+            self.save()
+        return EXIT_OK
+
+    def _train_step(self, example: tuple[Tensor | None, ...]) -> None:
+        num_parts = self.config.gradient_accumulation_steps
+        device, rank = self.runtime.device, self.runtime.rank
+        parts = [() for _ in range(num_parts)]
+        for tensor in example:
+            chunks = [None] * num_parts if tensor is None else tensor.chunk(num_parts)
+            parts = [(*part, chunk) for part, chunk in zip(parts, chunks, strict=True)]
+        loss_sum = torch.zeros((), device=device)
+        for i, part in enumerate(parts):
+            # dropout draws from the global generator: key it by this step and these rows
+            shard = rank * num_parts + i
+            torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, self.step, shard))
+            is_last = i == num_parts - 1
+            with nullcontext() if is_last else no_gradient_sync(self.network):
+                with autocast(self.precision, device):
+                    loss = self.loss_fn(self.network, part).mean() / num_parts
+                self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        self._optimizer_step(loss_sum)
+
+    def _optimizer_step(self, loss: Tensor) -> None:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.grad_clip or math.inf
+        self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
+        # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
+        # the scaler's business; there only the loss counts.
+        watched = loss if self.scaler.is_enabled() else self._grad_norm + loss
+        self._bad = torch.maximum(self._bad, (~torch.isfinite(watched)).float())
+        if self._is_cpu:
+            self._raise_if_bad()
+        elif not self.scaler.is_enabled():
+            self.optimizer.found_inf = self._bad  # fused kernels skip the update on the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        keep = LOSS_SMOOTHING
+        self._stats[:2].mul_(keep).add_(
+            torch.stack([loss * (1 - keep), torch.full_like(loss, 1 - keep)])
+        )
+        self._stats[2:].add_(torch.stack([loss, torch.ones_like(loss)]))
+
+    def _raise_if_bad(self) -> None:
+        """Stop all ranks if one saw a non-finite value (a host read, so only when due)."""
+        if self.runtime.any(bool(self._bad)):
+            last = (
+                f"step {self.last_saved_step}" if self.last_saved_step is not None else "none yet"
+            )
+            raise NonFiniteError(
+                f"loss or gradient is not finite near step {self.step + 1} (epoch "
+                f"{self.schedule.epochs_done(self.step) + 1}); the step was not taken, last good "
+                f"checkpoint: {last} in {self.config.run_dir}. Lower learning_rate, set grad_clip, "
+                "or use precision=fp32"
+            )
+
+    def _global_stats(self) -> Tensor:
+        """The statistics averaged over ranks, on the CPU."""
+        stats = self._stats.clone()
+        return (self.runtime.all_reduce(stats) / self.runtime.world_size).cpu()
+
+    def _log(self, bar: tqdm) -> None:
+        self._raise_if_bad()
+        smoothed, correction, loss_sum, count = self._global_stats().tolist()
+        now = time.monotonic()
+        steps, seconds = self.step - self._log_step, max(now - self._log_time, 1e-9)
+        speed = steps * self.schedule.batch_size / seconds
+        self._log_time, self._log_step = now, self.step
+        self._stats[2:].zero_()
+        scalars = {
+            "epoch": self.step / self.schedule.steps_per_epoch,
+            "train/loss": loss_sum / count,
+            "train/loss_smoothed": smoothed / correction,
+            "train/lr": self.lr_scheduler.get_last_lr()[0],
+            "train/grad_norm": float(self._grad_norm),
+            "train/images_per_sec": speed,
+        }
+        self.tracker.log_scalars(scalars, self.step)
+        bar.set_postfix_str(f"loss {scalars['train/loss']:.4f}, {speed:.0f} images/s")
+        if bar.disable:
+            left = (self.schedule.total_steps - self.step) * seconds / steps
+            log.info(
+                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  %s left",
+                self.step,
+                self.schedule.total_steps,
+                scalars["epoch"],
+                scalars["train/loss"],
+                scalars["train/lr"],
+                speed,
+                tqdm.format_interval(left),
+            )
+
+    def _end_of_step(self) -> None:
+        """Checkpoints and actions of the epochs this step completed."""
+        epoch = self.schedule.epochs_done(self.step)
+        started = time.monotonic()
+        if self.schedule.is_due(self.step, self.config.save_interval, self.config.save_interval):
+            self.save(epoch)
+        for action in self.actions:
+            if self.schedule.is_due(self.step, action.interval, action.start):
+                try:
+                    action.run(epoch, self.step)
+                except Exception as error:
+                    log.warning("%s failed after epoch %d: %s", action.name, epoch, error)
+                self.network.train()
+        self._log_time += time.monotonic() - started  # images/s is that of training alone
+
+    def _stop_early(self) -> int:
+        log.info("stopping at step %d: saving", self.step)
+        self.save()
+        log.info("saved; go on with resume_path=auto")
+        return EXIT_PREEMPTED
+
+    def save(self, epoch: int | None = None) -> None:
+        """Write current_model.pth; best_model.pth if it is; model_epoch_*.pth for an `epoch`.
+
+        A disk that refuses is a warning, three times in a row an error.
+        """
+        self._raise_if_bad()
+        smoothed, correction, *_ = self._global_stats().tolist()
+        smoothed = smoothed / correction if correction else math.inf
+        is_best = smoothed < self.best_loss
+        if is_best:
+            self.best_loss = smoothed
+        error = None
+        if self.runtime.is_main:
+            try:
+                self._write(epoch, is_best)
+            except (OSError, RuntimeError) as failure:
+                error = " ".join(str(failure).split())
+        error = self.runtime.broadcast_object(error)
+        if error is None:
+            self.last_saved_step, self._failed_saves = self.step, 0
+            return
+        self._failed_saves += 1
+        log.warning("no checkpoint at step %d in %s: %s", self.step, self.config.run_dir, error)
+        if self._failed_saves >= MAX_FAILED_SAVES:
+            raise UserError(
+                f"{self._failed_saves} checkpoints in a row could not be written: {error}"
+            )
+
+    def _write(self, epoch: int | None, is_best: bool) -> None:
+        folder = self.config.run_dir
+        files.save_checkpoint(folder / files.CURRENT, self.state_dict())
+        if is_best:
+            files.link_checkpoint(folder / files.CURRENT, folder / files.BEST)
+        if epoch is not None:
+            files.link_checkpoint(folder / files.CURRENT, folder / files.epoch_name(epoch))
+            files.remove_old_checkpoints(folder, self.config.keep_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs; data order and noise follow from `step`."""
+        state = {
+            **self.extra_state,
+            "epoch": self.schedule.epochs_done(self.step),
+            "step": self.step,
+            "best_loss": self.best_loss,
+            "loss_stats": self._stats.cpu(),
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.lr_scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "tracker_run_id": self.tracker.run_id,
+        }
+        if self.ema is not None:
+            state["ema_model_state_dict"] = self.ema.model.state_dict()
+            state["ema_num_updates"] = self.ema.num_updates
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Learning rate, decay and schedule follow the current config."""
+        self.model.load_state_dict(state["model_state_dict"])
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        self.scaler.load_state_dict(state["scaler_state_dict"])
+        self.step, self.best_loss = state["step"], state["best_loss"]
+        self._stats.copy_(state["loss_stats"])
+        self.last_saved_step = self.step
+        self.lr_scheduler.last_epoch = self.step
+        factor = self.lr_scheduler.lr_lambdas[0](self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if self.ema is not None:
+            self.ema.load_state_dict(
+                {"model": state["ema_model_state_dict"], "num_updates": state["ema_num_updates"]}
+            )
