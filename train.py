@@ -85,7 +85,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     device = runtime.device
     precision = resolve_precision(config.precision, device)
     resume = find_resume(config)
-    dataset = datasets.build_dataset(config, "train")
+    with runtime.main_first():  # it may download
+        dataset = datasets.build_dataset(config, "train")
     if resume is not None:
         check_data(resume, spec=dataset.spec, fingerprint=dataset.fingerprint)
     schedule = plan_steps(config, len(dataset), resume)

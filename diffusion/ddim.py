@@ -13,7 +13,7 @@ from diffusion.guidance import Denoiser
 
 def ddim(
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803
+    x_T: Tensor,
     diffusion: GaussianDiffusion,
     timesteps: Sequence[int],
     randn_like: Callable[[Tensor], Tensor],

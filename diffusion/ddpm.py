@@ -26,7 +26,7 @@ def with_previous(timesteps: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def ddpm(
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803
+    x_T: Tensor,
     diffusion: GaussianDiffusion,
     timesteps: Sequence[int],
     randn_like: Callable[[Tensor], Tensor],

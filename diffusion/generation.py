@@ -119,7 +119,7 @@ def sample_steps(
         run.diffusion.num_timesteps, sampling.num_inference_steps, sampling.spacing
     )
     options = {"eta": sampling.eta} if sampling.method == "ddim" else {}
-    x_T = draw((len(seeds), *run.spec.shape))  # noqa: N806
+    x_T = draw((len(seeds), *run.spec.shape))
     sampler = SAMPLERS[sampling.method].run
     yield from sampler(denoise, x_T, run.diffusion, grid, lambda x: draw(tuple(x.shape)), **options)
 

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from metrics.inception import full_float32
 from metrics.scoring import Entry, RealImages, entry
+from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime
 from utils.images import to_float
 from utils.rng import Stream, derive_seed, numpy_generator, torch_generator
@@ -62,8 +62,8 @@ def classifier_spec(
     takes seconds on a GPU, an hour on a CPU.
     """
     wide = shape[0] == 3 and num_images >= 20_000
-    epochs, base_width = (15, 32) if wide else (4, 16)
-    num_steps = max(400, epochs * math.ceil(min(num_images, MAX_TRAIN_IMAGES) / 128))
+    epochs, base_width = (15, 32) if wide else (2, 16)
+    num_steps = max(250, epochs * math.ceil(min(num_images, MAX_TRAIN_IMAGES) / 128))
     return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
 
 
@@ -219,7 +219,7 @@ class ClassTotals:
 
 
 def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927); sensible at 0 %, 100 % and small counts."""
+    """95 % confidence interval of a share (Wilson 1927); sensible at 0, 1 and small counts."""
     if count == 0:
         return 0.0, 1.0
     share = hits / count
@@ -241,9 +241,7 @@ def split_train(indices: Sequence[int], *, hold_out: bool, seed: int) -> Holdout
     order = numpy_generator(seed, Stream.EVALUATION, 3).permutation(len(indices))
     num_test = max(1, int(len(indices) * HELD_OUT_SHARE)) if hold_out else 0
     chosen = order[num_test:][:MAX_TRAIN_IMAGES]
-    return Holdout(
-        sorted(indices[i] for i in chosen), sorted(indices[i] for i in order[:num_test])
-    )
+    return Holdout(sorted(indices[i] for i in chosen), sorted(indices[i] for i in order[:num_test]))
 
 
 class ClassScorer:
@@ -311,10 +309,7 @@ class ClassScorer:
             "spec": asdict(spec),
             "ceiling_split": "a tenth of train, held out" if held_out else self.test.split,
         }
-        if path is not None and path.is_file():
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(stored["state_dict"])
-            self.ceiling.confusion = stored["ceiling_confusion"]
+        if path is not None and self._load(path):
             return
         parts = split_train(range(len(real.labels)), hold_out=held_out, seed=self.seed)
         self.log(
@@ -333,19 +328,29 @@ class ClassScorer:
         if path is not None:
             self._store(path)
 
+    def _load(self, path: Path) -> bool:
+        """Take the classifier an earlier evaluation stored; False if there is none to use."""
+        if not path.is_file():
+            return False
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            self.network.load_state_dict(stored["state_dict"])
+            self.ceiling.confusion = stored["ceiling_confusion"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            self.log(f"{path} is damaged and will be made again: {error}")
+            return False
+        return True
+
     def _store(self, path: Path) -> None:
         content = {
             "state_dict": {k: v.cpu() for k, v in self.network.state_dict().items()},
             "ceiling_confusion": self.ceiling.confusion,
             "details": json.dumps(self.details),
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, temporary)
-            os.replace(temporary, path)
+            save_checkpoint(path, content)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
             self.log(f"the classifier could not be stored, the next run trains it again: {error}")
 
     def reduce_real(self, runtime: Runtime) -> None:

@@ -22,8 +22,8 @@ class Frechet(NamedTuple):
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Frechet:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64.
 
-    With R = S1^(1/2) the last trace is the sum of the root eigenvalues of R S2 R, which is symmetric:
-    they are real, and a singular covariance (fewer images than features) is no special case.
+    With R = S1^(1/2) the last trace is the sum of the root eigenvalues of R S2 R. It is symmetric,
+    so they are real, and a singular covariance (fewer images than features) is no special case.
 
     Args:
         mu1, mu2: (D,) means.

@@ -38,7 +38,7 @@ NUM_LOGITS = 1008
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network: uint8 (B, 3, H, W) -> features (B, feature_dim), logits (B, num_logits)."""
+    """A feature network: uint8 (B, 3, H, W) -> features (B, feature_dim), logits (B, L)."""
 
     extract: Callable[[Tensor], tuple[Tensor, Tensor]]
     feature_dim: int
@@ -59,8 +59,8 @@ class Extractor:
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32: both move a FID by more than a model's improvement does."""
-    # With `rnn` different from `conv`, torch refuses to read its older cuDNN flags.
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    # Not the older `allow_tf32` flags: they cannot be read once anything has set these.
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
@@ -200,7 +200,9 @@ class InceptionScorer:
             found["fid"] = entry(
                 "unreliable" if few or few_real else "ok",
                 distance.value,
-                f"{counts} cannot fill a 2048-dimensional covariance" if few or few_real else None,
+                f"{counts} are too few for a covariance of {self.extractor.feature_dim} features"
+                if few or few_real
+                else None,
                 name=fid.count_name(self.num_images),
                 raw=distance.raw,
                 n=self.num_images,

@@ -76,7 +76,7 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
 
 
 def lpips_input(images: Tensor) -> Tensor:
-    """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], the smaller side at least 64."""
+    """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], smaller side >= 64."""
     x = to_float(to_rgb(images))
     height, width = x.shape[-2:]
     if min(height, width) < MIN_SIZE:
@@ -87,7 +87,7 @@ def lpips_input(images: Tensor) -> Tensor:
 
 
 def draw_pairs(num_images: int, num_pairs: int, seed: int, *index: int) -> Tensor:
-    """(P, 2) int64 pairs of different images: all of them if there are not more than `num_pairs`."""
+    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`."""
     if num_images * (num_images - 1) // 2 <= num_pairs:
         return torch.combinations(torch.arange(num_images))
     rng = numpy_generator(seed, Stream.EVALUATION, *index)
@@ -129,8 +129,8 @@ def diversity(
 ) -> dict[str, MeanError | None]:
     """`lpips_inter` over any pairs, and `lpips_intra` within a label, averaged over the labels.
 
-    `lpips_intra` is None without labels, or where no label has two images. Pairs share images, so the
-    standard errors are a little too small when `num_pairs` is large beside the number of images.
+    `lpips_intra` is None without labels, or where no label has two images. Pairs share images, so
+    standard errors are a little too small where `num_pairs` is large beside the number of images.
 
     Raises:
         ValueError: fewer than two images.

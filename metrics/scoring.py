@@ -10,12 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from utils.distributed import Runtime
+from utils.images import save_image
+from utils.rng import Stream, numpy_generator
 
 Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
 Batches = Iterable[tuple[Tensor, "list[int] | None", Any]]  # as `sample.generate` yields them
@@ -53,6 +56,14 @@ class RealImages:
         return torch.cat([images for images, _ in self.fetch(indices)])
 
 
+def choose_indices(num_images: int, limit: int | None) -> Sequence[int]:
+    """All indices, or `limit` drawn with a fixed seed: data sets are often sorted by class."""
+    if limit is None or limit >= num_images:
+        return range(num_images)
+    order = numpy_generator(0, Stream.EVALUATION, 4).permutation(num_images)
+    return sorted(order[:limit].tolist())
+
+
 class Scorer(Protocol):
     """One network and the metrics that it gives. Called in the order of the methods below."""
 
@@ -77,6 +88,26 @@ class Scorer(Protocol):
     def results(self) -> dict[str, Entry]:
         """An entry for each of `names`. Called on the main process alone."""
         ...
+
+
+def save_batches(
+    batches: Batches, folder: Path, start: int, warn: Callable[[str], None]
+) -> Iterator[tuple[Tensor, list[int] | None, Any]]:
+    """Pass `batches` on, writing image `start + i` of them as `folder`/000000.png ...
+
+    A disk that refuses is told about once; the images still go on.
+    """
+    writable = True
+    for images, labels, seeds in batches:
+        for i, image in enumerate(images, start):
+            try:
+                if writable:
+                    save_image(folder / f"{i:06d}.png", image)
+            except OSError as error:
+                writable = False
+                warn(f"images from {i:06d}.png on are not saved: {error}")
+        start += len(images)
+        yield images, labels, seeds
 
 
 def run_scorers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,8 @@ def build_model(config: Config, spec: ImageSpec) -> nn.Module:
         ConfigError: model_params that do not fit the backbone or the images.
     """
     backbone = BACKBONES[config.model_type]
+    if wrong := next(_check_spec(backbone, config, spec), None):
+        raise ConfigError(wrong.message)
     num_classes = spec.num_classes if config.conditional else 0
     known = _spec_arguments(spec, num_classes)
     accepted = inspect.signature(backbone).parameters
@@ -82,7 +85,9 @@ def _check_params(backbone: type[nn.Module], config: Config) -> Iterator[Problem
             try:
                 _to_type(adapters[name], value)
             except ValidationError as error:
-                reason = error.errors()[0]["msg"]
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                yield Problem((name, "model_params"), f"model_params.{name}={value!r}: {reason}")
+            except ValueError as reason:
                 yield Problem((name, "model_params"), f"model_params.{name}={value!r}: {reason}")
 
 
@@ -112,15 +117,30 @@ def _convert(backbone: type[nn.Module], params: dict[str, Any]) -> dict[str, Any
 
 
 def _to_type(adapter: TypeAdapter, value: Any) -> Any:
-    """Lax conversion, except that true is no number and 1 is no truth."""
+    """Lax conversion, except that true is no number, 1 is no truth, and NaN and inf are neither.
+
+    Raises:
+        ValueError: the value does not fit (pydantic's ValidationError is one).
+    """
     converted = adapter.validate_python(value)
-    if isinstance(value, bool) != isinstance(converted, bool):
-        adapter.validate_python(value, strict=True)  # raises
+    for old, new in zip(_leaves(value), _leaves(converted), strict=False):
+        if isinstance(new, bool) and not isinstance(old, bool):
+            raise ValueError("only True or False is allowed")
+        if isinstance(old, bool) and not isinstance(new, bool):
+            raise ValueError("true or false does not fit here")
+        if isinstance(new, float) and not math.isfinite(new):
+            raise ValueError("a finite number is needed")
     return converted
 
 
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
 def _adapters(backbone: type[nn.Module]) -> dict[str, TypeAdapter]:
-    hints = typing.get_type_hints(backbone.__init__)
+    hints = typing.get_type_hints(backbone.__init__, include_extras=True)
     return {
         name: TypeAdapter(hint)
         for name, hint in hints.items()

@@ -39,10 +39,10 @@ class LabelEmbedding(nn.Module):
     The shift by one exists here and nowhere else.
     """
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, *, std: float = 1.0) -> None:
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.table.weight, std=std)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.table(y + 1)

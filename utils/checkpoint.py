@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from utils.errors import CheckpointError
 FORMAT_VERSION = 1
 BEST, CURRENT = "best_model.pth", "current_model.pth"
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
-REQUIRED_KEYS = ("format_version", "model_state_dict", "epoch", "step", "config", "spec")
+KEY_TYPES = {
+    "format_version": int,
+    "model_state_dict": dict,
+    "epoch": int,
+    "step": int,
+    "config": dict,
+    "spec": list | tuple,
+}
 
 
 def epoch_name(epoch: int) -> str:
@@ -47,10 +55,15 @@ def link_checkpoint(source: Path, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
-    os.replace(temporary, path)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -83,9 +96,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    missing = [key for key in REQUIRED_KEYS if not isinstance(state, dict) or key not in state]
+    missing = [key for key in KEY_TYPES if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this project, lacks {missing}")
+    wrong = [key for key, kind in KEY_TYPES.items() if not isinstance(state[key], kind)]
+    if wrong or len(state["spec"]) != 4:
+        raise CheckpointError(f"{path}: not a checkpoint of this project, odd {wrong or ['spec']}")
     if state["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {state['format_version']} is newer than the {FORMAT_VERSION} "
@@ -127,17 +143,18 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
             return run_dir / CURRENT, load_checkpoint(run_dir / CURRENT), skipped
         except CheckpointError as error:
             skipped.append(str(error))
-    found = []
+    newest: tuple[Path, dict[str, Any]] | None = None
     for path in sorted(run_dir.glob("*.pth")) if run_dir.is_dir() else []:
         if path.name == BEST or EPOCH_PATTERN.fullmatch(path.name):
             try:
                 state = load_checkpoint(path)
-                found.append((state["step"], path, state))
             except CheckpointError as error:
                 skipped.append(str(error))
-    if found:
-        _, path, state = max(found, key=lambda item: item[:2])
-        return path, state, skipped
+                continue
+            if newest is None or state["step"] >= newest[1]["step"]:
+                newest = path, state
+    if newest is not None:
+        return *newest, skipped
     if skipped:
         raise CheckpointError(
             "no readable checkpoint to resume from:\n       " + "\n       ".join(skipped)

@@ -48,9 +48,10 @@ def parse_int_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+            found = range(int(first), int(last) + 1) if dash else [int(first)]
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give whole numbers such as 0,1,2 or 0-9"
-            ) from None
+            found = []
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers such as 0,1,2 or 0-9")
+        numbers += found
     return numbers

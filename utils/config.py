@@ -10,9 +10,12 @@ import ast
 import difflib
 import json
 import math
+import os
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
@@ -48,7 +51,7 @@ def _integer(value: Any) -> Any:
 
 def _flag(value: Any) -> Any:
     if not isinstance(value, bool):
-        raise ValueError("True or False is needed")
+        raise ValueError("only True or False is allowed")
     return value
 
 
@@ -115,7 +118,7 @@ class Config(BaseModel):
     image_size: ImageSize | None = Field(
         None, description="side, or (height, width), in pixels; default: the data set's own"
     )
-    image_channels: Literal[1, 3] | None = Field(
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] | None = Field(
         None, description="1 grey or 3 RGB; default: the data set's own (`custom`: 3)"
     )
     conditional: Bool = Field(False, description="condition on the class label")
@@ -262,6 +265,9 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
 
+MAX_NAME_BYTES = 200  # file systems take 255
+
+
 class Problem(NamedTuple):
     """A fault that involves `keys`; reported at the place where the first of them was written."""
 
@@ -350,6 +356,9 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
         values, lines = _read_yaml(path)
     else:
         raise ConfigError(f"{path}: config files end in .py, .yml or .yaml")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: {key!r} is not a config key; keys are words")
     sources = {key: f"{path}:{line}" for key, line in lines.items()}
     own = RawConfig(values, sources)
     base_name = own.values.pop("_base_", None)
@@ -364,7 +373,8 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
 
 def _merge(base: RawConfig, top: RawConfig) -> None:
     """Lay `top` over `base` in place; `model_params` merge key by key for an unchanged model."""
-    same_model = top.values.get("model_type") in (None, base.values.get("model_type"))
+    old_model = base.values.get("model_type", Config.model_fields["model_type"].default)
+    same_model = top.values.get("model_type", old_model) == old_model
     for key, value in top.values.items():
         old = base.values.get(key)
         if (
@@ -385,9 +395,12 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ConfigError(f"{path}{line}: not valid Python: {error}") from error
+        code = compile(tree, str(path), "exec")
+    except SyntaxError as error:
+        line = f":{error.lineno}" if error.lineno else ""
+        raise ConfigError(f"{path}{line}: not valid Python: {error.msg}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as Python: {error}") from error
     lines: dict[str, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
@@ -400,7 +413,7 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             lines.setdefault(node.arg, node.value.lineno)
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": "config_file"}
     try:
-        exec(compile(tree, str(path), "exec"), namespace)
+        exec(code, namespace)
     except Exception as error:
         raise ConfigError(f"{path}: running it failed: {type(error).__name__}: {error}") from error
     config = namespace.get("config")
@@ -412,15 +425,16 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Load a YAML mapping; unlike PyYAML alone, refuse a key given twice."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        source = path.read_text(encoding="utf-8")
+        root = yaml.compose(source, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(source)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: bad dates
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {problem}") from error
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
     lines: dict[str, int] = {}
-    mappings = [root]
+    mappings, visited = [root], {id(root)}  # an alias leads to the same node again
     while mappings:
         seen: set[str] = set()
         for key, value in mappings.pop().value:
@@ -429,7 +443,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
                 raise ConfigError(f"{path}:{line}: {key.value!r} is given twice")
             seen.add(key.value)
             lines.setdefault(key.value, line)
-            if isinstance(value, yaml.MappingNode):
+            if isinstance(value, yaml.MappingNode) and id(value) not in visited:
+                visited.add(id(value))
                 mappings.append(value)
     return values, lines
 
@@ -440,27 +455,30 @@ def _similar_file(path: Path) -> str:
         return ""
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".py", ".yml", ".yaml"))
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else f"; {folder} has {', '.join(names)}"
+    if near:
+        return f"; did you mean {folder / near[0]}?"
+    return f"; {folder} has {', '.join(names)}" if names else ""
 
 
 def apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
     """Write `key=value` strings into `raw`; later ones win. Returns what could not be read."""
     problems = []
-    for override in overrides:
+    # A changed model_type drops the model_params of the file, but not those given beside it.
+    for override in sorted(overrides, key=lambda text: not text.startswith("model_type=")):
         key, equals, text = override.partition("=")
         if not equals or not key:
             problems.append(f"command line: {override!r}: write key=value")
             continue
         field, _, param = key.partition(".")
-        source = f"command line ({override})"
+        source = f"command line ({_short(override)})"
         if param:
             if field != "model_params":
                 problems.append(f"{source}: only model_params has inner keys")
                 continue
-            params = dict(raw.values.get("model_params") or {})
-            params[param] = parse_value(text)
-            raw.values["model_params"] = params
-            raw.sources[param] = source
+            params = raw.values.get("model_params") or {}
+            if isinstance(params, dict):  # anything else is reported as such
+                raw.values["model_params"] = {**params, param: parse_value(text)}
+                raw.sources[param] = source
         else:
             top = RawConfig({field: parse_value(text, field)}, {field: source})
             _merge(raw, top)
@@ -470,20 +488,32 @@ def apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
 def parse_value(text: str, field: str | None = None) -> Any:
     """A command-line value: text fields stay raw, others as Python literals, else text.
 
-    `1,2,4` is a tuple, `fid,is` a tuple of words, `none` and `null` are None.
+    `1,2,4` is a tuple, `fid,is` a tuple of words, `none` and `null` are None unless the field takes
+    text but not None (`threshold=none`).
     """
-    if text.lower() in ("none", "null"):
+    kinds = _kinds(field)
+    is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
+    if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
         return None
-    annotation = str(Config.model_fields[field].annotation) if field in Config.model_fields else ""
-    if annotation in ("<class 'str'>", "str | None"):
+    if is_text:
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         words = [word.strip() for word in text.split(",")]
         return tuple(words) if len(words) > 1 else text
+
+
+def _kinds(field: str | None) -> tuple[Any, ...]:
+    """The types a field takes, and the words of a Literal."""
+    if field not in Config.model_fields:
+        return ()
+    annotation = Config.model_fields[field].annotation
+    if typing.get_origin(annotation) in (typing.Union, UnionType, Literal):
+        return typing.get_args(annotation)
+    return (annotation,)
 
 
 def validate(
@@ -502,14 +532,14 @@ def validate(
         return f"{raw.sources[key]}: " if key in raw.sources else ""
 
     try:
-        config = Config(**values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         for fault in error.errors():
             key = str(fault["loc"][0])
             bad_keys.add(key)
             messages.append(where(key) + _describe(key, values.get(key), fault))
-        remaining = {k: v for k, v in values.items() if k not in bad_keys}
-        config = Config(**remaining)
+        remaining = {k: v for k, v in values.items() if isinstance(k, str) and k not in bad_keys}
+        config = Config.model_validate(remaining)
     for check in (check_values, *checks):
         for keys, message in check(config):
             if not bad_keys.intersection(keys):
@@ -522,7 +552,7 @@ def validate(
 
 
 def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
         hint = did_you_mean(key, Config.model_fields, ALIASES)
         return f"{key!r} is not a config key{hint or '; docs/configs.md lists them all'}"
     message = fault["msg"].removeprefix("Value error, ")
@@ -530,16 +560,28 @@ def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
         message = f"use {fault['ctx']['expected']}"
         if isinstance(value, str):
             message += did_you_mean(value, fault["ctx"]["expected"].replace("'", "").split())
-    return f"{key}={value!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}={_short(repr(value))}: {message[0].lower()}{message[1:]}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_values(config: Config) -> Iterable[Problem]:
     """Combinations that no single field can see."""
     name = config.experiment_name
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+    if (
+        name in ("", ".", "..")
+        or any(c in name for c in "/\\")
+        or not name.isprintable()
+        or len(os.fsencode(name)) > MAX_NAME_BYTES
+    ):
         yield Problem(
             ("experiment_name",), f"experiment_name={name!r}: must be usable as a folder name"
         )
+    for key in ("resume_path", "data_root", "label_file", "save_dir", "sample_dir"):
+        if getattr(config, key) == "":
+            yield Problem((key,), f"{key}='': give a path, or leave it out")
     if config.beta_start >= config.beta_end and config.beta_schedule != "cosine":
         yield Problem(
             ("beta_start", "beta_end"),

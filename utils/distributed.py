@@ -76,6 +76,15 @@ class Runtime:
         per_rank, extra = divmod(num_items, self.world_size)
         return torch.cat([p[: per_rank + (r < extra)] for r, p in enumerate(parts)])
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the body before the others do: so that one process alone downloads."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -41,5 +42,7 @@ def exit_code_of(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error (rank {rank})"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -17,6 +17,7 @@ GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
 MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
 MAX_COLUMNS = 16
+MIN_GIF_FRAME_MS = 20.0  # viewers slow down whatever is faster
 
 
 class ImageSpec(NamedTuple):
@@ -113,5 +114,9 @@ def save_image(path: Path, image: Tensor) -> None:
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
     """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    durations = [1000.0 / fps] * (len(frames) - 1) + [max(1000.0 / fps, final_seconds * 1000.0)]
-    iio.imwrite(path, [to_array(frame) for frame in frames], duration=durations, loop=0)
+    frame_ms = max(MIN_GIF_FRAME_MS, 1000.0 / fps)
+    final_ms = max(frame_ms, final_seconds * 1000.0)
+    durations = [frame_ms] * (len(frames) - 1) + [final_ms]
+    arrays = [to_array(frame) for frame in frames]
+    # Pillow takes no list for a single frame
+    iio.imwrite(path, arrays, duration=durations if len(arrays) > 1 else final_ms, loop=0)

@@ -187,7 +187,8 @@ def prepare_run_dir(config: Config) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); set save_dir") from error
     for leftover in folder.glob("*.tmp-*"):
-        if not _is_running(int(leftover.name.rpartition("-")[2] or 0)):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
             leftover.unlink(missing_ok=True)
 
 
@@ -198,4 +199,6 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    except OverflowError:
+        return False
     return True

@@ -32,7 +32,7 @@ class Stream(IntEnum):
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
     """Mix the keys into 64 bits. (`seed + step` would make run 0 step 6 equal run 1 step 5.)"""
-    return int(np.random.SeedSequence((seed, stream, *index)).generate_state(1, np.uint64)[0])
+    return int(_mix(seed, stream, *index).generate_state(1, np.uint64)[0])
 
 
 def torch_generator(
@@ -44,12 +44,19 @@ def torch_generator(
 
 def numpy_generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:
     """A fresh Philox generator with a 128-bit key, so that no two of many keys collide."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, *index))))
+    return np.random.Generator(np.random.Philox(_mix(seed, stream, *index)))
+
+
+def _mix(seed: int, stream: Stream, *index: int) -> np.random.SeedSequence:
+    # SeedSequence strings 32-bit words together: with a long seed written out first, (5 + 2**32, 3)
+    # would be (5, 1, 3). So what a seed has above 32 bits comes last.
+    high = seed >> 32
+    return np.random.SeedSequence((seed & 0xFFFFFFFF, stream, *index, *((high,) if high else ())))
 
 
 def seed_everything(seed: int) -> None:
     """Seed the global torch generators (weight initialisation and dropout draw from them)."""
-    torch.manual_seed(seed)
+    torch.manual_seed(derive_seed(seed, Stream.MODEL_INIT))
 
 
 def sample_noise(seeds: list[int], device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:

@@ -42,7 +42,7 @@ class JsonlTracker:
         self._path = path
         kept = []
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= start_step:
                         kept.append(line + "\n")
@@ -69,9 +69,10 @@ class SwanlabTracker:
         import swanlab
 
         self._swanlab = swanlab
-        mode = os.environ.get("SWANLAB_MODE") or SWANLAB_MODES.get(config.swanlab_mode)
+        mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
+        mode = SWANLAB_MODES.get(mode, mode)
         settings = swanlab.Settings(interactive=False)
-        if mode is None:  # auto
+        if mode == "auto":
             mode = "online" if settings.api_key else "offline"
         log_dir.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = dict(
@@ -111,13 +112,14 @@ class TrackerGroup:
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
         self._failures: dict[int, int] = {}
+        self._warned: set[str] = set()
         self.run_id: str | None = None
 
     def add(self, make: Callable[[], Tracker], name: str) -> None:
         """Start a tracker; one that cannot start is a warning."""
         try:
             tracker = make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.warning(
                 "%s: not started, the run goes on without it (%s)", name, _first_line(error)
             )
@@ -140,11 +142,12 @@ class TrackerGroup:
             try:
                 action(tracker)
                 self._failures[id(tracker)] = 0
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures = self._failures.get(id(tracker), 0) + 1
                 self._failures[id(tracker)] = failures
                 name = type(tracker).__name__
-                if failures == 1:
+                if name not in self._warned:
+                    self._warned.add(name)
                     log.warning("%s failed: %s; the run goes on", name, _first_line(error))
                 if failures >= MAX_FAILURES:
                     log.warning("%s failed %d times in a row: dropped", name, failures)
@@ -165,5 +168,5 @@ def start_trackers(
     return group
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

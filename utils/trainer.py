@@ -102,7 +102,7 @@ class Trainer:
         """
         self.network.train()
         batches = self.batches(self.step)
-        first_step, self._log_time, self._log_step = self.step, time.monotonic(), self.step
+        self._log_time, self._log_step = time.monotonic(), self.step
         bar = tqdm(
             initial=self.step,
             total=self.schedule.total_steps,
@@ -117,7 +117,7 @@ class Trainer:
                 self._train_step(next(batches))
                 self.step += 1
                 bar.update()
-                if self.step % self.config.log_interval == 0 or self.step == first_step + 1:
+                if self.step % self.config.log_interval == 0 or self.step == 1:
                     self._log(bar)
                 self._end_of_step()
         if self.last_saved_step != self.step:
@@ -235,7 +235,8 @@ class Trainer:
     def _stop_early(self) -> int:
         log.info("stopping at step %d: saving", self.step)
         self.save()
-        log.info("saved; go on with resume_path=auto")
+        if self.last_saved_step == self.step:
+            log.info("saved; go on with resume_path=auto")
         return EXIT_PREEMPTED
 
     def save(self, epoch: int | None = None) -> None:

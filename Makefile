@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and make; they set up .venv themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := checkpoints/demo
+
+.PHONY: demo test lint clean
+
+.venv/.installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+# Train on the embedded digits, draw a grid and a GIF, evaluate. Minutes on a CPU.
+demo: .venv/.installed
+	$(BIN)/python train.py --config configs/digits_unet.py experiment_name=demo resume_path=auto
+	$(BIN)/python sample.py --checkpoint $(DEMO) --num_samples 80 --create_gif --output_dir $(DEMO)/demo
+	$(BIN)/python evaluate.py --checkpoint $(DEMO) --num_samples 1000
+	@echo
+	@echo "Everything is in $(DEMO):"
+	@echo "  picture     $(DEMO)/demo/samples.png"
+	@echo "  animation   $(DEMO)/demo/samples.gif"
+	@echo "  evaluation  $(DEMO)/eval/report.json"
+	@echo "  weights     $(DEMO)/best_model.pth"
+	@echo "  training    $(DEMO)/metrics.jsonl, $(DEMO)/samples/"
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv checkpoints samples evaluation

@@ -1,0 +1,83 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread each: the tests' tensors are tiny, and several processes share few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+TINY_CONFIG = """
+config = dict(
+    dataset="digits",
+    image_size=8,
+    conditional=True,
+    model_params=dict(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, dropout=0.1),
+    batch_size=64,
+    epochs=100,
+    learning_rate=1e-3,
+    ema_decay=0.9,
+    num_timesteps=100,
+    num_inference_steps=3,
+    save_interval=100,
+    sample_interval=100,
+    sample_start_epoch=100,
+    num_samples=20,
+    log_interval=5,
+)
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A config file of a network that trains in milliseconds; the working directory is tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY_CONFIG, encoding="utf-8")
+    return path
+
+
+def run_script(script: str, *arguments: object, processes: int = 1, cwd: Path, **options):
+    """Run one of the three scripts as users do; returns the finished process."""
+    return start_script(script, *arguments, processes=processes, cwd=cwd).communicate_and_wait()
+
+
+class Script(subprocess.Popen):
+    """A script in a process of its own."""
+
+    def communicate_and_wait(self, timeout: float = 240) -> Script:
+        self.output, _ = self.communicate(timeout=timeout)
+        return self
+
+
+def start_script(script: str, *arguments: object, processes: int = 1, cwd: Path) -> Script:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return Script(
+        [*command, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def script(tmp_path):
+    """run_script in tmp_path."""
+
+    def run(name: str, *arguments: object, processes: int = 1) -> Script:
+        return run_script(name, *arguments, processes=processes, cwd=tmp_path)
+
+    return run

@@ -1,0 +1,203 @@
+"""The documentation says what the code does: commands parse, keys exist, files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import evaluate
+import sample
+import train
+from datasets import DATASETS
+from diffusion import SAMPLERS
+from metrics import METRICS
+from models import BACKBONES
+from utils.cli import parse_args
+from utils.config import Config, RawConfig, apply_overrides, load_config, reference_table, validate
+
+ROOT = Path(__file__).parents[1]
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS: dict[str, ModuleType] = {
+    "train.py": train,
+    "sample.py": sample,
+    "evaluate.py": evaluate,
+}
+CONFIG_FILES = sorted(p.name for p in (ROOT / "configs").iterdir() if p.is_file())
+# What the reader writes or training makes, and what may be added after the pages that link it.
+EXAMPLE_CONFIGS = ("configs/flowers.py",)
+MAY_BE_MISSING = ("docs/images/", "docs/results.md")
+FOLDERS = "configs|docs|datasets|models|diffusion|metrics|utils|tests|benchmarks"
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"")
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
+OVERRIDE = re.compile(r"([a-z_]+)(\.[a-z_]+)?=\S+")
+
+
+class Block(NamedTuple):
+    """A fenced code block."""
+
+    page: str
+    language: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    return [Block(page.name, *match) for match in FENCE.findall(page.read_text(encoding="utf-8"))]
+
+
+def prose_of(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, script, its arguments) of every command line in a shell block."""
+    found = []
+    for block in (block for page in PAGES for block in blocks_of(page)):
+        if block.language not in ("bash", "sh"):
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for number, word in enumerate(words):
+                if word in SCRIPTS:
+                    found.append((block.page, word, words[number + 1 :]))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+COMMANDS = commands()
+
+
+def test_there_is_something_to_check() -> None:
+    assert {script for _, script, _ in COMMANDS} == set(SCRIPTS)
+    assert len(BLOCKS) > 20
+
+
+@pytest.mark.parametrize(("page", "script", "arguments"), COMMANDS)
+def test_commands_are_accepted(page: str, script: str, arguments: list[str]) -> None:
+    args = parse_args(SCRIPTS[script].make_parser(), arguments)  # SystemExit if it is not
+    if script == "train.py":
+        known = args.config not in EXAMPLE_CONFIGS
+        path = ROOT / (args.config if known else "configs/custom_folder.py")
+        load_config(path, args.overrides, checks=sample.CONFIG_CHECKS)
+        return
+    raw = RawConfig({"experiment_name": "documented"}, {})
+    problems = apply_overrides(raw, args.overrides)
+    validate(raw, checks=sample.CONFIG_CHECKS, problems=problems)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("python", "yaml")])
+def test_configs_in_the_text_load(block: Block, tmp_path: Path) -> None:
+    for name in CONFIG_FILES:
+        shutil.copy(ROOT / "configs" / name, tmp_path)
+    path = tmp_path / ("documented.py" if block.language == "python" else "documented.yml")
+    path.write_text(block.text, encoding="utf-8")
+    load_config(path, checks=sample.CONFIG_CHECKS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_in_the_text_exist(page: Path) -> None:
+    spans = CODE_SPAN.findall(prose_of(page))
+    words = [word for span in spans for word in span.split() if not span.startswith("u + ")]
+    keys = [match[1] for word in words if (match := OVERRIDE.fullmatch(word))]
+    wrong = set(keys) - set(Config.model_fields) - {"key", "weights_only"}
+    assert not wrong, f"{page.name} names config keys that do not exist: {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_text_exist(page: Path) -> None:
+    ours = {
+        option
+        for script in SCRIPTS.values()
+        for action in script.make_parser()._actions
+        for option in action.option_strings
+    }
+    theirs = {"--nproc_per_node", "--standalone", "--max-restarts", "--rdzv_endpoint"}
+    theirs |= {"--master_port"}
+    used = {
+        option
+        for span in CODE_SPAN.findall(prose_of(page))
+        for option in re.findall(r"(?<!\S)--[a-z][a-z_-]*", span)
+    }
+    wrong = {o for o in used - theirs if "--" + o[2:].replace("-", "_") not in ours}
+    assert not wrong, f"{page.name} names options that do not exist: {sorted(wrong)}"
+
+
+def test_reference_table_is_current() -> None:
+    text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+    assert reference_table() in text, "docs/configs.md: paste utils.config.reference_table() anew"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_options_are_in_the_reference(script: str) -> None:
+    text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+    general, _, specific = text.partition("\n`train.py`:\n")
+    if script != "train.py":
+        specific = specific.partition(f"\n`{script}`:\n")[2]
+    specific = specific.partition("\n`")[0]
+    for action in SCRIPTS[script].make_parser()._actions:
+        for option in action.option_strings:
+            if option != "-h":
+                wanted = re.compile(rf"`{option}[ `]")
+                assert wanted.search(specific) or wanted.search(general), f"{script} {option}"
+
+
+def test_readmes_have_the_same_code() -> None:
+    english, chinese = ([b[1:] for b in blocks_of(page)] for page in (ENGLISH, CHINESE))
+    assert english == chinese
+
+
+def test_readmes_have_the_same_tables() -> None:
+    def first_cells(page: Path) -> list[str]:
+        rows = [line for line in prose_of(page).splitlines() if line.startswith("| ")]
+        cells = [row.split("|")[1].strip() for row in rows]
+        return [cell if cell.startswith("`") else "" for cell in cells]
+
+    assert first_cells(ENGLISH) == first_cells(CHINESE)
+
+
+def test_readmes_link_each_other_on_line_three() -> None:
+    assert "](README_zh.md)" in ENGLISH.read_text(encoding="utf-8").splitlines()[2]
+    assert "](README.md)" in CHINESE.read_text(encoding="utf-8").splitlines()[2]
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=lambda page: page.name)
+def test_readme_lists_everything_there_is(readme: Path) -> None:
+    text = prose_of(readme)
+    for name in (*CONFIG_FILES, *DATASETS, *BACKBONES, *SAMPLERS, *METRICS):
+        assert f"\n| `{name}` |" in text, f"{readme.name} has no row for {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = [a or b for a, b in LINK.findall(text)]
+    paths = [page.parent / t.partition("#")[0] for t in targets if "://" not in t]
+    named = re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w/]+\.(?:py|md|yml|png|gif))\b", text)
+    named += re.findall(r"`([a-z_]+\.py)`", text)
+    for name in named:
+        if name not in EXAMPLE_CONFIGS:
+            is_config = name in CONFIG_FILES
+            paths.append(ROOT / "configs" / name if is_config else ROOT / name)
+    for path in paths:
+        relative = path.resolve().relative_to(ROOT).as_posix()
+        if not relative.startswith(MAY_BE_MISSING):
+            assert path.exists(), f"{page.name}: {relative} does not exist"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != CHINESE], ids=lambda page: page.name)
+def test_english_pages_are_ascii(page: Path) -> None:
+    page.read_text(encoding="utf-8").encode("ascii")  # UnicodeEncodeError names the place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_picture_is_remote(page: Path) -> None:
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert not [picture for picture in pictures if "://" in picture]

@@ -1,0 +1,732 @@
+"""The metrics against closed forms, torch-fidelity, and themselves in other shardings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from metrics import METRICS, check_metric_names, classifier, fid, inception, lpips_score, weights
+from metrics.classifier import ClassifierSpec, ClassScorer, ClassTotals, wilson_interval
+from metrics.inception import Extractor, FeatureMoments, InceptionScorer
+from metrics.inception_score import InceptionScoreSums, split_of_index
+from metrics.lpips_score import LpipsScorer
+from metrics.plan import build_scorers, plan_metrics
+from metrics.report import build_report, count_warnings, report_path, summary, write_report
+from metrics.scoring import RealImages, choose_indices, entry, run_scorers, save_batches
+from utils.distributed import Runtime, distributed_runtime
+from utils.errors import ConfigError, MissingWeightsError
+
+CPU = torch.device("cpu")
+SINGLE = Runtime(CPU)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small networks on a shared machine: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int, shape: tuple[int, int, int] = (1, 16, 16), seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, *shape), generator=rng(seed), dtype=torch.uint8)
+
+
+def tiny_extractor(dim: int = 12, num_logits: int = 7) -> Extractor:
+    """Projections of a 4x4 thumbnail."""
+    first = torch.randn(48, dim, generator=rng(1)) / 200
+    second = torch.randn(dim, num_logits, generator=rng(2))
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.shape[1] == 3
+        x = torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1) - 128
+        features = (x @ first).relu()
+        return features, features @ second
+
+    return Extractor(extract, dim, num_logits)
+
+
+def real_images_of(images: Tensor, labels: Tensor, *, split: str = "train") -> RealImages:
+    def fetch(indices):
+        rows = torch.as_tensor(list(indices), dtype=torch.int64)
+        for part in rows.split(50):
+            yield images[part], labels[part]
+
+    num_classes = int(labels.max()) + 1
+    return RealImages(labels, range(len(images)), fetch, num_classes, f"data-{split}", split)
+
+
+def batches_of(images: Tensor, labels: list[int] | None, runtime: Runtime = SINGLE, size: int = 8):
+    share = runtime.share(len(images))
+    for start in range(share.start, share.stop, size):
+        stop = min(start + size, share.stop)
+        yield images[start:stop], labels and labels[start:stop], list(range(start, stop))
+
+
+# --- Frechet distance
+
+
+def test_frechet_of_commuting_gaussians_is_the_closed_form():
+    mu1, mu2 = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0])
+    var1, var2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(3, 3, generator=rng(), dtype=torch.float64)).Q
+    sigma1 = basis @ torch.diag(var1).double() @ basis.T
+    sigma2 = basis @ torch.diag(var2).double() @ basis.T
+    expected = (mu1 - mu2).square().sum() + (var1.sqrt() - var2.sqrt()).square().sum()
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2).value == pytest.approx(expected.item())
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    sums = FeatureMoments(features.shape[1])
+    sums.update(features)
+    return sums.mean_cov()
+
+
+def test_frechet_is_symmetric_and_zero_for_equal_sets():
+    a = moments(torch.randn(100, 8, generator=rng(1)))
+    b = moments(torch.randn(90, 8, generator=rng(2)) * 2 + 1)
+    there, back = fid.frechet_distance(*a, *b), fid.frechet_distance(*b, *a)
+    assert there.value == pytest.approx(back.value, rel=1e-10)
+    same = fid.frechet_distance(*a, *a)
+    assert same.value >= 0
+    assert abs(same.raw) < 1e-9
+
+
+def test_frechet_with_fewer_images_than_features_is_the_nuclear_norm():
+    a = torch.randn(10, 30, generator=rng(1), dtype=torch.float64)
+    b = torch.randn(12, 30, generator=rng(2), dtype=torch.float64) + 0.5
+    roots = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
+    cross = torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
+    expected = (a.mean(0) - b.mean(0)).square().sum() + sum(r.square().sum() for r in roots)
+    found = fid.frechet_distance(*moments(a), *moments(b))
+    assert found.value == pytest.approx((expected - 2 * cross).item(), rel=1e-7)
+
+
+def test_frechet_refuses_what_does_not_fit():
+    mu, sigma = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match="one D"):
+        fid.frechet_distance(mu, sigma, torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(mu, sigma, mu * math.nan, sigma)
+
+
+def test_count_name_tells_counts_apart():
+    assert [fid.count_name(n) for n in (50_000, 1000, 64, 1500)] == [
+        "fid_50k", "fid_1k", "fid_64", "fid_1500",
+    ]  # fmt: skip
+
+
+# --- streaming sums
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 200])
+def test_moments_equal_numpy_for_any_batching(size):
+    features = torch.randn(150, 6, generator=rng()) * 0.01 + 50
+    sums = FeatureMoments(6)
+    for part in features.split(size):
+        sums.update(part)
+    sums.update(features[:0])
+    mean, covariance = sums.mean_cov()
+    expected = features.double().numpy()
+    np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(covariance, np.cov(expected, rowvar=False), rtol=1e-6, atol=1e-10)
+
+
+def test_moments_of_one_image_have_no_covariance():
+    sums = FeatureMoments(3)
+    sums.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least 2 images"):
+        sums.mean_cov()
+
+
+@pytest.mark.parametrize("count", [10, 97, 300])
+def test_inception_score_equals_torch_fidelity(count):
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.randn(count, 20, generator=rng()) * 3
+    expected = isc_features_to_metric(logits)
+    sums = InceptionScoreSums(count, 20)
+    for start in range(0, count, 7):
+        sums.update(logits[start : start + 7], range(start, min(start + 7, count)))
+    mean, std = sums.compute()
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-9)
+    assert std == pytest.approx(expected["inception_score_std"], rel=1e-9, abs=1e-12)
+
+
+def test_inception_score_of_few_images_has_fewer_splits():
+    assert split_of_index(3, 3).sort().values.tolist() == [0, 1, 2]
+    sums = InceptionScoreSums(3, 5)
+    sums.update(torch.randn(3, 5, generator=rng()), range(3))
+    assert sums.compute().mean == pytest.approx(1.0)  # one image a split tells nothing
+
+
+class RecordingRuntime(Runtime):
+    """A rank whose reductions are done by hand: keeps the tensors that it would have summed."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        REDUCED[self.rank].append(tensor)
+        return tensor
+
+
+REDUCED: dict[int, list[Tensor]] = {}
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_shards_add_up_to_a_single_process(world_size):
+    """Also with ranks that have no image: 3 generated images over 5 ranks."""
+    images, labels = random_images(3 if world_size == 5 else 21), None
+    labels = [i % 3 for i in range(len(images))]
+    real = real_images_of(random_images(40, seed=5) // 2, torch.arange(40) % 4)
+
+    def scorers():
+        return [
+            InceptionScorer(("fid", "is"), tiny_extractor(), CPU, num_images=len(images)),
+            LpipsScorer(pixel_distance, CPU, num_images=len(images), labels=labels,
+                        shape=(1, 16, 16), num_pairs=30),
+        ]  # fmt: skip
+
+    single = run_scorers(
+        scorers(), real=real, batches=batches_of(images, labels), num_images=len(images),
+        runtime=SINGLE,
+    )  # fmt: skip
+    REDUCED.clear()
+    ranks = []
+    for rank in range(world_size):
+        REDUCED[rank] = []
+        runtime = RecordingRuntime(CPU, rank, world_size)
+        parts = scorers()
+        for scorer in parts:
+            scorer.see_real(real, runtime)
+            for batch, asked, seeds in batches_of(images, labels, runtime, size=4):
+                scorer.see_generated(batch, asked, range(seeds[0], seeds[-1] + 1))
+            scorer.reduce_real(runtime)
+            scorer.reduce_generated(runtime)
+        ranks.append(parts)
+    for tensors in zip(*REDUCED.values(), strict=True):
+        tensors[0].copy_(sum(tensors[1:], start=tensors[0].clone()))
+    for scorer in ranks[0]:
+        for name, found in scorer.results().items():
+            assert found["value"] == pytest.approx(single[name]["value"], rel=1e-6), name
+
+
+def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean((1, 2, 3))
+
+
+def _score_on_rank(rank: int, port: int, folder: str) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    images, labels = random_images(5), [0, 1, 0, 1, 0]
+    real = real_images_of(random_images(20, seed=5), torch.arange(20) % 2)
+    with distributed_runtime("cpu", timeout_minutes=1) as runtime:
+        scorers = [
+            InceptionScorer(("fid", "is"), tiny_extractor(), CPU, num_images=5),
+            Failing(on_rank=1),
+            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, test=real, num_steps=2),
+        ]
+        entries = run_scorers(
+            scorers, real=real, batches=batches_of(images, labels, runtime), num_images=5,
+            runtime=runtime,
+        )  # fmt: skip
+        if runtime.is_main:
+            Path(folder, "entries.json").write_text(json.dumps(entries))
+
+
+class Failing:
+    """A scorer that raises on one rank while images pass."""
+
+    names = ("lpips",)
+
+    def __init__(self, on_rank: int | None = None) -> None:
+        self.on_rank = on_rank
+
+    def see_real(self, real, runtime):
+        self.raises = self.on_rank is None or runtime.rank == self.on_rank
+
+    def reduce_real(self, runtime):
+        runtime.all_reduce(torch.zeros(1))
+
+    def see_generated(self, images, labels, indices):
+        if self.raises:
+            raise RuntimeError("boom")
+
+    def reduce_generated(self, runtime):
+        runtime.all_reduce(torch.zeros(1))
+
+    def results(self):
+        return {"lpips": entry("ok", 1.0)}
+
+
+def test_two_processes_agree_with_one_and_survive_a_failure_on_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_score_on_rank, args=(port, str(tmp_path)), nprocs=2)
+    found = json.loads((tmp_path / "entries.json").read_text())
+    real = real_images_of(random_images(20, seed=5), torch.arange(20) % 2)
+    single = run_scorers(
+        [
+            InceptionScorer(("fid", "is"), tiny_extractor(), CPU, num_images=5),
+            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, test=real, num_steps=2),
+        ],
+        real=real,
+        batches=batches_of(random_images(5), [0, 1, 0, 1, 0]),
+        num_images=5,
+        runtime=SINGLE,
+    )
+    for name in ("fid", "is", "class_acc"):
+        assert found[name]["value"] == pytest.approx(single[name]["value"], rel=1e-6), name
+    assert found["class_acc"]["confusion"] == single["class_acc"]["confusion"]
+    assert found["lpips"]["status"] == "failed"
+    assert "another process" in found["lpips"]["reason"]
+
+
+def test_a_failing_metric_is_recorded_and_the_others_go_on():
+    images, told = random_images(6), []
+    scorers = [Failing(), InceptionScorer(("is",), tiny_extractor(), CPU, num_images=6)]
+    found = run_scorers(
+        scorers, real=None, batches=batches_of(images, None), num_images=6, runtime=SINGLE,
+        warn=told.append,
+    )  # fmt: skip
+    assert found["lpips"]["status"] == "failed"
+    assert found["lpips"]["reason"] == "RuntimeError: boom"
+    assert found["is"]["value"] >= 1
+    assert len(told) == 1
+
+
+def test_fid_of_real_halves_is_small_and_of_noise_large():
+    smooth = torch.arange(256).view(1, 1, 16, 16).expand(200, -1, -1, -1).to(torch.uint8)
+    real = (smooth // 2 + random_images(200, seed=3) // 4).to(torch.uint8)
+    found = {}
+    for name, images in {"half": real[100:], "noise": random_images(100, seed=4)}.items():
+        found[name] = run_scorers(
+            [InceptionScorer(("fid",), tiny_extractor(), CPU, num_images=100)],
+            real=real_images_of(real[:100], torch.zeros(100, dtype=torch.int64)),
+            batches=batches_of(images, None),
+            num_images=100,
+            runtime=SINGLE,
+        )["fid"]
+    assert 0 < found["half"]["value"] < found["noise"]["value"] / 10
+    assert found["half"]["status"] == "unreliable"
+    assert found["half"]["name"] == "fid_100"
+
+
+def test_precision_settings_are_put_back():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    with inception.full_float32(CPU):
+        assert conv.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert conv.fp32_precision == before
+
+
+def test_real_indices_are_a_fixed_sorted_subset():
+    chosen = choose_indices(1000, 10)
+    assert list(chosen) == sorted(set(chosen)) == list(choose_indices(1000, 10))
+    assert max(chosen) > 500
+    assert choose_indices(5, 10) == range(5)
+
+
+# --- weights
+
+
+def test_missing_weights_say_what_to_do_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(url, dst, **_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    for given in (None, str(tmp_path / "absent.pth")):
+        with pytest.raises(MissingWeightsError) as caught:
+            weights.find_weights(inception.INCEPTION, given)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert inception.INCEPTION.url in message
+        assert "--inception_weights PATH" in message
+        assert str(tmp_path) in message
+
+
+def test_weights_come_from_the_cache_and_are_not_fetched_in_a_dry_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(MissingWeightsError, match="a run downloads them"):
+        weights.find_weights(inception.INCEPTION, None, download=False)
+    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.file_names[1]
+    path.parent.mkdir(parents=True)
+    torch.save({"a": torch.zeros(1)}, path)
+    found = weights.find_weights(inception.INCEPTION, None)
+    assert found.path == path
+    assert len(found.sha256) == 64
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (pytest.fail, ("code from a weights file was run",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "text", "wrong"])
+def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if content == "text":
+        path.write_text("<html>404</html>")
+    else:
+        torch.save(Dangerous() if content == "pickle" else {"x": torch.zeros(1)}, path)
+    for load in (inception.load_inception, lpips_score.load_lpips):
+        with pytest.raises(MissingWeightsError) as caught:
+            load(path, CPU)
+        assert "\n" not in str(caught.value)
+
+
+def test_metrics_without_their_needs_are_skipped_and_the_rest_planned(tmp_path):
+    absent = {"inception": str(tmp_path / "a.pth"), "lpips": str(tmp_path / "b.pth")}
+    plan = plan_metrics(tuple(METRICS), runtime=SINGLE, given_weights=absent)
+    assert plan.runnable == ("class_acc",)
+    assert set(plan.skipped) == {"fid", "is", "lpips"}
+    plan = plan_metrics(
+        ("class_acc",), runtime=SINGLE, given_weights={}, unlabelled="trained without labels"
+    )
+    assert plan.skipped["class_acc"]["reason"] == "trained without labels"
+    assert build_scorers(
+        plan, runtime=SINGLE, num_images=4, labels=None, shape=(1, 8, 8), num_classes=0
+    ) == []  # fmt: skip
+
+
+def test_metric_names_are_checked_with_a_hint():
+    assert check_metric_names(["fid", "is", "fid"]) == ("fid", "is")
+    for wrong, hint in {"fidd": "'fid'", "LPIP": "'lpips'", "accuracy": "'class_acc'"}.items():
+        with pytest.raises(ConfigError, match=f"did you mean {hint}"):
+            check_metric_names([wrong])
+
+
+# --- LPIPS
+
+
+@pytest.fixture(scope="module")
+def alexnet_path(tmp_path_factory) -> Path:
+    """torchvision's AlexNet state dict with random convolutions (the head is not read)."""
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    shapes = {
+        0: (64, 3, 11),
+        3: (192, 64, 5),
+        6: (384, 192, 3),
+        8: (256, 384, 3),
+        10: (256, 256, 3),
+    }
+    state = {}
+    for layer, (out, into, kernel) in shapes.items():
+        scale = math.sqrt(2 / (into * kernel**2))
+        weight = torch.randn(out, into, kernel, kernel, generator=rng(layer)) * scale
+        state |= {f"features.{layer}.weight": weight, f"features.{layer}.bias": torch.zeros(out)}
+    torch.save(state, path)
+    return path
+
+
+def test_lpips_loads_given_weights_and_leaves_the_random_state(alexnet_path):
+    state = torch.random.get_rng_state()
+    distance = lpips_score.load_lpips(alexnet_path, CPU)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    x = lpips_score.lpips_input(random_images(2, (1, 28, 28)))
+    assert x.shape == (2, 3, 64, 64)
+    assert x.min() >= -1
+    assert x.max() <= 1
+    assert distance(x, x).tolist() == [0, 0]
+    assert (distance(x, x.flip(0)) > 0).all()
+    first = torch.load(alexnet_path)["features.0.weight"]
+    assert torch.equal(distance.__closure__[0].cell_contents.net.slice1[0].weight, first)
+
+
+def test_lpips_diversity_of_grey_28_pixel_images(alexnet_path):
+    """Images of one class are near each other, real images twice as far apart as generated ones."""
+    labels = [i % 2 for i in range(8)]
+    base = random_images(2, (1, 28, 28))[torch.tensor(labels)]
+    images = (base // 2 + random_images(8, (1, 28, 28), seed=1) // 16).to(torch.uint8)
+    scorer = LpipsScorer(
+        lpips_score.load_lpips(alexnet_path, CPU), CPU, num_images=8, labels=labels,
+        shape=(1, 28, 28), num_pairs=40,
+    )  # fmt: skip
+    real = real_images_of(random_images(8, (1, 28, 28), seed=2), torch.tensor(labels))
+    found = run_scorers(
+        [scorer], real=real, batches=batches_of(images, labels, size=3), num_images=8,
+        runtime=SINGLE,
+    )["lpips"]  # fmt: skip
+    assert found["lpips_intra"]["value"] < found["lpips_inter"]["value"]
+    assert found["value"] == found["lpips_inter"]["value"] < found["real_value"]
+    assert found["sem"] > 0
+    assert found["extractor"]["size"] == [64, 64]
+
+
+def test_pairs_differ_and_depend_on_the_seed_alone():
+    pairs = lpips_score.draw_pairs(100, 500, 3)
+    assert pairs.shape == (500, 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert torch.equal(pairs, lpips_score.draw_pairs(100, 500, 3))
+    assert not torch.equal(pairs, lpips_score.draw_pairs(100, 500, 4))
+    assert len(lpips_score.draw_pairs(5, 500, 0)) == 10
+
+
+def test_diversity_is_the_mean_over_all_pairs_when_there_are_few():
+    images = random_images(5, (3, 64, 64))
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    found = lpips_score.diversity(pixel_distance, images, labels, CPU)
+    x = lpips_score.lpips_input(images)
+    table = torch.stack([pixel_distance(x, x[i : i + 1].expand_as(x)) for i in range(5)])
+    rows, columns = torch.triu_indices(5, 5, offset=1)
+    expected = table[rows, columns]
+    assert found["lpips_inter"].mean == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert found["lpips_inter"].sem == pytest.approx(
+        expected.std().item() / math.sqrt(10), rel=1e-5
+    )
+    within = torch.stack([table[0, 1], table[0, 2], table[1, 2]]).mean().item()
+    assert found["lpips_intra"].mean == pytest.approx(within, rel=1e-6)
+
+
+# --- classifier
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[RealImages, RealImages, Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = (torch.tensor(data.images) * 15.9).round().to(torch.uint8)[:, None]
+    labels = torch.tensor(data.target, dtype=torch.int64)
+    order = torch.randperm(len(images), generator=rng())
+    images, labels = images[order], labels[order]
+    train = real_images_of(images[:1438], labels[:1438])
+    return train, real_images_of(images[1438:], labels[1438:], split="test"), images, labels
+
+
+def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path):
+    """Real test images as "generated" ones reach the ceiling; the cache gives the same again."""
+    train, test, images, labels = digits
+    spoken: list[str] = []
+
+    def score(asked: Tensor) -> dict:
+        scorer = ClassScorer(
+            CPU, shape=(1, 8, 8), num_classes=10, test=test, cache_dir=tmp_path, num_steps=150,
+            log=spoken.append,
+        )  # fmt: skip
+        return run_scorers(
+            [scorer], real=train, batches=batches_of(images[1438:], asked.tolist(), size=100),
+            num_images=len(images) - 1438, runtime=SINGLE,
+        )["class_acc"]  # fmt: skip
+
+    found = score(labels[1438:])
+    assert found["status"] == "ok"
+    assert found["value"] == found["real_ceiling"] >= 0.97
+    assert found["per_class"] == found["per_class_real"]
+    assert found["ci95"][0] < found["value"] <= found["ci95"][1]
+    assert sum(map(sum, found["confusion"])) == found["n"] == len(test.labels)
+    assert len(list(tmp_path.glob("classifier_*.pth"))) == 1
+    assert spoken
+
+    spoken.clear()
+    again = score(labels[1438:])
+    assert not spoken  # nothing was trained
+    shuffled = score(labels[1438:][torch.randperm(len(test.labels), generator=rng(1))])
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    assert abs(shuffled["value"] - 0.1) < 0.06
+    assert shuffled["real_ceiling"] == found["real_ceiling"]
+
+
+def test_training_is_a_function_of_its_arguments(digits):
+    train, _, _, _ = digits
+    images = train.load(range(200))
+    spec = classifier.classifier_spec((1, 8, 8), 10, 200, flip=True)
+    spec = ClassifierSpec(**(dataclasses.asdict(spec) | {"num_steps": 4}))
+    state = torch.random.get_rng_state()
+    one = classifier.train_classifier(images, train.labels[:200], spec, CPU).state_dict()
+    torch.manual_seed(99)
+    two = classifier.train_classifier(images, train.labels[:200], spec, CPU).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    torch.random.set_rng_state(state)
+
+
+def test_a_weak_classifier_makes_the_accuracy_unreliable(digits):
+    train, _, images, labels = digits
+    scorer = ClassScorer(CPU, shape=(1, 8, 8), num_classes=10, test=None, num_steps=1)
+    found = run_scorers(
+        [scorer], real=train, batches=batches_of(images[:20], labels[:20].tolist()),
+        num_images=20, runtime=SINGLE,
+    )["class_acc"]  # fmt: skip
+    assert found["status"] == "unreliable"
+    assert "held out" in found["classifier"]["ceiling_split"]
+    assert found["n_real"] == 143
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (3, 20, 48), (1, 28, 28), (3, 96, 96)])
+def test_classifier_takes_any_shape_and_shifts_keep_it(shape):
+    spec = classifier.classifier_spec(shape, 4, 10, flip=False)
+    images = random_images(2, shape)
+    assert classifier.classify(classifier.Classifier(spec).eval(), images, CPU).shape == (2, 4)
+    assert classifier.shift_randomly(images.float(), rng()).shape == images.shape
+
+
+def test_shifts_move_pixels_by_at_most_a_twelfth():
+    images = torch.zeros(50, 1, 24, 24)
+    images[:, :, 12, 12] = 1
+    y, x = classifier.shift_randomly(images, rng()).nonzero()[:, 2:].unbind(1)
+    assert set(y.tolist()) == set(x.tolist()) == {10, 11, 12, 13, 14}
+
+
+def test_class_totals_count_what_was_asked_against_what_is_seen():
+    totals = ClassTotals(3)
+    probs = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.0, 0.2, 0.8]])
+    totals.update(probs, torch.tensor([0, 1, 2]))
+    assert totals.confusion.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
+    assert totals.accuracy == pytest.approx(2 / 3)
+    assert totals.per_class() == [1.0, 0.0, 1.0]
+    assert totals.unsure == 1
+    assert totals.requested_prob.item() == pytest.approx(0.9 + 0.3 + 0.8)
+    assert ClassTotals(2).per_class() == [None, None]
+
+
+def test_wilson_interval_of_known_shares():
+    assert wilson_interval(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_held_out_rows_are_no_training_rows():
+    parts = classifier.split_train(range(100), hold_out=True, seed=0)
+    assert len(parts.test) == 10
+    assert sorted(parts.train + parts.test) == list(range(100))
+    assert classifier.split_train(range(100), hold_out=False, seed=0).test == []
+
+
+# --- report
+
+
+def test_report_has_the_known_keys_first_and_no_nan(tmp_path):
+    entries = {
+        "is": entry("ok", 2.5, std=math.nan, num_splits=10),
+        "fid": entry("unreliable", math.inf, name="fid_64", raw=-math.inf),
+        "lpips": entry("skipped", None, "no weights"),
+    }
+    report = build_report(entries, provenance={"seed": 1, "checkpoint": Path("a.pth")})
+    path = tmp_path / "eval" / "report.json"
+    write_report(path, report)
+    stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert list(stored)[:5] == ["FID", "IS_mean", "IS_std", "LPIPS_diversity", "class_accuracy"]
+    assert stored["IS_mean"] == 2.5
+    assert stored["FID"] is stored["fid_64"] is stored["LPIPS_diversity"] is None
+    assert stored["metrics"]["fid"]["reason"]
+    assert stored["provenance"]["created"].endswith("+00:00")
+    assert stored["provenance"]["checkpoint"] == "a.pth"
+    assert stored["status"] == "complete" or stored["status"] == "partial"
+    assert list(tmp_path.glob("eval/*")) == [path]
+
+
+def test_summary_shows_each_class_beside_the_real_ceiling():
+    accuracy = entry(
+        "ok", 0.75, ci95=[0.5, 0.9], real_ceiling=0.99, unsure_share=0.125,
+        per_class={"cat": 0.5, "dog": None}, per_class_real={"cat": 0.98, "dog": 1.0},
+    )  # fmt: skip
+    skipped = entry("skipped", None, "no weights")
+    report = build_report({"class_acc": accuracy, "fid": skipped}, provenance={}, warnings=["few"])
+    lines = summary(report).splitlines()
+    assert lines[0].split() == ["fid", "skipped", "no", "weights"]
+    assert "real images 0.9900, unsure 12.5%" in lines[1]
+    assert any(line.split() == ["cat", "0.5000", "real", "0.9800"] for line in lines)
+    assert any(line.split() == ["dog", "-", "real", "1.0000"] for line in lines)
+    assert lines[-1] == "note: few"
+
+
+def test_report_path_takes_a_file_or_a_folder(tmp_path):
+    assert report_path(None, Path("run/eval")) == Path("run/eval/report.json")
+    assert report_path("a/metrics_report.json", Path("run")) == Path("a/metrics_report.json")
+    assert report_path("folder", Path("run")) == Path("folder/report.json")
+
+
+def test_warnings_follow_the_number_of_images():
+    assert "unreliable" in count_warnings(["fid"], 2048, 3)[0]
+    assert "not comparable" in count_warnings(["fid"], 9999, 3)[0]
+    assert count_warnings(["fid"], 10_000, 3) == count_warnings(["class_acc"], 10, 1) == []
+    assert "grey" in count_warnings(["is"], 10_000, 1)[0]
+
+
+def test_images_are_saved_by_index_until_the_disk_refuses(tmp_path):
+    images, told = random_images(5), []
+    passed = list(save_batches(batches_of(images, None, size=2), tmp_path / "a", 3, told.append))
+    assert len(passed) == 3
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(3, 8)]
+    (tmp_path / "file").write_text("")
+    passed = list(save_batches(batches_of(images, None), tmp_path / "file", 0, told.append))
+    assert len(passed) == 1
+    assert len(told) == 1
+
+
+# --- the whole Inception against torch-fidelity
+
+
+def random_inception(path: Path) -> None:
+    """Write weights of the right shapes, Kaiming-initialised (no download)."""
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """What torch-fidelity takes for input: uint8 (3, H, W) per item."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].expand(3, -1, -1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fid_and_is_equal_torch_fidelity(tmp_path):
+    import torch_fidelity
+
+    path = tmp_path / "inception.pth"
+    random_inception(path)
+    generated, real = random_images(16, (1, 28, 28)), random_images(16, (1, 28, 28), seed=1) // 2
+    scorer = InceptionScorer(
+        ("fid", "is"), inception.load_inception(path, CPU, layer="64"), CPU, num_images=16
+    )
+    found = run_scorers(
+        [scorer], real=real_images_of(real, torch.zeros(16, dtype=torch.int64)),
+        batches=batches_of(generated, None, size=7), num_images=16, runtime=SINGLE,
+    )  # fmt: skip
+    expected = torch_fidelity.calculate_metrics(
+        input1=Pictures(generated), input2=Pictures(real), fid=True, isc=True, cuda=False,
+        batch_size=8, feature_layer_fid="64", feature_extractor_weights_path=str(path),
+        verbose=False, cache=False, save_cpu_ram=True,
+    )  # fmt: skip
+    assert found["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert found["is"]["value"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert found["is"]["std"] == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-9)

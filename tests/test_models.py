@@ -1,0 +1,168 @@
+"""The contract of every backbone, and what is particular to the UNet."""
+
+import copy
+
+import pytest
+import torch
+
+from models import BACKBONES, build_model, check_config
+from models.layers import LabelEmbedding, timestep_features
+from utils.config import Config
+from utils.ema import EMA
+from utils.errors import ConfigError
+from utils.images import ImageSpec
+
+SMALL = {"unet": dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0)}
+SPECS = [ImageSpec(1, 8, 8, 10), ImageSpec(3, 16, 8, 4)]
+
+
+def make(model_type="unet", spec=SPECS[0], conditional=True, **params):
+    config = Config(
+        experiment_name="test",
+        model_type=model_type,
+        conditional=conditional,
+        model_params={**SMALL[model_type], **params},
+    )
+    return build_model(config, spec)
+
+
+def randomised(model):
+    """Zero-initialised layers would hide what the network depends on."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def inputs(spec, batch=3):
+    x = torch.randn(batch, *spec.shape, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(batch) * 7, torch.arange(batch) % spec.num_classes
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+@pytest.mark.parametrize("spec", SPECS)
+class TestContract:
+    def test_shape_and_zero_start(self, model_type, spec):
+        x, t, y = inputs(spec)
+        output = make(model_type, spec)(x, t, y)
+        assert output.shape == x.shape
+        assert (output == 0).all()
+
+    def test_depends_on_every_input(self, model_type, spec):
+        model = randomised(make(model_type, spec))
+        x, t, y = inputs(spec)
+        base = model(x, t, y)
+        for changed in ((x + 0.1, t, y), (x, t + 1, y), (x, t, (y + 1) % 4), (x, t, y * 0 - 1)):
+            assert not torch.allclose(model(*changed), base, atol=1e-6)
+
+    def test_rows_do_not_mix(self, model_type, spec):
+        model = randomised(make(model_type, spec))
+        x, t, y = inputs(spec)
+        alone = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(model(x, t, y), alone, rtol=1e-4, atol=1e-4)
+
+    def test_every_parameter_learns(self, model_type, spec):
+        model = randomised(make(model_type, spec)).train()
+        model(*inputs(spec)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+    def test_unconditional_takes_no_labels(self, model_type, spec):
+        x, t, _ = inputs(spec)
+        model = make(model_type, spec, conditional=False)
+        assert model(x, t, None).shape == x.shape
+        assert not any(isinstance(m, LabelEmbedding) for m in model.modules())
+
+
+def test_label_embedding_row_zero_is_the_null_label():
+    embedding = LabelEmbedding(3, 4)
+    rows = embedding(torch.tensor([-1, 0, 2]))
+    assert torch.equal(rows, embedding.table.weight[[0, 1, 3]])
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([3]))
+
+
+def test_timestep_features_differ_and_are_bounded():
+    features = timestep_features(torch.arange(1000), 32)
+    assert features.shape == (1000, 32)
+    assert features.abs().max() <= 1
+    assert torch.pdist(features).min() > 1e-3
+
+
+def test_concat_conditioning_adds_input_planes():
+    model = make(class_conditioning="concat", class_emb_size=5)
+    assert model.stem.in_channels == 1 + 5
+    assert model.label_embedding is None
+    randomised(model)
+    x, t, y = inputs(SPECS[0])
+    assert not torch.allclose(model(x, t, y), model(x, t, (y + 1) % 10))
+
+
+def test_attention_is_where_it_was_asked_for():
+    def count(**params):
+        model = make(spec=ImageSpec(1, 16, 16, 10), channel_mult=(1, 1, 1), **params)
+        return sum(type(m).__name__ == "AttentionBlock" for m in model.modules())
+
+    assert count(use_attention=False) == 0
+    assert count(attention_resolutions=()) == 1  # the bottleneck
+    assert count(attention_resolutions=(8,)) == 1 + 1 + 2
+    assert count() == 1 + 3 + 6
+
+
+def test_cifar10_network_has_the_size_of_the_paper():
+    """DDPM's CIFAR-10 network has 35.7 M parameters; the class embedding adds a few thousand."""
+    config = Config(
+        experiment_name="test",
+        conditional=True,
+        model_params=dict(
+            model_channels=128,
+            channel_mult=(1, 2, 2, 2),
+            num_res_blocks=2,
+            attention_resolutions=(16,),
+        ),
+    )
+    with torch.device("meta"):
+        model = build_model(config, ImageSpec(3, 32, 32, 10))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(35.7e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (dict(model_chanels=32), "did you mean 'model_channels'"),
+        (dict(dropout="a lot"), "model_params.dropout"),
+        (dict(use_attention=1), "model_params.use_attention"),
+        (dict(model_channels=True), "model_params.model_channels"),
+        (dict(in_channels=3), "contradicts the data"),
+        (dict(channel_mult=(1, 2, 2, 2, 2)), "cannot be halved 4 times"),
+        (dict(attention_resolutions=(5,)), "match no level"),
+        (dict(class_conditioning="add"), "class_conditioning"),
+    ],
+)
+def test_bad_parameters_are_one_clear_problem(params, message):
+    config = Config(
+        experiment_name="test", conditional=True, model_params={**SMALL["unet"], **params}
+    )
+    problems = list(check_config(config, SPECS[0]))
+    assert len(problems) == 1
+    assert message in problems[0].message
+
+
+def test_build_refuses_what_does_not_fit():
+    with pytest.raises(ConfigError, match="cannot be halved"):
+        make(channel_mult=(1, 1, 1, 1, 1))
+
+
+def test_ema_follows_with_warm_up():
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, decay=0.5)
+    expected = copy.deepcopy(model.weight.detach())
+    for n in range(20):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        torch.testing.assert_close(ema.model.weight, expected)
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())

@@ -1,0 +1,124 @@
+"""Randomness is a pure function of (seed, stream, index): no two keys meet, nothing remembers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from utils.rng import (
+    Stream,
+    derive_seed,
+    numpy_generator,
+    sample_noise,
+    seed_everything,
+    torch_generator,
+)
+
+CPU = torch.device("cpu")
+LONG = 2**32
+
+
+def test_the_numbers_of_the_streams_never_change():
+    assert {stream.name: stream.value for stream in Stream} == {
+        "PERMUTATION": 0,
+        "FLIP": 1,
+        "TIMESTEP": 2,
+        "NOISE": 3,
+        "LABEL_DROPOUT": 4,
+        "MODEL_DROPOUT": 5,
+        "SAMPLE": 6,
+        "MODEL_INIT": 7,
+        "PREVIEW": 8,
+        "EVALUATION": 9,
+        "CLASSIFIER": 10,
+    }
+
+
+def test_no_two_keys_meet():
+    seeds = (0, 1, 5, 42, 5 + LONG, 5 + 2 * LONG, 5 + LONG * LONG, 2**64 + 1)
+    keys = list(itertools.product(seeds, Stream, range(12)))
+    found = {derive_seed(seed, stream, index) for seed, stream, index in keys}
+    assert len(found) == len(keys)
+    # the CPU generator of torch uses the low 32 bits alone
+    assert len({value % LONG for value in found}) == len(keys)
+
+
+def test_seed_plus_step_is_no_key():
+    sums = [derive_seed(seed, Stream.NOISE, step) for seed in range(30) for step in range(30)]
+    assert len(set(sums)) == 900
+
+
+def test_a_long_seed_does_not_shift_the_other_words():
+    assert derive_seed(5 + LONG, Stream.NOISE) != derive_seed(5, Stream.FLIP, 3)
+    assert derive_seed(5 + 6 * LONG, Stream.NOISE) != derive_seed(5, Stream.SAMPLE, 3)
+
+
+@pytest.mark.parametrize("make", [torch_generator, numpy_generator])
+def test_generators_are_fresh_and_repeat(make):
+    def draw(seed: int, stream: Stream, *index: int) -> list[float]:
+        generator = make(seed, stream, *index)
+        if isinstance(generator, torch.Generator):
+            return torch.randn(4, generator=generator).tolist()
+        return generator.standard_normal(4).tolist()
+
+    assert draw(1, Stream.NOISE, 7) == draw(1, Stream.NOISE, 7)
+    different = [
+        draw(1, Stream.NOISE, 7),
+        draw(1, Stream.NOISE, 8),
+        draw(1, Stream.FLIP, 7),
+        draw(2, Stream.NOISE, 7),
+        draw(1 + LONG, Stream.NOISE, 7),
+    ]
+    assert len({tuple(numbers) for numbers in different}) == len(different)
+
+
+def test_generators_leave_the_global_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    torch.randn(3, generator=torch_generator(1, Stream.NOISE, 1))
+    sample_noise([1, 2], CPU)((2, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seed_everything_takes_any_seed_and_tells_them_apart():
+    weights = []
+    for seed in (5, 5 + LONG, 2**64 + 5, 2**200):
+        seed_everything(seed)
+        weights.append(torch.nn.Linear(2, 2).weight.tolist())
+    assert all(a != b for a, b in itertools.combinations(weights, 2))
+    seed_everything(5)
+    assert torch.nn.Linear(2, 2).weight.tolist() == weights[0]
+
+
+def test_the_noise_of_an_image_is_its_own():
+    shape = (3, 4, 5)
+    draw = sample_noise([3, 7, 5, 3], CPU)
+    together = [draw((4, *shape)) for _ in range(3)]
+    for row, seed in enumerate([3, 7, 5, 3]):
+        alone = sample_noise([seed], CPU)
+        for draws in together:
+            assert torch.equal(draws[row], alone((1, *shape))[0])
+    assert torch.equal(together[0][0], together[0][3])
+    assert not torch.equal(together[0][0], together[0][1])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_noise_of_long_seeds_differs():
+    first, second = (sample_noise([seed], CPU)((1, 8)) for seed in (5, 5 + LONG))
+    assert not torch.equal(first, second)
+
+
+def test_noise_is_standard_normal_float32():
+    noise = sample_noise(list(range(50)), CPU)((50, 2000))
+    assert noise.dtype == torch.float32
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    neighbours = (noise[:-1] * noise[1:]).mean(dim=1)
+    assert neighbours.abs().max() < 0.12  # 5 sigma of uncorrelated rows
+
+
+def test_noise_wants_a_row_per_seed():
+    with pytest.raises(ValueError, match="3 rows asked of 2"):
+        sample_noise([1, 2], CPU)((3, 4))

@@ -1,0 +1,283 @@
+"""Trackers: metrics.jsonl is the record, and nothing about a tracker stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.config import Config
+from utils.tracking import JsonlTracker, SwanlabTracker, TrackerGroup, start_trackers
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The project's warnings so far."""
+    logger = logging.getLogger("diffusion")
+    was, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.WARNING)
+    yield lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    logger.propagate = was
+
+
+def config_in(folder: Path, **values) -> Config:
+    (folder / "run").mkdir(exist_ok=True)
+    return Config(**{"save_dir": str(folder), "experiment_name": "run", **values})
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- metrics.jsonl
+
+
+def test_a_line_per_call(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path, 0)
+    tracker.log_scalars({"train/loss": 0.5}, 1)
+    tracker.log_scalars({"train/loss": 0.25, "train/lr": 1e-4}, 2)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows == [
+        {"step": 1, "train/loss": 0.5},
+        {"step": 2, "train/loss": 0.25, "train/lr": 1e-4},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "kept"), [(0, []), (15, [10]), (20, [10, 20]), (99, [10, 20, 30])]
+)
+def test_going_on_drops_what_will_be_made_again(tmp_path, start, kept):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlTracker(path, 0)
+    for step in (10, 20, 30):
+        first.log_scalars({"loss": 1.0}, step)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    JsonlTracker(path, start)
+    assert path.read_text(encoding="utf-8").splitlines() == lines[: len(kept)]
+    assert steps_in(path) == kept
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b'{"step": 3, "lo', b'{"step": 3', b"\x00\x00\x00", b"\xff\xfe", b"7", b'{"loss": 1}', b"[]"],
+)
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n' + torn)
+    tracker = JsonlTracker(path, 5)
+    tracker.log_scalars({"loss": 0.5}, 6)
+    assert steps_in(path) == [1, 2, 6]
+
+
+# --- the group
+
+
+class Failing:
+    """Raises in what is named, and counts the calls."""
+
+    def __init__(self, *names: str, error: BaseException | None = None) -> None:
+        self.names, self.calls = names, []
+        self.error = error or RuntimeError("no connection\nto the server")
+
+    def _maybe(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.names:
+            raise self.error
+
+    def log_scalars(self, scalars, step):
+        self._maybe("log_scalars")
+
+    def log_image(self, name, image, step):
+        self._maybe("log_image")
+
+    def finish(self):
+        self._maybe("finish")
+
+
+IMAGE = torch.zeros(1, 4, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\nkey"), ImportError("swanlab"), SystemExit(1)])
+def test_a_tracker_that_cannot_start_is_a_warning(warnings, error):
+    def make():
+        raise error
+
+    group = TrackerGroup()
+    group.add(make, "SwanLab")
+    group.log_scalars({"x": 1.0}, 1)
+    group.finish()
+    assert len(warnings()) == 1
+    assert warnings()[0].startswith("SwanLab: not started, the run goes on without it")
+    assert "\n" not in warnings()[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("down"), SystemExit(2)])
+def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
+    bad, good = Failing("log_scalars", error=error), Failing()
+    group = TrackerGroup()
+    group.add(lambda: bad, "bad")
+    group.add(lambda: good, "good")
+    for step in range(10):
+        group.log_scalars({"x": 1.0}, step)
+    group.finish()
+    assert bad.calls == ["log_scalars"] * 3
+    assert good.calls == ["log_scalars"] * 10 + ["finish"]
+    assert len(warnings()) == 2
+    assert "the run goes on" in warnings()[0]
+    assert "dropped" in warnings()[1]
+
+
+def test_now_and_then_a_failure_warns_once_and_drops_nothing(warnings):
+    flaky = Failing("log_scalars")
+    group = TrackerGroup()
+    group.add(lambda: flaky, "flaky")
+    for step in range(8):
+        group.log_scalars({"x": 1.0}, step)
+        group.log_image("samples", IMAGE, step)
+    assert len(flaky.calls) == 16
+    assert len(warnings()) == 1
+
+
+@pytest.mark.parametrize("method", ["log_scalars", "log_image", "finish"])
+def test_no_failure_gets_out(warnings, method):
+    group = TrackerGroup()
+    group.add(lambda: Failing(method), "bad")
+    group.log_scalars({"x": 1.0}, 1)
+    group.log_image("samples", IMAGE, 1)
+    group.finish()
+    assert len(warnings()) == 1
+    assert "\n" not in warnings()[0]
+
+
+def test_numbers_that_are_none_stay_out(tmp_path):
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    values = {"a": 1, "b": math.nan, "c": math.inf, "d": torch.tensor(2.0)}
+    group.log_scalars(values, 1)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"step": 1, "a": 1.0, "d": 2.0}
+
+
+def test_other_ranks_track_nothing(tmp_path):
+    config = config_in(tmp_path, use_swanlab=True)
+    group = start_trackers(config, is_main=False, start_step=0, run_id="x")
+    group.log_scalars({"x": 1.0}, 1)
+    group.finish()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# --- SwanLab
+
+
+class FakeSwanlab:
+    """What `SwanlabTracker` uses of the package, with an optional failure of `init`."""
+
+    def __init__(self, api_key: str | None = None, failing_modes: tuple[str, ...] = ()) -> None:
+        self.inits, self.settings, self.failing_modes = [], [], failing_modes
+        self.api_key = api_key
+
+    def Settings(self, **options):  # noqa: N802
+        self.settings.append(options)
+        return type("Settings", (), {"api_key": self.api_key})()
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        if arguments["mode"] in self.failing_modes:
+            raise ConnectionError("no route\nto host")
+        return type("Run", (), {"id": arguments.get("id", "new id")})()
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+
+    def install(**options) -> FakeSwanlab:
+        module = FakeSwanlab(**options)
+        monkeypatch.setitem(sys.modules, "swanlab", module)
+        return module
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "key", "used"),
+    [
+        ("auto", None, None, "offline"),
+        ("auto", None, "key", "online"),
+        ("auto", "disabled", "key", "disabled"),
+        ("auto", "cloud", "key", "online"),
+        ("auto", "online", "key", "online"),
+        ("cloud", None, "key", "online"),
+        ("local", None, None, "local"),
+        ("offline", None, "key", "offline"),
+        ("disabled", None, "key", "disabled"),
+    ],
+)
+def test_modes(tmp_path, fake, monkeypatch, mode, environment, key, used):
+    module = fake(api_key=key)
+    if environment:
+        monkeypatch.setenv("SWANLAB_MODE", environment)
+    SwanlabTracker(config_in(tmp_path, swanlab_mode=mode), tmp_path / "swanlog", None)
+    assert [call["mode"] for call in module.inits] == [used]
+    assert module.settings == [{"interactive": False}], "it must never ask"
+
+
+def test_a_run_goes_on_under_its_id(tmp_path, fake, warnings):
+    module = fake(api_key="key")
+    config = config_in(tmp_path, use_swanlab=True)
+    group = start_trackers(config, is_main=True, start_step=3, run_id="a" * 21)
+    assert group.run_id == "a" * 21
+    assert (module.inits[0]["id"], module.inits[0]["resume"]) == ("a" * 21, "allow")
+    assert start_trackers(config, is_main=True, start_step=0, run_id=None).run_id == "new id"
+
+
+def test_the_id_survives_a_tracker_that_does_not_start(tmp_path, fake, warnings):
+    fake(api_key="key", failing_modes=("online", "offline"))
+    config = config_in(tmp_path, use_swanlab=True)
+    group = start_trackers(config, is_main=True, start_step=3, run_id="known")
+    assert group.run_id == "known"
+    assert "not started, the run goes on" in warnings()[-1]
+
+
+def test_no_connection_means_offline_if_the_mode_is_auto(tmp_path, fake, warnings):
+    module = fake(api_key="key", failing_modes=("online",))
+    SwanlabTracker(config_in(tmp_path), tmp_path / "swanlog", None)
+    assert [call["mode"] for call in module.inits] == ["online", "offline"]
+    assert len(warnings()) == 1
+    assert "logging offline" in warnings()[0]
+    with pytest.raises(ConnectionError):
+        SwanlabTracker(config_in(tmp_path, swanlab_mode="cloud"), tmp_path / "swanlog", None)
+
+
+def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):
+    """`auto` without a key logs offline, asks nothing, and keeps config, scalars and images."""
+    pytest.importorskip("swanlab")
+    for name in ("SWANLAB_MODE", "SWANLAB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*_):
+        raise AssertionError("SwanLab asked for input")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("getpass.getpass", ask)
+    config = config_in(tmp_path, use_swanlab=True, learning_rate=0.0123)
+    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    assert group.run_id
+    group.log_scalars({"train/loss": 0.5}, 1)
+    group.log_image("samples", torch.zeros(1, 8, 8, dtype=torch.uint8), 1)
+    group.log_image("samples", torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
+    group.finish()
+    (folder,) = (tmp_path / "run" / "swanlog").glob("run-*")
+    assert "0.0123" in (folder / "files" / "config.yaml").read_text(encoding="utf-8")
+    assert b"train/loss" in next(folder.glob("*.swanlab")).read_bytes()
+    assert len(list(folder.rglob("*.png"))) == 2
+    assert steps_in(tmp_path / "run" / "metrics.jsonl") == [1]
+    assert sorted(p.name for p in tmp_path.iterdir()) in (["home", "run"], ["run"])

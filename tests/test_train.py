@@ -1,0 +1,422 @@
+"""Training through train.py: exact resume, equal results on any number of processes, faults."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.conftest import start_script
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import Config
+from utils.errors import (
+    EXIT_NON_FINITE,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    UserError,
+)
+from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
+from utils.resume import find_resume, plan_steps
+from utils.schedule import Schedule
+from utils.trainer import NonFiniteError, Trainer
+
+
+def run(config, name, *overrides):
+    return train.main(["--config", str(config), f"experiment_name={name}", *overrides])
+
+
+def state_of(name):
+    return load_checkpoint(Path("checkpoints") / name / "current_model.pth")
+
+
+def logged(name, key="train/loss"):
+    lines = (Path("checkpoints") / name / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row[key] for row in map(json.loads, lines)}
+
+
+def assert_same_training(a, b):
+    """Bit for bit: weights, average, optimizer state, loss statistics."""
+    assert a["step"] == b["step"]
+    assert a["best_loss"] == b["best_loss"]
+    assert a["ema_num_updates"] == b["ema_num_updates"]
+    assert torch.equal(a["loss_stats"], b["loss_stats"])
+    for key in ("model_state_dict", "ema_model_state_dict"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    moments_a, moments_b = (s["optimizer_state_dict"]["state"] for s in (a, b))
+    for index, moments in moments_a.items():
+        assert all(torch.equal(value, moments_b[index][name]) for name, value in moments.items())
+
+
+# --- exact resume
+
+
+def test_resume_in_mid_epoch_is_exact(tiny):
+    """2N steps = N + resume + N, bit for bit; digits have 22.5 steps per epoch."""
+    assert run(tiny, "whole", "max_steps=30") == EXIT_OK
+    for steps in (7, 24, 30):
+        assert run(tiny, "parts", f"max_steps={steps}", "resume_path=auto") == EXIT_OK
+    assert_same_training(state_of("whole"), state_of("parts"))
+    whole, parts = logged("whole"), logged("parts")
+    assert {s: parts[s] for s in (10, 20, 30)} == {s: whole[s] for s in (10, 20, 30)}
+
+
+def test_previews_logging_and_saving_change_nothing(tiny):
+    run(tiny, "quiet", "max_steps=26")
+    run(
+        tiny,
+        "busy",
+        "max_steps=26",
+        "sample_interval=1",
+        "sample_start_epoch=1",
+        "save_interval=1",
+        "log_interval=1",
+    )
+    quiet, busy = state_of("quiet"), state_of("busy")
+    for key in ("model_state_dict", "ema_model_state_dict"):
+        assert all(torch.equal(quiet[key][name], busy[key][name]) for name in quiet[key])
+    assert Path("checkpoints/busy/samples/epoch_0001.png").is_file()
+    assert Path("checkpoints/busy/model_epoch_0001.pth").is_file()
+
+
+def test_accumulation_changes_nothing_but_rounding(tiny):
+    run(tiny, "one", "max_steps=10", "model_params.dropout=0", "log_interval=1")
+    run(
+        tiny,
+        "four",
+        "max_steps=10",
+        "model_params.dropout=0",
+        "log_interval=1",
+        "gradient_accumulation_steps=4",
+    )
+    one, four = logged("one"), logged("four")
+    assert one.keys() == four.keys() == set(range(1, 11))
+    assert all(four[step] == pytest.approx(one[step], rel=1e-4) for step in one)
+
+
+def wait_for_step(process, name, step, folder):
+    path = folder / "checkpoints" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and any(
+            json.loads(line)["step"] >= step
+            for line in path.read_text().splitlines()
+            if "}" in line
+        ):
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_process_goes_on_exactly(tiny, tmp_path, stop):
+    options = ["epochs=8", "save_interval=1", "log_interval=1", "learning_rate=2e-3"]
+    process = start_script(
+        "train.py", "--config", tiny, "experiment_name=parts", *options, cwd=tmp_path
+    )
+    wait_for_step(process, "parts", 60, tmp_path)
+    process.send_signal(stop)
+    output, _ = process.communicate(timeout=60)
+    if stop == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == EXIT_PREEMPTED, output
+        assert state_of("parts")["step"] in logged("parts")
+    assert 22 < state_of("parts")["step"] < 180
+    assert run(tiny, "parts", *options, "resume_path=auto") == EXIT_OK
+    assert run(tiny, "whole", *options) == EXIT_OK
+    assert_same_training(state_of("whole"), state_of("parts"))
+    assert logged("parts") == logged("whole")
+
+
+def test_two_processes_train_as_one(tiny, tmp_path, script):
+    """Same losses as one process; kill and resume exact; accumulation 2 on one is the same bits."""
+    options = ["log_interval=1", "max_steps=50", "save_interval=1"]
+    whole = script("train.py", "--config", tiny, "experiment_name=ddp", *options, processes=2)
+    assert whole.returncode == EXIT_OK, whole.output
+    assert run(tiny, "one", *options, "gradient_accumulation_steps=2") == EXIT_OK
+    ddp, one = logged("ddp"), logged("one")
+    assert list(ddp) == list(one) == list(range(1, 51))
+    assert all(ddp[step] == pytest.approx(one[step], rel=1e-4) for step in one)
+    weights_ddp, weights_one = (state_of(n)["model_state_dict"] for n in ("ddp", "one"))
+    assert all(torch.equal(weights_ddp[name], weights_one[name]) for name in weights_one)
+
+    killed = start_script(
+        "train.py", "--config", tiny, "experiment_name=parts", *options, processes=2, cwd=tmp_path
+    )
+    wait_for_step(killed, "parts", 30, tmp_path)
+    killed.send_signal(signal.SIGTERM)
+    killed.communicate(timeout=60)
+    assert 0 < state_of("parts")["step"] < 50
+    again = script(
+        "train.py",
+        "--config",
+        tiny,
+        "experiment_name=parts",
+        *options,
+        "resume_path=auto",
+        processes=2,
+    )
+    assert again.returncode == EXIT_OK, again.output
+    assert logged("parts", "train/grad_norm") == logged("ddp", "train/grad_norm"), again.output
+    parts = state_of("parts")["model_state_dict"]
+    assert all(torch.equal(weights_ddp[name], parts[name]) for name in parts)
+
+
+# --- what resume refuses, and the epochs rule
+
+
+def test_an_occupied_folder_is_not_overwritten(tiny):
+    run(tiny, "taken", "max_steps=1")
+    before = state_of("taken")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(tiny, "taken", "max_steps=1")
+    assert_same_training(before, state_of("taken"))
+
+
+def test_changed_settings_are_refused_all_at_once(tiny):
+    run(tiny, "a", "max_steps=1")
+    with pytest.raises(CheckpointError) as error:
+        run(
+            tiny,
+            "a",
+            "resume_path=auto",
+            "batch_size=32",
+            "model_params.model_channels=16",
+            "use_ema=false",
+            "prediction_type=v",
+        )
+    for key in ("batch_size", "model_params", "use_ema", "prediction_type"):
+        assert key in str(error.value)
+
+
+def test_changed_images_are_refused(tiny):
+    run(tiny, "a", "max_steps=1")
+    with pytest.raises(CheckpointError, match="channels, height, width"):
+        run(tiny, "a", "resume_path=auto", "image_size=16")
+
+
+def test_learning_rate_follows_the_config_on_resume(tiny):
+    run(tiny, "a", "max_steps=2")
+    run(tiny, "a", "max_steps=10", "resume_path=auto", "learning_rate=5e-4")
+    assert logged("a", "train/lr")[10] == 5e-4
+
+
+def test_auto_starts_afresh_and_ends_when_complete(tiny, capsys):
+    assert run(tiny, "a", "resume_path=auto", "epochs=1") == EXIT_OK
+    before = state_of("a")
+    assert run(tiny, "a", "resume_path=auto", "epochs=1") == EXIT_OK
+    assert "complete" in capsys.readouterr().out
+    assert_same_training(before, state_of("a"))
+
+
+def test_a_named_file_extends_a_finished_run_and_says_so(tiny, capsys):
+    run(tiny, "a", "epochs=1")
+    first = state_of("a")["step"]
+    run(tiny, "a", "epochs=1", "resume_path=checkpoints/a/current_model.pth")
+    assert "training 1 more, to epoch 2" in capsys.readouterr().out
+    assert first == math.ceil(1442 / 64)
+    assert state_of("a")["step"] == math.ceil(2 * 1442 / 64)
+    with pytest.raises(UserError, match="max_steps"):
+        run(tiny, "a", "max_steps=3", "resume_path=checkpoints/a/current_model.pth")
+
+
+# --- faults
+
+
+def poisoned_loss(monkeypatch, bad_step):
+    """Make the loss of one step NaN."""
+    from diffusion.gaussian import GaussianDiffusion
+
+    calls = []
+    honest = GaussianDiffusion.loss
+
+    def loss(self, *arguments):
+        calls.append(1)
+        value = honest(self, *arguments)
+        return value * float("nan") if len(calls) == bad_step else value
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", loss)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
+    """On other devices the check waits for a log line, but no later step touches the weights."""
+    poisoned_loss(monkeypatch, bad_step=9)
+    trainers = []
+    honest_train = Trainer.train
+
+    def remember(self):
+        trainers.append(self)
+        return honest_train(self)
+
+    monkeypatch.setattr(Trainer, "train", remember)
+    if not on_cpu:
+        monkeypatch.setattr(Trainer, "_is_cpu", property(lambda self: False))
+    with pytest.raises(NonFiniteError, match="not finite") as error:
+        run(tiny, "bad", "max_steps=20", "log_interval=12")
+    assert error.value.exit_code == EXIT_NON_FINITE
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny.parent)
+    run(tiny, "good", "max_steps=8")
+    good = state_of("good")["model_state_dict"]
+    for name, value in trainers[0].model.state_dict().items():
+        assert torch.equal(value, good[name])
+
+
+def test_a_full_disk_is_a_warning_and_then_an_error(tiny, monkeypatch, capsys):
+    def refuse(path, state):
+        raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr("utils.trainer.files.save_checkpoint", refuse)
+    with pytest.raises(UserError, match="3 checkpoints in a row"):
+        run(tiny, "a", "epochs=5", "save_interval=1")
+    assert capsys.readouterr().out.count("no checkpoint at step") == 3
+
+
+def test_a_failing_preview_does_not_stop_training(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("train.preview", lambda *_: 1 / 0)
+    assert run(tiny, "a", "epochs=1", "sample_interval=1", "sample_start_epoch=1") == EXIT_OK
+    assert "preview failed after epoch 1" in capsys.readouterr().out
+
+
+def test_dry_run_and_print_config_write_nothing(tiny, capsys):
+    for flag in ("--dry_run", "--print-config"):
+        assert train.main([flag, "--config", str(tiny)]) == EXIT_OK
+    output = capsys.readouterr().out
+    assert "M parameters" in output
+    assert '"batch_size": 64' in output
+    assert [p.name for p in Path().iterdir()] == ["tiny.py"]
+
+
+def test_bf16_trains_on_a_cpu_when_asked(tiny):
+    assert run(tiny, "a", "max_steps=3", "precision=bf16") == EXIT_OK
+    assert all(v.dtype == torch.float32 for v in state_of("a")["model_state_dict"].values())
+
+
+def test_loss_falls(tiny):
+    run(tiny, "a", "max_steps=120", "log_interval=20")
+    losses = logged("a")
+    assert losses[120] < 0.6 * losses[1]
+
+
+# --- schedules
+
+
+def test_epochs_and_intervals_for_any_batch_size():
+    for num_images, batch_size in ((100, 7), (100, 100), (10, 64)):
+        schedule = Schedule(num_images, batch_size, 1000)
+        epochs = [schedule.epochs_done(step) for step in range(60)]
+        assert epochs == [step * batch_size // num_images for step in range(60)]
+        due = [step for step in range(1, 60) if schedule.is_due(step, 3, 3)]
+        crossed = [s for s in range(1, 60) if epochs[s] // 3 > epochs[s - 1] // 3]
+        assert due == crossed
+
+
+def test_first_preview_comes_at_its_start_epoch():
+    schedule = Schedule(100, 50, 1000)
+    due = [schedule.epochs_done(step) for step in range(1, 100) if schedule.is_due(step, 10, 4)]
+    assert due[:4] == [4, 10, 20, 30]
+
+
+def test_steps_follow_epochs_and_max_steps():
+    config = Config(experiment_name="x", epochs=3, batch_size=64)
+    assert plan_steps(config, 1000, None).total_steps == math.ceil(3000 / 64)
+    config = Config(experiment_name="x", epochs=3, batch_size=64, max_steps=5)
+    assert plan_steps(config, 1000, None).total_steps == 5
+
+
+def lr_curve(total_steps=100, **options):
+    config = Config(experiment_name="x", use_scheduler=True, learning_rate=0.1, **options)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = build_optimizer([parameter], config)
+    factor = lr_factor(config, steps_per_epoch=10, total_steps=total_steps)
+    scheduler = build_lr_scheduler(optimizer, factor)
+    values = []
+    for _ in range(total_steps):
+        values.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def torch_curve(scheduler_class, total_steps=100, **options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = scheduler_class(optimizer, **options)
+    values = []
+    for _ in range(total_steps):
+        values.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_learning_rates_equal_those_of_torch():
+    schedulers = torch.optim.lr_scheduler
+    assert lr_curve(scheduler_type="cosine") == pytest.approx(
+        torch_curve(schedulers.CosineAnnealingLR, T_max=100), abs=1e-9
+    )
+    assert lr_curve(scheduler_type="linear") == pytest.approx(
+        torch_curve(schedulers.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=100)
+    )
+    assert lr_curve(scheduler_type="step", step_size=3, gamma=0.5) == pytest.approx(
+        torch_curve(schedulers.StepLR, step_size=30, gamma=0.5)
+    )
+
+
+def test_warm_up_rises_then_follows_the_cosine():
+    curve = lr_curve(scheduler_type="warmup_cosine", warmup_epochs=2, warmup_start_factor=0.1)
+    assert curve[0] == pytest.approx(0.01)
+    assert curve[10] == pytest.approx(0.055)
+    assert curve[20] == pytest.approx(0.1)
+    assert max(curve) == curve[20]
+    assert curve[60] == pytest.approx(0.05)
+
+
+def test_old_checkpoints_are_removed_but_the_last(tiny):
+    run(tiny, "a", "epochs=5", "save_interval=1", "keep_last=2")
+    names = sorted(p.name for p in Path("checkpoints/a").glob("*.pth"))
+    assert names == [
+        "best_model.pth",
+        "current_model.pth",
+        "model_epoch_0004.pth",
+        "model_epoch_0005.pth",
+    ]
+
+
+def test_find_resume_falls_back_from_a_damaged_file(tiny):
+    run(tiny, "a", "epochs=2", "save_interval=1")
+    folder = Path("checkpoints/a")
+    content = bytearray((folder / "current_model.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "current_model.pth").unlink()  # the other names are links to the same bytes
+    (folder / "current_model.pth").write_bytes(content)
+    config = Config(**{**state_of_config(folder), "resume_path": "auto"})
+    assert find_resume(config).path.name == "model_epoch_0002.pth"
+
+
+def state_of_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_checkpoints_hold_the_known_keys(tiny):
+    run(tiny, "a", "max_steps=1")
+    state = state_of("a")
+    for key in (
+        "epoch",
+        "model_state_dict",
+        "optimizer_state_dict",
+        "scheduler_state_dict",
+        "ema_model_state_dict",
+        "best_loss",
+        "config",
+    ):
+        assert key in state
+    save_checkpoint(Path("copy.pth"), state)
+    assert_same_training(load_checkpoint(Path("copy.pth")), state)
