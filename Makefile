@@ -14,8 +14,8 @@ DEMO := checkpoints/demo
 # Train on the embedded digits, draw a grid and a GIF, evaluate. Minutes on a CPU.
 demo: .venv/.installed
 	$(BIN)/python train.py --config configs/digits_unet.py experiment_name=demo resume_path=auto
-	$(BIN)/python sample.py --checkpoint $(DEMO) --num_samples 80 --create_gif --output_dir $(DEMO)/demo
-	$(BIN)/python evaluate.py --checkpoint $(DEMO) --num_samples 1000
+	$(BIN)/python sample.py --checkpoint $(DEMO) --create_gif --output_dir $(DEMO)/demo
+	$(BIN)/python evaluate.py --checkpoint $(DEMO)
 	@echo
 	@echo "Everything is in $(DEMO):"
 	@echo "  picture     $(DEMO)/demo/samples.png"
@@ -31,5 +31,6 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The environment and caches; never checkpoints.
 clean:
-	rm -rf .venv checkpoints samples evaluation
+	rm -rf .venv .pytest_cache .ruff_cache

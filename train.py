@@ -42,7 +42,7 @@ from utils.errors import EXIT_OK, UserError, exit_code_of
 from utils.logs import log_to_file, setup_logging
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
 from utils.precision import resolve_precision
-from utils.resume import check_data, find_resume, plan_steps, prepare_run_dir
+from utils.resume import Resume, check_data, find_resume, plan_steps, prepare_run_dir
 from utils.rng import seed_everything
 from utils.schedule import Action, Schedule
 from utils.tracking import TrackerGroup, start_trackers
@@ -85,6 +85,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     device = runtime.device
     precision = resolve_precision(config.precision, device)
     resume = find_resume(config)
+    check_same_step(runtime, resume)
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
     if resume is not None:
@@ -101,6 +102,10 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         dataset, device, resident=config.resident, num_workers=config.num_workers
     )
     examples = make_examples(config, dataset, runtime)
+    if runtime.is_main and not dry_run:
+        prepare_run_dir(config)
+        log_to_file(config.run_dir / "log.txt")
+        log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
     describe(config, runtime, dataset, model, schedule, precision)
     if dry_run:
         with torch.no_grad():
@@ -109,9 +114,6 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         return EXIT_OK
 
     if runtime.is_main:
-        prepare_run_dir(config)
-        log_to_file(config.run_dir / "log.txt")
-        log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
         (config.run_dir / "config.json").write_text(format_config(config), encoding="utf-8")
     runtime.barrier()
 
@@ -162,6 +164,16 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     if code == EXIT_OK:
         report_end(config)
     return code
+
+
+def check_same_step(runtime: Runtime, resume: Resume | None) -> None:
+    """Raise on every rank if the ranks would start from different steps."""
+    step = -1 if resume is None else resume.step
+    if runtime.any(runtime.broadcast_object(step) != step):
+        raise UserError(
+            "the processes would resume from different steps; save_dir must be one folder that "
+            "all nodes share"
+        )
 
 
 def make_examples(
@@ -261,8 +273,13 @@ def describe(
     used = "conditional" if config.conditional else "unconditional"
     parameters = sum(p.numel() for p in model.parameters())
     log.info("run:    %s", config.run_dir)
-    log.info("device: %s, %s, %d process(es)", describe_device(runtime.device), precision,
-             runtime.world_size)  # fmt: skip
+    log.info(
+        "device: %s, %s, %d process(es), torch %s",
+        describe_device(runtime.device),
+        precision,
+        runtime.world_size,
+        torch.__version__,
+    )
     log.info(
         "data:   %s, %d images %dx%dx%d, %s", config.dataset, len(dataset), *spec.shape, classes
     )

@@ -30,4 +30,5 @@ config = dict(
     sample_interval=10,
     num_samples=80,
     num_inference_steps=25,
+    eval_num_samples=500,
 )

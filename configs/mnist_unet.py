@@ -29,4 +29,5 @@ config = dict(
     sample_interval=1,
     num_samples=80,
     num_inference_steps=50,
+    eval_num_samples=10_000,
 )

@@ -135,8 +135,8 @@ def train_classifier(
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, spec.learning_rate, total_steps=spec.num_steps, pct_start=0.2
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, spec.num_steps)
     )
     batch_size = min(spec.batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
@@ -162,6 +162,14 @@ def train_classifier(
             schedule.step()
             on_step(step + 1)
     return network.eval()
+
+
+def rate_factor(step: int, num_steps: int) -> float:
+    """Share of the learning rate: a linear rise over a fifth of the steps, then a cosine to 0."""
+    rise = max(1, num_steps // 5)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, num_steps - rise))
 
 
 @contextlib.contextmanager

@@ -166,8 +166,10 @@ def _rows(name: str, found: Entry) -> list[tuple[str, str, str]]:
 
 
 def _lpips_note(found: Mapping[str, Any]) -> str:
-    note = f"+- {_number(found['sem'])}"
-    return note if found["real_value"] is None else f"{note}, real {_number(found['real_value'])}"
+    notes = [] if found["sem"] is None else [f"+- {_number(found['sem'])}"]
+    if found["real_value"] is not None:
+        notes.append(f"real {_number(found['real_value'])}")
+    return ", ".join(notes)
 
 
 def _number(value: float | None) -> str:

@@ -591,6 +591,7 @@ def test_conditions_on_each_other(tmp_path):
 
 def test_doubtful_settings_warn():
     assert "sample_start_epoch" in warnings_of(Config(epochs=200, sample_start_epoch=200))[0]
+    assert warnings_of(Config(epochs=1)) == []
     unused = Config(use_scheduler=True, scheduler_type="cosine", warmup_epochs=5)
     assert "only scheduler_type='warmup_cosine' warms up" in warnings_of(unused)[0]
     assert warnings_of(Config()) == []

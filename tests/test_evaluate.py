@@ -207,8 +207,9 @@ def test_under_torchrun_two_processes_give_one_report(run_dir, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     ):
         path = tmp_path / f"{len(reports)}.json"
-        command = [*launcher, "evaluate.py", "--checkpoint", str(run_dir), "--n", "3",
-                   "--output", str(path), *FAST, *ABSENT]  # fmt: skip
+        command = [*launcher, "evaluate.py", "--checkpoint", str(run_dir), *FAST, *ABSENT]
+        # Not `--n`: torchrun takes it for an ambiguous option of its own.
+        command += ["--num_samples", "3", "--output", str(path)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         reports.append(read(path))
     single, double = (report["metrics"]["class_acc"] for report in reports)

@@ -714,13 +714,13 @@ def test_fid_and_is_equal_torch_fidelity(tmp_path):
 
     path = tmp_path / "inception.pth"
     random_inception(path)
-    generated, real = random_images(16, (1, 28, 28)), random_images(16, (1, 28, 28), seed=1) // 2
+    generated, real = random_images(32, (1, 28, 28)), random_images(24, (1, 28, 28), seed=1) // 2
     scorer = InceptionScorer(
-        ("fid", "is"), inception.load_inception(path, CPU, layer="64"), CPU, num_images=16
+        ("fid", "is"), inception.load_inception(path, CPU, layer="64"), CPU, num_images=32
     )
     found = run_scorers(
-        [scorer], real=real_images_of(real, torch.zeros(16, dtype=torch.int64)),
-        batches=batches_of(generated, None, size=7), num_images=16, runtime=SINGLE,
+        [scorer], real=real_images_of(real, torch.zeros(24, dtype=torch.int64)),
+        batches=batches_of(generated, None, size=7), num_images=32, runtime=SINGLE,
     )  # fmt: skip
     expected = torch_fidelity.calculate_metrics(
         input1=Pictures(generated), input2=Pictures(real), fid=True, isc=True, cuda=False,

@@ -186,7 +186,9 @@ class Config(BaseModel):
         128, description="images per optimizer step, over all processes and micro-batches"
     )
     gradient_accumulation_steps: PositiveInt = Field(
-        1, description="micro-batches a batch is cut into: less memory, same result"
+        1,
+        description="micro-batches a batch is cut into: less memory, the same result up to "
+        "rounding and dropout masks",
     )
     optimizer: Literal["adam", "adamw"] = Field("adamw", description="fused where possible")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
@@ -631,7 +633,7 @@ def warnings_of(config: Config) -> list[str]:
     """What is allowed but probably not meant."""
     found = []
     given = config.model_fields_set
-    if config.sample_start_epoch >= config.epochs and config.max_steps is None:
+    if 1 < config.sample_start_epoch >= config.epochs and config.max_steps is None:
         found.append(
             f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}: "
             "there will be at most one preview"

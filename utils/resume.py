@@ -16,6 +16,9 @@ from utils.schedule import Schedule
 
 AUTO = "auto"
 
+NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
+NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
+
 # A changed value of these would not continue the run, but silently begin another one.
 MUST_MATCH = [
     "model_type",
@@ -104,6 +107,8 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 def _check_matches(resume: Resume, config: Config) -> None:
+    needed = (*NEEDED_KEYS, *(NEEDED_EMA_KEYS if config.use_ema else ()))
+    missing = [key for key in needed if key not in resume.state]
     old, new = resume.state["config"], config.to_dict()
     changed = [
         f"{key}: {old[key]} in the checkpoint, {new[key]} in the config"
@@ -115,6 +120,8 @@ def _check_matches(resume: Resume, config: Config) -> None:
             f"{resume.path} cannot be continued with changed settings; restore them, or start a "
             "new run:\n       " + "\n       ".join(changed)
         )
+    if missing:
+        raise CheckpointError(f"{resume.path} cannot be continued, it lacks {', '.join(missing)}")
     for key in MAY_DIFFER:
         if key in old and old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
