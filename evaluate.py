@@ -29,7 +29,7 @@ from sample import load_run
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config
 from utils.distributed import Runtime, describe_device, distributed_runtime
-from utils.errors import EXIT_OK, ConfigError, DataError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, DataError, UserError, exit_code_of
 from utils.logs import setup_logging
 
 TIMEOUT_MINUTES = 240.0  # the others wait while the main process downloads, trains, or is slower
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = (args.batch_size, args.num_samples, args.num_real)
     if any(count is not None and count < 1 for count in counts):
         raise ConfigError("--num_samples, --num_real and --batch_size must be at least 1")
+    if args.seed is not None and args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}: must be 0 or more")
     with distributed_runtime(args.device, timeout_minutes=TIMEOUT_MINUTES) as runtime:
         setup_logging(is_main=runtime.is_main)
         run = load_run(
@@ -90,7 +92,7 @@ def evaluate(args: argparse.Namespace, run: Run, runtime: Runtime) -> int:
     count = args.num_samples or config.eval_num_samples
     seed = config.seed if args.seed is None else args.seed
     labels = [i % spec.num_classes for i in range(count)] if config.conditional else None
-    real, test, no_real = real_images(run, args.batch_size, args.num_real)
+    real, test, no_real = real_images(run, runtime, args.batch_size, args.num_real)
     plan = plan_metrics(
         names,
         runtime=runtime,
@@ -104,6 +106,7 @@ def evaluate(args: argparse.Namespace, run: Run, runtime: Runtime) -> int:
     describe(run, runtime, sampling, count, plan, path)
     if args.dry_run:
         return EXIT_OK
+    make_folders(path.parent, args.save_images_dir)
 
     scorers = build_scorers(
         plan,
@@ -149,14 +152,29 @@ def evaluate(args: argparse.Namespace, run: Run, runtime: Runtime) -> int:
     return EXIT_OK
 
 
+def make_folders(*folders: str | Path | None) -> None:
+    """Before hours of sampling, not after.
+
+    Raises:
+        UserError: one cannot be made.
+    """
+    for folder in folders:
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
 def real_images(
-    run: Run, batch_size: int, limit: int | None
+    run: Run, runtime: Runtime, batch_size: int, limit: int | None
 ) -> tuple[RealImages | None, RealImages | None, str | None]:
     """The train images, the test images if there are any, and why there are no train images."""
     config = run.config
 
     def wrap(split: str, limit: int | None) -> RealImages:
-        data = datasets.build_dataset(config, split)
+        with runtime.main_first():  # it may download
+            data = datasets.build_dataset(config, split)
         if data.spec != run.spec:
             raise DataError(f"real images are {data.spec}, the model draws {run.spec}")
         return RealImages(

@@ -6,6 +6,7 @@ python sample.py --checkpoint checkpoints/digits_unet --labels 0,1,2,3 --num_sam
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import datasets
 import diffusion
+import metrics
 import models
 from diffusion import SAMPLERS
 from diffusion.generation import FrameRecorder, Run, Sampling, generate, sampling_from
@@ -32,7 +34,7 @@ from utils.config import (
     validate,
 )
 from utils.distributed import describe_device, distributed_runtime
-from utils.errors import EXIT_OK, CheckpointError, ConfigError, exit_code_of
+from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError, exit_code_of
 from utils.images import ImageSpec
 
 __all__ = ["CONFIG_CHECKS", "Run", "Sampling", "generate", "load_run", "sampling_from"]
@@ -42,6 +44,7 @@ MAX_GRID_IMAGES = 400
 CONFIG_CHECKS: tuple[Check, ...] = (
     datasets.check_config,
     diffusion.check_config,
+    metrics.check_config,
     lambda config: models.check_config(config, datasets.native_spec(config)),
 )
 
@@ -65,13 +68,19 @@ def load_run(
     """
     path = resolve_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    raw = RawConfig(dict(state["config"]), {})
+    raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))
         raw.values.update(given.values)
         raw.sources.update(given.sources)
     config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
     spec = ImageSpec(*state["spec"])
+    native = datasets.native_spec(config)
+    if native is not None and native != spec:
+        raise ConfigError(
+            f"{path} draws images of {spec}, the config describes {native}; the data set and "
+            "its size belong to the checkpoint"
+        )
     has_ema = "ema_model_state_dict" in state
     if use_ema and not has_ema:
         raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
@@ -120,7 +129,8 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
     Raises:
         ConfigError: labels the model does not have, or no images.
     """
-    num_samples = args.num_samples or (len(args.seeds) if args.seeds else run.config.num_samples)
+    default = len(args.seeds) if args.seeds else run.config.num_samples
+    num_samples = default if args.num_samples is None else args.num_samples
     seed = run.config.seed if args.seed is None else args.seed
     seeds = args.seeds or list(range(seed, seed + num_samples))
     if len(seeds) != num_samples or num_samples < 1 or min(seeds) < 0 or args.batch_size < 1:
@@ -166,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{len(seeds)} images: {sampling.describe()}")
         if args.dry_run:
             return EXIT_OK
+        check_outputs(args)
 
         recorder = FrameRecorder(sampling.num_inference_steps)
         batches = generate(
@@ -186,6 +197,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             for path in write_outputs(args, images, labels, frames):
                 say(f"wrote {path}")
     return EXIT_OK
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Find out before sampling whether the files asked for can be written.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
+        raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from error
+    if not os.access(args.output_dir, os.W_OK):
+        raise UserError(f"--output_dir {args.output_dir}: cannot be written")
 
 
 def write_outputs(

@@ -46,10 +46,12 @@ class Sampling:
     cfg_interval: tuple[float, float] | None
     threshold: str
     spacing: str
+    conditional: bool
 
     def describe(self) -> str:
         kinds = {0.0: "unconditional", 1.0: "conditional, no guidance"}
         kind = kinds.get(self.cfg_scale, f"guided, cfg_scale {self.cfg_scale:g}")
+        kind = kind if self.conditional else "model without classes"
         eta = f", eta {self.eta:g}" if self.method == "ddim" and self.eta else ""
         return f"{self.method}, {self.num_inference_steps} steps{eta}, {kind}"
 
@@ -79,18 +81,24 @@ def sampling_from(
     if not 1 <= steps <= config.num_timesteps:
         raise ConfigError(f"num_inference_steps={steps}: must lie in 1..{config.num_timesteps}")
     scale = config.guidance_scale if cfg_scale is None else cfg_scale
+    if not 0 <= scale < float("inf"):
+        raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
     if scale != 1 and not config.conditional:
         raise ConfigError(f"cfg_scale={scale:g}: this model was trained without class labels")
     if scale not in (0, 1) and config.label_dropout == 0:
         raise ConfigError(f"cfg_scale={scale:g}: trained with cfg_dropout_prob=0, so only 1 works")
+    eta = config.ddim_eta if eta is None else eta
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")
     return Sampling(
         method=chosen,
         num_inference_steps=steps,
-        eta=config.ddim_eta if eta is None else eta,
+        eta=eta,
         cfg_scale=float(scale),
         cfg_interval=config.cfg_interval,
         threshold=config.threshold,
         spacing=config.timestep_spacing,
+        conditional=config.conditional,
     )
 
 

@@ -6,10 +6,10 @@ checking a name or printing the list costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from utils.config import did_you_mean
+from utils.config import Config, Problem, did_you_mean
 from utils.errors import ConfigError
 
 
@@ -44,3 +44,11 @@ def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"no metric was named; metrics are {', '.join(METRICS)}")
     return names
+
+
+def check_config(config: Config) -> Iterator[Problem]:
+    """`eval_metrics` against the table."""
+    try:
+        check_metric_names(config.eval_metrics)
+    except ConfigError as error:
+        yield Problem(("eval_metrics",), f"eval_metrics: {' '.join(str(error).split())}")

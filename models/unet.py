@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import LabelEmbedding, TimestepEmbedding, zero_init
+from utils.config import BelowOne, PositiveInt
 
 MAX_GROUPS = 32
 MIN_CHANNELS_PER_GROUP = 4
@@ -137,20 +138,22 @@ class UNet(nn.Module):
         image_size: tuple[int, int],
         in_channels: int,
         num_classes: int = 0,
-        model_channels: int = 128,
+        model_channels: PositiveInt = 128,
         out_channels: int | None = None,
-        num_res_blocks: int = 2,
-        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
-        attention_resolutions: tuple[int, ...] | None = None,
+        num_res_blocks: PositiveInt = 2,
+        channel_mult: tuple[PositiveInt, ...] = (1, 2, 2, 2),
+        attention_resolutions: tuple[PositiveInt, ...] | None = None,
         use_attention: bool = True,
-        num_head_channels: int = 64,
-        dropout: float = 0.1,
+        num_head_channels: PositiveInt = 64,
+        dropout: BelowOne = 0.1,
         use_scale_shift_norm: bool = False,
         class_conditioning: Literal["embedding", "concat"] = "embedding",
-        class_emb_size: int = 16,
+        class_emb_size: PositiveInt = 16,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
+        if not levels:
+            raise ValueError("channel_mult=() has no levels")
         sides = _level_sides(image_size, levels)
         if attention_resolutions is None:
             attention_resolutions = tuple(s for s in sides if s <= LARGEST_ATTENTION_SIDE)

@@ -81,9 +81,11 @@ class Runtime:
         """Rank 0 runs the body before the others do: so that one process alone downloads."""
         if not self.is_main:
             self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -140,6 +142,8 @@ def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
             f"{local_world_size} process(es), one per GPU; change gpu_ids or start it with "
             f"`torchrun --standalone --nproc_per_node={len(gpu_ids)} train.py ...`"
         )
+    if len(set(gpu_ids)) != len(gpu_ids):
+        return f"gpu_ids={list(gpu_ids)}: each GPU serves one process, name it once"
     if torch.cuda.is_available() and max(gpu_ids) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
@@ -179,6 +183,7 @@ def distributed_runtime(
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield runtime
+        runtime.barrier()  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,178 @@
+"""sample.py: images are a function of seed and label; every output file is what it says."""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from diffusion.generation import generate, sampling_from
+from utils.config import Config
+from utils.distributed import Runtime
+from utils.errors import EXIT_OK, CheckpointError, ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(tiny):
+    """The run directory of a few steps of training (weights off their zero start)."""
+    options = ["max_steps=8", "learning_rate=5e-3", "experiment_name=run"]
+    assert train.main(["--config", str(tiny), *options]) == EXIT_OK
+    return Path("checkpoints/run")
+
+
+def draw(checkpoint, *arguments):
+    """Run sample.py; returns images (N, H, W, C) and labels of its NPZ."""
+    for old in Path("out").glob("*.npz") if Path("out").is_dir() else []:
+        old.unlink()
+    command = ["--checkpoint", checkpoint, "--output_dir", "out", "--npz", "--device", "cpu"]
+    assert sample.main([*map(str, command), *map(str, arguments)]) == EXIT_OK
+    (path,) = Path("out").glob("*.npz")
+    with np.load(path) as data:
+        return data["arr_0"], data.get("arr_1")
+
+
+def assert_same_images(a, b):
+    """Equal but for rounding: one grey level of 256, because convolutions depend on the batch."""
+    assert a.shape == b.shape
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_images_do_not_depend_on_batch_size_or_processes(trained, script):
+    options = ["--num_samples", "11", "--sampling_method", "ddpm", "--steps", "10"]
+    whole, labels = draw(trained, *options, "--batch_size", "64")
+    parts, _ = draw(trained, *options, "--batch_size", "3")
+    assert_same_images(whole, parts)
+    result = script(
+        "sample.py", "--checkpoint", trained, *options, "--npz", "--output_dir", "two", processes=2
+    )
+    assert result.returncode == EXIT_OK, result.output
+    with np.load("two/samples_11x8x8x1.npz") as data:
+        assert_same_images(whole, data["arr_0"])
+        assert (labels == data["arr_1"]).all()
+
+
+def test_an_image_is_a_function_of_its_seed_and_label(trained):
+    images, _ = draw(trained, "--seeds", "3,5,9", "--labels", "1")
+    alone, _ = draw(trained, "--seeds", "5", "--labels", "1")
+    counted, _ = draw(trained, "--seed", "3", "--num_samples", "3", "--labels", "1")
+    assert_same_images(images[1:2], alone)
+    assert_same_images(images[:1], counted[:1])
+    other, _ = draw(trained, "--seeds", "5", "--labels", "2")
+    assert np.abs(other.astype(int) - alone).max() > 1
+    assert np.abs(images[0].astype(int) - images[2]).max() > 10
+
+
+def test_labels_come_in_rows(trained):
+    assert draw(trained, "--num_samples", 6, "--labels", "7,0")[1].tolist() == [7, 7, 7, 0, 0, 0]
+    assert draw(trained)[1].tolist() == [i // 2 for i in range(20)]
+    assert draw(trained, "--num_samples", 3)[1].tolist() == [0, 1, 2]
+    assert draw(trained, "--num_samples", 4, "--labels", "0-9")[1].tolist() == [0, 1, 2, 3]
+
+
+def test_every_output_is_written(trained):
+    images, _ = draw(
+        trained,
+        *("--num_samples", 20, "--create_gif", "--gif_fps", 10, "--gif_final_seconds", 3),
+        *("--save_intermediate", "--save_images", "--output_name", "digits", "--steps", 7),
+    )
+    out = Path("out")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "digits.gif",
+        "digits.png",
+        "digits_20x8x8x1.npz",
+        "digits_steps",
+        "images",
+    ]
+    grid = iio.imread(out / "digits.png")
+    scale, padding = 6, 2  # 8 pixels are enlarged to 48
+    assert grid.shape == (10 * (8 * scale + padding) + padding, 2 * (8 * scale + padding) + padding)
+    frames = iio.imread(out / "digits.gif", index=None)
+    assert len(frames) == 7
+    durations = [iio.immeta(out / "digits.gif", index=i)["duration"] for i in range(7)]
+    assert durations == [100] * 6 + [3000]
+    assert len(list((out / "digits_steps").iterdir())) == 7
+    last_step = iio.imread(sorted((out / "digits_steps").iterdir())[-1])
+    assert (last_step == grid).all()
+    files = sorted((out / "images").iterdir())
+    assert [p.name for p in files] == [f"{i:06d}.png" for i in range(20)]
+    assert (np.stack([iio.imread(p) for p in files]) == images[..., 0]).all()
+
+
+def test_averaged_weights_are_the_default(trained):
+    default, _ = draw(trained, "--num_samples", 4)
+    averaged, _ = draw(trained, "--num_samples", 4, "--use_ema")
+    raw, _ = draw(trained, "--num_samples", 4, "--no-ema")
+    assert (default == averaged).all()
+    assert (default != raw).any()
+
+
+def test_scale_zero_ignores_the_label_and_null_guidance_is_linear(trained):
+    zero, _ = draw(trained, "--seeds", "1", "--labels", "3", "--cfg_scale", 0)
+    other, _ = draw(trained, "--seeds", "1", "--labels", "8", "--cfg_scale", 0)
+    assert (zero == other).all()
+
+
+def test_run_directory_means_its_best_checkpoint(trained):
+    run = sample.load_run(trained, CPU)
+    assert run.checkpoint == trained / "best_model.pth"
+    assert (run.step, run.ema, run.spec.shape) == (8, True, (1, 8, 8))
+    assert not run.model.training
+
+
+def test_overrides_reach_sampling_but_not_the_shape_of_the_model(trained):
+    run = sample.load_run(trained, CPU, overrides=["num_inference_steps=5", "threshold=none"])
+    assert sampling_from(run.config).num_inference_steps == 5
+    assert sampling_from(run.config).threshold == "none"
+    with pytest.raises(CheckpointError, match="does not fit"):
+        sample.load_run(trained, CPU, overrides=["model_params.model_channels=16"])
+
+
+def test_sampling_takes_the_defaults_of_its_method():
+    config = Config(experiment_name="x", conditional=True, num_inference_steps=30)
+    assert sampling_from(config).num_inference_steps == 30
+    assert sampling_from(config, "ddpm").num_inference_steps == 1000
+    assert sampling_from(config, "dpmpp_2m").num_inference_steps == 20
+    assert sampling_from(config, "ddpm", 10).num_inference_steps == 10
+    assert sampling_from(config).cfg_scale == 2.0
+    assert "guided" in sampling_from(config, cfg_scale=3).describe()
+    short = Config(experiment_name="x", num_timesteps=10)
+    assert sampling_from(short).num_inference_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(method="euler"), "sampling_method"),
+        (dict(num_inference_steps=0), "num_inference_steps"),
+        (dict(num_inference_steps=1001), "num_inference_steps"),
+        (dict(cfg_scale=2.0), "without class labels"),
+        (dict(cfg_scale=-1.0), "cfg_scale"),
+        (dict(cfg_scale=float("nan")), "cfg_scale"),
+    ],
+)
+def test_impossible_sampling_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        sampling_from(Config(experiment_name="x"), **options)
+
+
+def test_empty_shares_are_fine(trained):
+    run = sample.load_run(trained, CPU)
+    runtime = Runtime(CPU, rank=2, world_size=3)
+    parts = generate(
+        run, [1, 2], [0, 1], sampling=sampling_from(run.config), batch_size=4, runtime=runtime
+    )
+    assert list(parts) == []
+
+
+def test_sampling_leaves_the_global_generator_alone(trained):
+    run = sample.load_run(trained, CPU)
+    before = torch.get_rng_state()
+    runtime = Runtime(CPU)
+    options = dict(sampling=sampling_from(run.config, "ddpm", 3), batch_size=4, runtime=runtime)
+    list(generate(run, [1, 2], [0, 1], **options))
+    assert torch.equal(before, torch.get_rng_state())
