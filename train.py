@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 import datasets
 import diffusion
@@ -26,15 +22,12 @@ from diffusion.generation import Run, generate, sampling_from
 from diffusion.objective import Example, training_examples
 from sample import CONFIG_CHECKS
 from utils import images as pictures
-from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.cli import new_parser, parse_args
-from utils.config import Config, Problem, format_config, load_config, warnings_of
+from utils.config import Config, format_config, load_config
 from utils.distributed import (
     Runtime,
-    check_gpu_ids,
-    describe_device,
+    check_processes,
     distributed_runtime,
-    world_size,
     wrap_for_training,
 )
 from utils.ema import EMA
@@ -42,9 +35,10 @@ from utils.errors import EXIT_OK, UserError, exit_code_of
 from utils.logs import log_to_file, setup_logging
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
 from utils.precision import resolve_precision
-from utils.resume import Resume, check_data, find_resume, plan_steps, prepare_run_dir
+from utils.resume import check_data, check_same_step, find_resume, plan_steps, prepare_run_dir
 from utils.rng import seed_everything
-from utils.schedule import Action, Schedule
+from utils.run_info import fixed_state, log_end, log_start
+from utils.schedule import Action
 from utils.tracking import TrackerGroup, start_trackers
 from utils.trainer import Trainer
 
@@ -85,7 +79,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     device = runtime.device
     precision = resolve_precision(config.precision, device)
     resume = find_resume(config)
-    check_same_step(runtime, resume)
+    check_same_step(resume, runtime)
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
     if resume is not None:
@@ -106,7 +100,15 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         prepare_run_dir(config)
         log_to_file(config.run_dir / "log.txt")
         log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-    describe(config, runtime, dataset, model, schedule, precision)
+    log_start(
+        config,
+        runtime,
+        spec=dataset.spec,
+        num_images=len(dataset),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        schedule=schedule,
+        precision=precision,
+    )
     if dry_run:
         with torch.no_grad():
             loss = process.loss(model, *next(examples(0))).mean()
@@ -144,7 +146,13 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         runtime=runtime,
         tracker=tracker,
         config=config,
-        extra_state=fixed_state(config, dataset, runtime),
+        extra_state=fixed_state(
+            config,
+            spec=dataset.spec,
+            class_names=dataset.class_names,
+            fingerprint=dataset.fingerprint,
+            runtime=runtime,
+        ),
         actions=[
             Action(
                 "preview",
@@ -162,18 +170,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     finally:
         tracker.finish()
     if code == EXIT_OK:
-        report_end(config)
+        log_end(config)
     return code
-
-
-def check_same_step(runtime: Runtime, resume: Resume | None) -> None:
-    """Raise on every rank if the ranks would start from different steps."""
-    step = -1 if resume is None else resume.step
-    if runtime.any(runtime.broadcast_object(step) != step):
-        raise UserError(
-            "the processes would resume from different steps; save_dir must be one folder that "
-            "all nodes share"
-        )
 
 
 def make_examples(
@@ -237,82 +235,6 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
         pictures.save_image(path, grid)
         tracker.log_image("samples", grid, step)
         log.info("preview: %s", path)
-
-
-def fixed_state(config: Config, dataset: datasets.ImageDataset, runtime: Runtime) -> dict[str, Any]:
-    """What every checkpoint of this run says about where it came from. Plain types only."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "config": config.to_dict(),
-        "spec": list(dataset.spec),
-        "class_names": list(dataset.class_names),
-        "data_fingerprint": dataset.fingerprint,
-        "world_size": runtime.world_size,
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": str(np.__version__),
-        },
-    }
-
-
-def describe(
-    config: Config,
-    runtime: Runtime,
-    dataset: datasets.ImageDataset,
-    model: nn.Module,
-    schedule: Schedule,
-    precision: str,
-) -> None:
-    """The first lines of a run."""
-    for warning in warnings_of(config):
-        log.warning("%s", warning)
-    spec = dataset.spec
-    classes = f"{spec.num_classes} classes" if spec.num_classes else "unlabelled"
-    used = "conditional" if config.conditional else "unconditional"
-    parameters = sum(p.numel() for p in model.parameters())
-    log.info("run:    %s", config.run_dir)
-    log.info(
-        "device: %s, %s, %d process(es), torch %s",
-        describe_device(runtime.device),
-        precision,
-        runtime.world_size,
-        torch.__version__,
-    )
-    log.info(
-        "data:   %s, %d images %dx%dx%d, %s", config.dataset, len(dataset), *spec.shape, classes
-    )
-    log.info("model:  %s, %.2f M parameters, %s", config.model_type, parameters / 1e6, used)
-    log.info(
-        "plan:   %d steps of %d images, %.1f steps per epoch",
-        schedule.total_steps,
-        schedule.batch_size,
-        schedule.steps_per_epoch,
-    )
-
-
-def report_end(config: Config) -> None:
-    """The last lines of a run: where everything is, and what to do next."""
-    folder = config.run_dir
-    best = folder / BEST
-    log.info("done. best (lowest smoothed loss): %s, last: %s", best, folder / CURRENT)
-    log.info("next:   python sample.py --checkpoint %s", folder)
-    log.info("        python evaluate.py --checkpoint %s", folder)
-
-
-def check_processes(config: Config) -> Iterator[Problem]:
-    """`gpu_ids` and `batch_size` against the number of processes."""
-    if message := check_gpu_ids(config.gpu_ids):
-        yield Problem(("gpu_ids",), message)
-    parts = world_size() * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        yield Problem(
-            ("batch_size", "gradient_accumulation_steps"),
-            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
-            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
-            f"multiple of {parts}",
-        )
 
 
 if __name__ == "__main__":

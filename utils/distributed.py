@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.config import Config, Problem
 from utils.errors import ConfigError
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
@@ -148,6 +149,20 @@ def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
         count = torch.cuda.device_count()
         return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
     return None
+
+
+def check_processes(config: Config) -> Iterator[Problem]:
+    """`gpu_ids` and `batch_size` against the number of processes."""
+    if message := check_gpu_ids(config.gpu_ids):
+        yield Problem(("gpu_ids",), message)
+    parts = world_size() * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        yield Problem(
+            ("batch_size", "gradient_accumulation_steps"),
+            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
+            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
+            f"multiple of {parts}",
+        )
 
 
 @contextlib.contextmanager

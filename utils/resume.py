@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.checkpoint import CURRENT, load_checkpoint, newest_checkpoint
 from utils.config import Config
+from utils.distributed import Runtime
 from utils.errors import CheckpointError, ConfigError, UserError
 from utils.schedule import Schedule
 
@@ -141,6 +142,20 @@ def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> No
         )
     if resume.state.get("data_fingerprint") != fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
+
+
+def check_same_step(resume: Resume | None, runtime: Runtime) -> None:
+    """Compare the ranks, which may see different folders. A collective.
+
+    Raises:
+        UserError: on every rank, if they would start from different steps.
+    """
+    step = -1 if resume is None else resume.step
+    if runtime.any(runtime.broadcast_object(step) != step):
+        raise UserError(
+            "the processes would resume from different steps; save_dir must be one folder that "
+            "all nodes share"
+        )
 
 
 def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedule | None:

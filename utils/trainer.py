@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils import checkpoint as files
 from utils.config import Config
@@ -20,12 +17,12 @@ from utils.distributed import Runtime, no_gradient_sync
 from utils.ema import EMA
 from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
+from utils.progress import LossStats, Progress
 from utils.rng import Stream, derive_seed
 from utils.schedule import Action, Schedule
 from utils.signals import StopSignal
 from utils.tracking import TrackerGroup
 
-LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
 MAX_FAILED_SAVES = 3
 
 log = logging.getLogger("diffusion")
@@ -83,10 +80,7 @@ class Trainer:
         self.best_loss = math.inf
         self.last_saved_step: int | None = None
         self._failed_saves = 0
-        # Loss statistics stay on the device, so that no step waits for the host:
-        # smoothed loss, its bias correction, sum and count since the last log line.
-        self._stats = torch.zeros(4, dtype=torch.float64 if self._is_cpu else torch.float32)
-        self._stats = self._stats.to(runtime.device)
+        self._loss = LossStats(runtime.device)
         self._bad = torch.zeros((), device=runtime.device)  # 1 after a non-finite step, for good
         self._grad_norm = torch.zeros((), device=runtime.device)
 
@@ -102,24 +96,18 @@ class Trainer:
         """
         self.network.train()
         batches = self.batches(self.step)
-        self._log_time, self._log_step = time.monotonic(), self.step
-        bar = tqdm(
-            initial=self.step,
-            total=self.schedule.total_steps,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (self.runtime.is_main and sys.stderr.isatty()),
-        )
-        with StopSignal() as stop, bar:
+        progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main)
+        with StopSignal() as stop, contextlib.closing(progress):
             while self.step < self.schedule.total_steps:
                 if self.runtime.any(stop.requested):
                     return self._stop_early()
                 self._train_step(next(batches))
                 self.step += 1
-                bar.update()
+                progress.advance()
                 if self.step % self.config.log_interval == 0 or self.step == 1:
-                    self._log(bar)
-                self._end_of_step()
+                    self._log(progress)
+                with progress.pause():
+                    self._end_of_step()
         if self.last_saved_step != self.step:
             self.save()
         return EXIT_OK
@@ -137,7 +125,7 @@ class Trainer:
             shard = rank * num_parts + i
             torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, self.step, shard))
             is_last = i == num_parts - 1
-            with nullcontext() if is_last else no_gradient_sync(self.network):
+            with contextlib.nullcontext() if is_last else no_gradient_sync(self.network):
                 with autocast(self.precision, device):
                     loss = self.loss_fn(self.network, part).mean() / num_parts
                 self.scaler.scale(loss).backward()
@@ -162,11 +150,7 @@ class Trainer:
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        keep = LOSS_SMOOTHING
-        self._stats[:2].mul_(keep).add_(
-            torch.stack([loss * (1 - keep), torch.full_like(loss, 1 - keep)])
-        )
-        self._stats[2:].add_(torch.stack([loss, torch.ones_like(loss)]))
+        self._loss.add(loss)
 
     def _raise_if_bad(self) -> None:
         """Stop all ranks if one saw a non-finite value (a host read, so only when due)."""
@@ -181,46 +165,24 @@ class Trainer:
                 "or use precision=fp32"
             )
 
-    def _global_stats(self) -> Tensor:
-        """The statistics averaged over ranks, on the CPU."""
-        stats = self._stats.clone()
-        return (self.runtime.all_reduce(stats) / self.runtime.world_size).cpu()
-
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, progress: Progress) -> None:
         self._raise_if_bad()
-        smoothed, correction, loss_sum, count = self._global_stats().tolist()
-        now = time.monotonic()
-        steps, seconds = self.step - self._log_step, max(now - self._log_time, 1e-9)
-        speed = steps * self.schedule.batch_size / seconds
-        self._log_time, self._log_step = now, self.step
-        self._stats[2:].zero_()
+        smoothed, loss = self._loss.read(self.runtime)
+        self._loss.start_window()
         scalars = {
             "epoch": self.step / self.schedule.steps_per_epoch,
-            "train/loss": loss_sum / count,
-            "train/loss_smoothed": smoothed / correction,
+            "train/loss": loss,
+            "train/loss_smoothed": smoothed,
             "train/lr": self.lr_scheduler.get_last_lr()[0],
             "train/grad_norm": float(self._grad_norm),
-            "train/images_per_sec": speed,
+            "train/images_per_sec": progress.lap(self.step),
         }
         self.tracker.log_scalars(scalars, self.step)
-        bar.set_postfix_str(f"loss {scalars['train/loss']:.4f}, {speed:.0f} images/s")
-        if bar.disable:
-            left = (self.schedule.total_steps - self.step) * seconds / steps
-            log.info(
-                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  %s left",
-                self.step,
-                self.schedule.total_steps,
-                scalars["epoch"],
-                scalars["train/loss"],
-                scalars["train/lr"],
-                speed,
-                tqdm.format_interval(left),
-            )
+        progress.report(self.step, scalars)
 
     def _end_of_step(self) -> None:
         """Checkpoints and actions of the epochs this step completed."""
         epoch = self.schedule.epochs_done(self.step)
-        started = time.monotonic()
         if self.schedule.is_due(self.step, self.config.save_interval, self.config.save_interval):
             self.save(epoch)
         for action in self.actions:
@@ -230,7 +192,6 @@ class Trainer:
                 except Exception as error:
                     log.warning("%s failed after epoch %d: %s", action.name, epoch, error)
                 self.network.train()
-        self._log_time += time.monotonic() - started  # images/s is that of training alone
 
     def _stop_early(self) -> int:
         log.info("stopping at step %d: saving", self.step)
@@ -245,8 +206,7 @@ class Trainer:
         A disk that refuses is a warning, three times in a row an error.
         """
         self._raise_if_bad()
-        smoothed, correction, *_ = self._global_stats().tolist()
-        smoothed = smoothed / correction if correction else math.inf
+        smoothed, _ = self._loss.read(self.runtime)
         is_best = smoothed < self.best_loss
         if is_best:
             self.best_loss = smoothed
@@ -283,7 +243,7 @@ class Trainer:
             "epoch": self.schedule.epochs_done(self.step),
             "step": self.step,
             "best_loss": self.best_loss,
-            "loss_stats": self._stats.cpu(),
+            "loss_stats": self._loss.values.cpu(),
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.lr_scheduler.state_dict(),
@@ -307,7 +267,7 @@ class Trainer:
             group.update(setting)
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self.step, self.best_loss = state["step"], state["best_loss"]
-        self._stats.copy_(state["loss_stats"])
+        self._loss.values.copy_(state["loss_stats"])
         self.last_saved_step = self.step
         self.lr_scheduler.last_epoch = self.step
         factor = self.lr_scheduler.lr_lambdas[0](self.step)

@@ -1,0 +1,84 @@
+"""What a run says about itself: its first and last lines, and what its checkpoints carry."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
+from utils.config import Config, warnings_of
+from utils.distributed import Runtime, describe_device
+from utils.images import ImageSpec
+from utils.schedule import Schedule
+
+log = logging.getLogger("diffusion")
+
+
+def fixed_state(
+    config: Config,
+    *,
+    spec: ImageSpec,
+    class_names: tuple[str, ...],
+    fingerprint: str,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """What every checkpoint of this run says about where it came from. Plain types only."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "spec": list(spec),
+        "class_names": list(class_names),
+        "data_fingerprint": fingerprint,
+        "world_size": runtime.world_size,
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": str(np.__version__),
+        },
+    }
+
+
+def log_start(
+    config: Config,
+    runtime: Runtime,
+    *,
+    spec: ImageSpec,
+    num_images: int,
+    num_parameters: int,
+    schedule: Schedule,
+    precision: str,
+) -> None:
+    """The first lines of a run."""
+    for warning in warnings_of(config):
+        log.warning("%s", warning)
+    classes = f"{spec.num_classes} classes" if spec.num_classes else "unlabelled"
+    used = "conditional" if config.conditional else "unconditional"
+    log.info("run:    %s", config.run_dir)
+    log.info(
+        "device: %s, %s, %d process(es), torch %s",
+        describe_device(runtime.device),
+        precision,
+        runtime.world_size,
+        torch.__version__,
+    )
+    log.info("data:   %s, %d images %dx%dx%d, %s", config.dataset, num_images, *spec.shape, classes)
+    log.info("model:  %s, %.2f M parameters, %s", config.model_type, num_parameters / 1e6, used)
+    log.info(
+        "plan:   %d steps of %d images, %.1f steps per epoch",
+        schedule.total_steps,
+        schedule.batch_size,
+        schedule.steps_per_epoch,
+    )
+
+
+def log_end(config: Config) -> None:
+    """The last lines of a run: where everything is, and what to do next."""
+    folder = config.run_dir
+    log.info("done. best (lowest smoothed loss): %s, last: %s", folder / BEST, folder / CURRENT)
+    log.info("next:   python sample.py --checkpoint %s", folder)
+    log.info("        python evaluate.py --checkpoint %s", folder)
