@@ -199,6 +199,7 @@ def test_print_config_prints_the_stored_one_with_overrides(run_dir, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_under_torchrun_two_processes_give_one_report(run_dir, tmp_path):
     """Three images over two processes; the accuracy equals that of a single process."""
     reports = []

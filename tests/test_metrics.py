@@ -708,6 +708,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_fid_and_is_equal_torch_fidelity(tmp_path):
     import torch_fidelity

@@ -1,0 +1,95 @@
+"""The main job through the real command lines: every config starts; train -> sample -> evaluate."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import train
+from tests.conftest import ROOT
+from tests.test_datasets import write_mnist
+from utils.errors import EXIT_OK
+
+MNIST_CONFIGS = ["mnist_unet.py", "mnist_unet_concat.py", "mnist_ddpm_t300.py"]
+
+
+def dry_run(config, *overrides):
+    arguments = ["--config", str(ROOT / "configs" / config), "--dry_run", "--device", "cpu"]
+    return train.main([*arguments, "batch_size=2", *map(str, overrides)])
+
+
+def test_digits_config_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert dry_run("digits_unet.py") == EXIT_OK
+    assert "dry run" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [*MNIST_CONFIGS, "fashionmnist_unet.py"])
+def test_mnist_configs_start(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "FashionMNIST" if config.startswith("fashion") else "MNIST"
+    write_mnist(tmp_path / "data", name)
+    assert dry_run(config) == EXIT_OK
+
+
+def test_custom_config_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 30), colour).save(folder / "1.png")
+    options = ["data_root=pictures", "image_size=16,32", "model_params.attention_resolutions=(4,)"]
+    assert dry_run("custom_folder.py", *options) == EXIT_OK
+
+
+def test_train_sample_evaluate(script, tmp_path):
+    """Each command as printed by the one before it; a checkpoint needs no config file."""
+    trained = script(
+        "train.py",
+        "--config",
+        ROOT / "configs/digits_unet.py",
+        "experiment_name=run",
+        "image_size=8",
+        "model_params.model_channels=16",
+        "num_samples=20",
+        "num_inference_steps=3",
+        "max_steps=30",
+        "use_swanlab=true",
+        "swanlab_mode=offline",
+    )
+    assert trained.returncode == EXIT_OK, trained.output
+    run = tmp_path / "checkpoints" / "run"
+    assert "python sample.py --checkpoint checkpoints/run" in trained.output
+    assert (run / "samples" / "epoch_0001.png").is_file()
+    assert list((run / "swanlog").glob("run-*"))
+
+    sampled = script("sample.py", "--checkpoint", "checkpoints/run", "--create_gif")
+    assert sampled.returncode == EXIT_OK, sampled.output
+    assert Image.open(tmp_path / "samples" / "samples.png").size[0] > 0
+    assert Image.open(tmp_path / "samples" / "samples.gif").n_frames == 3
+
+    evaluated = script(
+        "evaluate.py",
+        *("--checkpoint", "checkpoints/run", "--num_samples", "20", "--steps", "2"),
+        *("--metrics", "class_acc", "--save_images_dir", "drawn"),
+    )
+    assert evaluated.returncode == EXIT_OK, evaluated.output
+    report = json.loads((run / "eval" / "report.json").read_text(encoding="utf-8"))
+    assert list(report)[:4] == ["FID", "IS_mean", "IS_std", "LPIPS_diversity"]
+    assert report["metrics"]["class_acc"]["real_ceiling"] > 0.9
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(900)
+def test_the_requested_digit_appears(script, tmp_path):
+    """A minute of training at 8x8 is enough for the right digit in most samples."""
+    options = ["experiment_name=run", "image_size=8", "epochs=25", "sample_interval=100"]
+    trained = script("train.py", "--config", ROOT / "configs/digits_unet.py", *options)
+    assert trained.returncode == EXIT_OK, trained.output
+    evaluated = script("evaluate.py", "--checkpoint", "checkpoints/run", "--num_samples", 200)
+    assert evaluated.returncode == EXIT_OK, evaluated.output
+    report = json.loads((tmp_path / "checkpoints/run/eval/report.json").read_text())
+    assert report["class_accuracy"] > 0.9
