@@ -27,6 +27,7 @@ from utils.checkpoint import load_checkpoint, resolve_checkpoint
 from utils.cli import new_parser, parse_args, parse_int_list
 from utils.config import (
     Check,
+    Config,
     RawConfig,
     apply_overrides,
     format_config,
@@ -36,6 +37,8 @@ from utils.config import (
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError, exit_code_of
 from utils.images import ImageSpec
+from utils.precision import resolve_precision
+from utils.resume import SAME_MODEL, changed_settings
 
 __all__ = ["CONFIG_CHECKS", "Run", "Sampling", "generate", "load_run", "sampling_from"]
 
@@ -45,8 +48,18 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     datasets.check_config,
     diffusion.check_config,
     metrics.check_config,
-    lambda config: models.check_config(config, datasets.native_spec(config)),
+    lambda config: models.check_config(config, expected_spec(config)),
 )
+
+
+def expected_spec(config: Config) -> ImageSpec | None:
+    """The images as far as the config alone tells. A custom set's number of classes, which its
+    folders tell, is a placeholder: no size depends on it."""
+    spec = datasets.native_spec(config)
+    if spec is None and config.dataset == "custom" and config.image_size is not None:
+        num_classes = config.model_params.get("num_classes", 1)
+        return ImageSpec(config.image_channels or 3, *config.image_size, num_classes)
+    return spec
 
 
 def load_run(
@@ -74,6 +87,11 @@ def load_run(
         raw.values.update(given.values)
         raw.sources.update(given.sources)
     config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
+    resolve_precision(config.precision, device)
+    if changed := changed_settings(state["config"], config.to_dict(), SAME_MODEL):
+        raise ConfigError(
+            f"{path}: these settings belong to the weights:\n       " + "\n       ".join(changed)
+        )
     spec = ImageSpec(*state["spec"])
     native = datasets.native_spec(config)
     if native is not None and native != spec:
@@ -84,7 +102,7 @@ def load_run(
     has_ema = "ema_model_state_dict" in state
     if use_ema and not has_ema:
         raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
-    ema = has_ema if use_ema is None else use_ema
+    ema = has_ema and config.use_ema if use_ema is None else use_ema
     model = models.build_model(config, spec)
     try:
         model.load_state_dict(state["ema_model_state_dict" if ema else "model_state_dict"])
@@ -205,6 +223,10 @@ def check_outputs(args: argparse.Namespace) -> None:
     Raises:
         UserError: they cannot.
     """
+    if args.create_gif and (args.num_samples or 0) > MAX_GRID_IMAGES:
+        raise ConfigError(
+            f"--create_gif shows at most {MAX_GRID_IMAGES} images; lower --num_samples"
+        )
     if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
         raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
     try:

@@ -148,6 +148,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         config=config,
         extra_state=fixed_state(
             config,
+            schedule,
             spec=dataset.spec,
             class_names=dataset.class_names,
             fingerprint=dataset.fingerprint,
@@ -216,6 +217,7 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
         labels = pictures.block_labels(count, range(run.spec.num_classes))
     was_training = run.model.training
     run.model.eval()
+    images, error = torch.zeros((0, *run.spec.shape), dtype=torch.uint8), None
     try:
         parts = generate(
             run,
@@ -225,10 +227,14 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
             batch_size=PREVIEW_BATCH_SIZE,
             runtime=runtime,
         )
-        empty = torch.zeros((0, *run.spec.shape), dtype=torch.uint8)
-        images = runtime.gather(torch.cat([empty, *(part for part, _, _ in parts)]), count)
+        images = torch.cat([images, *(part for part, _, _ in parts)])
+    except Exception as failure:
+        error = failure
     finally:
         run.model.train(was_training)
+    if runtime.any(error is not None):  # all ranks skip the gather, or none
+        raise error or RuntimeError("sampling failed on another process")
+    images = runtime.gather(images, count)
     if images is not None:
         grid = pictures.make_grid(images, pictures.grid_rows(count, labels))
         path = config.preview_dir / f"epoch_{epoch:04d}.png"

@@ -3,6 +3,8 @@
 Sized for GPUs with 24 GB or more.
 
 torchrun --standalone --nproc_per_node=8 train.py --config configs/celeba_unet.py
+
+Not yet run to the end.
 """
 
 config = dict(

@@ -3,6 +3,8 @@
 Sized for GPUs with 12 GB or more.
 
 torchrun --standalone --nproc_per_node=8 train.py --config configs/cifar10_unet.py
+
+Not yet run to the end.
 """
 
 config = dict(

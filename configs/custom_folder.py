@@ -1,6 +1,8 @@
 """Your own pictures: one folder per class below data_root. See docs/own_data.md.
 
 python train.py --config configs/custom_folder.py data_root=PATH image_size=64
+
+A run on CIFAR-10 as a folder per class is in docs/results.md.
 """
 
 config = dict(

@@ -3,6 +3,8 @@
 The betas end at 0.05, not at 0.02, so that 300 steps too arrive at pure noise.
 
 python train.py --config configs/mnist_ddpm_t300.py
+
+Not yet run to the end.
 """
 
 config = dict(

@@ -3,6 +3,8 @@
 Block widths 32, 64, 64, as many tutorials have them; DDIM in 50 steps.
 
 python train.py --config configs/mnist_unet_concat.py
+
+Not yet run to the end.
 """
 
 config = dict(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion import SAMPLERS, GaussianDiffusion, Step, make_denoiser, timestep_grid
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.images import ImageSpec, to_uint8
 from utils.precision import autocast, resolve_precision
 from utils.rng import sample_noise
@@ -85,7 +85,7 @@ def sampling_from(
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
     if scale != 1 and not config.conditional:
         raise ConfigError(f"cfg_scale={scale:g}: this model was trained without class labels")
-    if scale not in (0, 1) and config.label_dropout == 0:
+    if scale != 1 and config.label_dropout == 0:
         raise ConfigError(f"cfg_scale={scale:g}: trained with cfg_dropout_prob=0, so only 1 works")
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
@@ -156,11 +156,17 @@ def generate(
     for start in range(share.start, share.stop, batch_size):
         rows = slice(start, min(start + batch_size, share.stop))
         batch_labels = None if labels is None else list(labels[rows])
-        with torch.inference_mode(), autocast(precision, runtime.device):
-            steps = sample_steps(run, seeds[rows], batch_labels, sampling, runtime.device)
-            for number, step in enumerate(steps):
-                if on_step is not None:
-                    on_step(number, step)
+        try:
+            with torch.inference_mode(), autocast(precision, runtime.device):
+                steps = sample_steps(run, seeds[rows], batch_labels, sampling, runtime.device)
+                for number, step in enumerate(steps):
+                    if on_step is not None:
+                        on_step(number, step)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {runtime.device} while sampling {len(seeds[rows])} images at "
+                "a time; lower --batch_size"
+            ) from error
         yield to_uint8(step.x).cpu(), batch_labels, list(seeds[rows])
 
 

@@ -112,7 +112,7 @@ def mean_distance(
     with torch.inference_mode(), full_float32(device):
         for part in pairs.split(PAIR_BATCH):
             a, b = (lpips_input(images[part[:, side]].to(device)) for side in (0, 1))
-            found.append(distance(a, b).double().cpu())
+            found.append(distance(a, b).cpu().double())
     values = torch.cat(found)
     sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return MeanError(values.mean().item(), sem)
@@ -233,7 +233,7 @@ class LpipsScorer:
                 real_value=real and real.mean,
                 **details,
                 n=self.num_images,
-                num_pairs=self.num_pairs,
+                num_pairs=min(self.num_pairs, self.num_images * (self.num_images - 1) // 2),
                 better="near the real value",
                 extractor=self.details,
             )

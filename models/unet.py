@@ -70,7 +70,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, c // self.num_heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, N, c / heads)
+        # contiguous: fused attention kernels refuse channels that lie h * w apart
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # (B, heads, N, c / heads)
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
 

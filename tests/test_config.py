@@ -16,11 +16,12 @@ from utils.cli import new_parser, parse_args, parse_int_list
 from utils.config import (
     ALIASES,
     Config,
-    config_from_dict,
+    RawConfig,
     format_config,
     load_config,
     parse_value,
     reference_table,
+    validate,
     warnings_of,
 )
 from utils.errors import ConfigError
@@ -131,7 +132,7 @@ FLAGS = [name for name, value in KNOWN_KEYS.items() if isinstance(value, bool)]
 def test_no_number_is_a_bool_or_infinite(key):
     for value in (True, math.nan, math.inf, -1, "abc", []):
         with pytest.raises(ConfigError) as caught:
-            config_from_dict({key: value, "experiment_name": "run"}, "here")
+            validate(RawConfig({key: value, "experiment_name": "run"}, {key: "here"}))
         assert str(caught.value).startswith(f"here: {key}=")
         assert "\n" not in str(caught.value)
 
@@ -140,7 +141,7 @@ def test_no_number_is_a_bool_or_infinite(key):
 def test_a_flag_is_true_or_false_and_nothing_like_it(key):
     for value in (1, 0, "yes", "no", "true", 1.0):
         with pytest.raises(ConfigError, match=f"here: {key}={value!r}: only True or False"):
-            config_from_dict({key: value, "experiment_name": "run"}, "here")
+            validate(RawConfig({key: value, "experiment_name": "run"}, {key: "here"}))
 
 
 def test_sizes_and_sequences(tmp_path):
@@ -207,11 +208,11 @@ def test_json_round_trip(tmp_path):
     config = load_python(tmp_path, f"{body}, model_params=dict(channel_mult=(1, 2))")
     stored = json.loads(format_config(config))
     assert stored == config.to_dict()
-    again = config_from_dict(stored, "checkpoint.pth")
+    again = validate(RawConfig(stored, {}))
     assert again.to_dict() == config.to_dict()
     assert (again.gpu_ids, again.image_size) == (config.gpu_ids, config.image_size)
     with pytest.raises(ConfigError, match=r"checkpoint\.pth: 'gone' is not a config key"):
-        config_from_dict({**stored, "gone": 1}, "checkpoint.pth")
+        validate(RawConfig({**stored, "gone": 1}, {"gone": "checkpoint.pth"}))
 
 
 def test_the_reference_table_has_every_key():

@@ -12,7 +12,7 @@ import train
 from diffusion.generation import generate, sampling_from
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.errors import EXIT_OK, CheckpointError, ConfigError
+from utils.errors import EXIT_OK, ConfigError
 
 CPU = torch.device("cpu")
 
@@ -128,8 +128,9 @@ def test_overrides_reach_sampling_but_not_the_shape_of_the_model(trained):
     run = sample.load_run(trained, CPU, overrides=["num_inference_steps=5", "threshold=none"])
     assert sampling_from(run.config).num_inference_steps == 5
     assert sampling_from(run.config).threshold == "none"
-    with pytest.raises(CheckpointError, match="does not fit"):
-        sample.load_run(trained, CPU, overrides=["model_params.model_channels=16"])
+    for override in ("model_params.model_channels=16", "prediction_type=v", "image_size=16"):
+        with pytest.raises(ConfigError, match="belong to"):
+            sample.load_run(trained, CPU, overrides=[override])
 
 
 def test_sampling_takes_the_defaults_of_its_method():

@@ -258,7 +258,7 @@ def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
 
     monkeypatch.setattr(Trainer, "train", remember)
     if not on_cpu:
-        monkeypatch.setattr(Trainer, "_is_cpu", property(lambda self: False))
+        monkeypatch.setattr(Trainer, "_defers_check", property(lambda self: True))
     with pytest.raises(NonFiniteError, match="not finite") as error:
         run(tiny, "bad", "max_steps=20", "log_interval=12")
     assert error.value.exit_code == EXIT_NON_FINITE

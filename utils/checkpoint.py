@@ -162,8 +162,14 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
     return None
 
 
+def epochs_saved(run_dir: Path) -> dict[int, Path]:
+    """The `model_epoch_*.pth` files by epoch, ascending."""
+    paths = run_dir.iterdir() if run_dir.is_dir() else ()
+    found = {int(m[1]): path for path in paths if (m := EPOCH_PATTERN.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
 def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` of `model_epoch_*.pth`."""
-    numbered = [(int(m[1]), p) for p in run_dir.iterdir() if (m := EPOCH_PATTERN.fullmatch(p.name))]
-    for _, path in sorted(numbered)[:-keep_last]:
+    for path in list(epochs_saved(run_dir).values())[:-keep_last]:
         path.unlink()

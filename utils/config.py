@@ -638,20 +638,26 @@ def warnings_of(config: Config) -> list[str]:
             f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}: "
             "there will be at most one preview"
         )
-    if config.use_scheduler and config.scheduler_type != "warmup_cosine":
-        unused = sorted({"warmup_epochs", "warmup_start_factor"} & given)
-        if unused and config.warmup_epochs > 0:
-            found.append(f"{', '.join(unused)}: only scheduler_type='warmup_cosine' warms up")
+    scheduler = config.scheduler_type if config.use_scheduler else None
+    without_effect = {
+        "scheduler_type": (not config.use_scheduler, "use_scheduler=True"),
+        "warmup_epochs": (scheduler != "warmup_cosine", "scheduler_type='warmup_cosine'"),
+        "warmup_start_factor": (scheduler != "warmup_cosine", "scheduler_type='warmup_cosine'"),
+        "step_size": (scheduler != "step", "scheduler_type='step'"),
+        "gamma": (scheduler != "step", "scheduler_type='step'"),
+        "ema_decay": (not config.use_ema, "use_ema=True"),
+        "min_snr_gamma": (config.loss_weighting != "min_snr", "loss_weighting='min_snr'"),
+        "ddim_eta": (config.sampling_method != "ddim", "sampling_method='ddim'"),
+        "beta_start": (config.beta_schedule == "cosine", "another beta_schedule than 'cosine'"),
+        "beta_end": (config.beta_schedule == "cosine", "another beta_schedule than 'cosine'"),
+        "cfg_interval": (config.guidance_scale in (0, 1), "cfg_scale above 1"),
+        "use_subdirs": (config.dataset != "custom", "dataset='custom'"),
+        "swanlab_mode": (not config.use_swanlab, "use_swanlab=True"),
+    }
+    for key, (unused, needed) in without_effect.items():
+        if unused and key in given:
+            found.append(f"{key} has no effect without {needed}")
     return found
-
-
-def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """The config stored in a checkpoint.
-
-    Raises:
-        ConfigError: it has keys or values this version does not know.
-    """
-    return validate(RawConfig(dict(values), {key: source for key in values}))
 
 
 def format_config(config: Config) -> str:

@@ -18,6 +18,7 @@ from utils.config import Config, Problem
 from utils.errors import ConfigError
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
+PATIENCE_HOURS = 12  # longest download
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Runtime:
         return range(start, start + per_rank + (self.rank < extra))
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Reduce in place over all ranks (`sum`, `max` or `min`) and return the tensor."""
+        """Reduce in place over all ranks (`sum` or `max`) and return the tensor."""
         if self.world_size > 1:
-            ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+            ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
             dist.all_reduce(tensor, ops[op])
         return tensor
 
@@ -79,14 +80,23 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the body before the others do: so that one process alone downloads."""
-        if not self.is_main:
-            self.barrier()
+        """Rank 0 runs the body first, then the first process of each node, then the rest.
+
+        So one process alone downloads into a folder, shared or local; the others wait for hours.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
+        for _ in range(turn):
+            dist.barrier(patient)
         try:
             yield
         finally:
-            if self.is_main:
-                self.barrier()
+            for _ in range(2 - turn):
+                dist.barrier(patient)
+            dist.destroy_process_group(patient)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -101,8 +111,9 @@ def choose_device(name: str | None, index: int = 0) -> torch.device:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name is None:
+        if world_size() > 1:
+            available["mps"] = False  # gloo carries no MPS tensors
         name = next((kind for kind, there in available.items() if there), "cpu")
-        return torch.device(name, index) if name == "cuda" else torch.device(name)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -111,11 +122,19 @@ def choose_device(name: str | None, index: int = 0) -> torch.device:
         raise ConfigError(f"--device {name}: use cpu, cuda, cuda:1 or mps")
     if not available.get(device.type, True):
         raise ConfigError(f"--device {name}: this machine has no usable {device.type}; use cpu")
+    if world_size() > 1 and (device.type == "mps" or device.index is not None):
+        raise ConfigError(
+            f"--device {name}: with several processes use cuda or cpu; gpu_ids or "
+            "CUDA_VISIBLE_DEVICES choose the GPUs"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ConfigError(f"--device {name}: this machine has {count} CUDA device(s)")
+            raise ConfigError(
+                f"{device}: this machine has {count} CUDA device(s), numbered from 0, and each "
+                f"process needs its own; use --nproc_per_node={count} at most"
+            )
     return device
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +28,3 @@ class EMA:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for our_buffer, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             our_buffer.copy_(buffer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "num_updates": self.num_updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.num_updates = state["num_updates"]

@@ -38,6 +38,10 @@ class LossStats:
         self.values[:2].mul_(keep).add_(torch.stack([loss, one]) * (1 - keep))
         self.values[2:].add_(torch.stack([loss, one]))
 
+    def share(self, runtime: Runtime) -> None:
+        """Replace every rank's values by their mean, which is what a checkpoint holds."""
+        self.values = runtime.all_reduce(self.values) / runtime.world_size
+
     def read(self, runtime: Runtime) -> tuple[float, float]:
         """(smoothed loss, mean loss since `start_window`), averaged over ranks; a collective."""
         mean = runtime.all_reduce(self.values.clone()) / runtime.world_size

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import CURRENT, load_checkpoint, newest_checkpoint
+import torch
+
+from utils.checkpoint import CURRENT, epochs_saved, load_checkpoint, newest_checkpoint
 from utils.config import Config
-from utils.distributed import Runtime
+from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError
 from utils.schedule import Schedule
 
@@ -20,21 +23,19 @@ AUTO = "auto"
 NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
 NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
 
-# A changed value of these would not continue the run, but silently begin another one.
-MUST_MATCH = [
+# What a checkpoint's weights mean: no other value makes sense with them.
+SAME_MODEL = (
     "model_type",
     "model_params",
     "conditional",
-    "batch_size",
-    "seed",
-    "optimizer",
-    "use_ema",
     "num_timesteps",
     "beta_start",
     "beta_end",
     "beta_schedule",
     "prediction_type",
-]
+)
+# A changed value of these would not continue the run, but silently begin another one.
+SAME_RUN = ("batch_size", "seed", "optimizer", "use_ema")
 MAY_DIFFER = [
     "learning_rate",
     "weight_decay",
@@ -46,6 +47,10 @@ MAY_DIFFER = [
     "cfg_dropout_prob",
     "use_scheduler",
     "scheduler_type",
+    "warmup_epochs",
+    "warmup_start_factor",
+    "step_size",
+    "gamma",
     "gradient_accumulation_steps",
     "precision",
     "dataset",
@@ -92,6 +97,8 @@ def find_resume(config: Config) -> Resume | None:
         resume = Resume(path, load_checkpoint(path), False)
         if path.resolve().parent != folder.resolve():
             _refuse_occupied(folder)
+        else:
+            _refuse_going_back(resume, folder)
     else:
         _refuse_occupied(folder)
         return None
@@ -107,15 +114,29 @@ def _refuse_occupied(folder: Path) -> None:
         )
 
 
+def _refuse_going_back(resume: Resume, folder: Path) -> None:
+    later = [n for n in epochs_saved(folder) if n > resume.state["epoch"]]
+    if later:
+        raise ConfigError(
+            f"{resume.path} is of epoch {resume.state['epoch']}, but {folder} has epoch "
+            f"{max(later)}; to branch off, keep resume_path and choose another experiment_name"
+        )
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """A line for each of `keys` whose value differs."""
+    return [
+        f"{key}: {old[key]} in the checkpoint, {new[key]} in the config"
+        for key in keys
+        if key in old and old[key] != new[key]
+    ]
+
+
 def _check_matches(resume: Resume, config: Config) -> None:
     needed = (*NEEDED_KEYS, *(NEEDED_EMA_KEYS if config.use_ema else ()))
     missing = [key for key in needed if key not in resume.state]
     old, new = resume.state["config"], config.to_dict()
-    changed = [
-        f"{key}: {old[key]} in the checkpoint, {new[key]} in the config"
-        for key in MUST_MATCH
-        if key in old and old[key] != new[key]
-    ]
+    changed = changed_settings(old, new, (*SAME_MODEL, *SAME_RUN))
     if changed:
         raise CheckpointError(
             f"{resume.path} cannot be continued with changed settings; restore them, or start a "
@@ -123,6 +144,16 @@ def _check_matches(resume: Resume, config: Config) -> None:
         )
     if missing:
         raise CheckpointError(f"{resume.path} cannot be continued, it lacks {', '.join(missing)}")
+    threads = resume.state.get("num_threads", torch.get_num_threads())
+    processes = resume.state.get("world_size", world_size())
+    if (processes, threads) != (world_size(), torch.get_num_threads()):
+        log.info(
+            "was %d process(es) of %d threads, now %d of %d: same data and noise, other rounding",
+            processes,
+            threads,
+            world_size(),
+            torch.get_num_threads(),
+        )
     for key in MAY_DIFFER:
         if key in old and old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
@@ -172,12 +203,14 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
     def steps_of(epochs: int) -> int:
         return math.ceil(epochs * num_images / config.batch_size)
 
-    total = steps_of(config.epochs)
+    total, is_extension = steps_of(config.epochs), False
+    if resume is not None and resume.is_auto and resume.state.get("extended_steps"):
+        total, is_extension = max(total, resume.state["extended_steps"]), True
     if resume is not None and total <= done:
         if resume.is_auto:
             return None
         epochs_done = done * config.batch_size // num_images
-        total = steps_of(epochs_done + config.epochs)
+        total, is_extension = steps_of(epochs_done + config.epochs), True
         log.info(
             "epochs=%d, but %d are done: training %d more, to epoch %d",
             config.epochs,
@@ -191,7 +224,7 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
             if resume.is_auto:
                 return None
             raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")
-    return Schedule(num_images, config.batch_size, total)
+    return Schedule(num_images, config.batch_size, total, is_extension)
 
 
 def prepare_run_dir(config: Config) -> None:

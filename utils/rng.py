@@ -25,9 +25,8 @@ class Stream(IntEnum):
     MODEL_DROPOUT = 5  # index: step, micro-batch of the global batch
     SAMPLE = 6  # index: none; the seed is the sample's own
     MODEL_INIT = 7  # index: none
-    PREVIEW = 8  # index: image
-    EVALUATION = 9  # index: image
-    CLASSIFIER = 10  # index: epoch
+    EVALUATION = 8  # index: what is drawn
+    CLASSIFIER = 9  # index: epoch
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:

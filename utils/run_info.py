@@ -20,6 +20,7 @@ log = logging.getLogger("diffusion")
 
 def fixed_state(
     config: Config,
+    schedule: Schedule,
     *,
     spec: ImageSpec,
     class_names: tuple[str, ...],
@@ -33,6 +34,7 @@ def fixed_state(
         "spec": list(spec),
         "class_names": list(class_names),
         "data_fingerprint": fingerprint,
+        "extended_steps": schedule.total_steps if schedule.is_extension else None,
         "world_size": runtime.world_size,
         "num_threads": torch.get_num_threads(),
         "versions": {

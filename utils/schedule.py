@@ -23,6 +23,7 @@ class Schedule:
     num_images: int
     batch_size: int
     total_steps: int
+    is_extension: bool = False  # a finished run trains on, beyond its config's epochs
 
     @property
     def steps_per_epoch(self) -> float:

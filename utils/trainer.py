@@ -15,7 +15,7 @@ from utils import checkpoint as files
 from utils.config import Config
 from utils.distributed import Runtime, no_gradient_sync
 from utils.ema import EMA
-from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED, UserError
+from utils.errors import EXIT_FAILURE, EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
 from utils.progress import LossStats, Progress
 from utils.rng import Stream, derive_seed
@@ -85,8 +85,9 @@ class Trainer:
         self._grad_norm = torch.zeros((), device=runtime.device)
 
     @property
-    def _is_cpu(self) -> bool:
-        return self.runtime.device.type == "cpu"
+    def _defers_check(self) -> bool:
+        """On CUDA the host does not wait for each step's loss; elsewhere reading it is free."""
+        return self.runtime.device.type == "cuda"
 
     def train(self) -> int:
         """Train to the end, or to a SIGINT or SIGTERM. Returns the exit code.
@@ -110,6 +111,11 @@ class Trainer:
                     self._end_of_step()
         if self.last_saved_step != self.step:
             self.save()
+            if self.last_saved_step != self.step:
+                raise UserError(
+                    f"trained to step {self.step}, but it could not be saved in "
+                    f"{self.config.run_dir}; the last checkpoint is of step {self.last_saved_step}"
+                )
         return EXIT_OK
 
     def _train_step(self, example: tuple[Tensor | None, ...]) -> None:
@@ -135,12 +141,12 @@ class Trainer:
     def _optimizer_step(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
-        self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit, foreach=True)
+        self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
         # the scaler's business; there only the loss counts.
         watched = loss if self.scaler.is_enabled() else self._grad_norm + loss
         self._bad = torch.maximum(self._bad, (~torch.isfinite(watched)).float())
-        if self._is_cpu:
+        if not self._defers_check:
             self._raise_if_bad()
         elif not self.scaler.is_enabled():
             self.optimizer.found_inf = self._bad  # fused kernels skip the update on the device
@@ -196,8 +202,9 @@ class Trainer:
     def _stop_early(self) -> int:
         log.info("stopping at step %d: saving", self.step)
         self.save()
-        if self.last_saved_step == self.step:
-            log.info("saved; go on with resume_path=auto")
+        if self.last_saved_step != self.step:
+            return EXIT_FAILURE
+        log.info("saved; go on with resume_path=auto")
         return EXIT_PREEMPTED
 
     def save(self, epoch: int | None = None) -> None:
@@ -206,10 +213,10 @@ class Trainer:
         A disk that refuses is a warning, three times in a row an error.
         """
         self._raise_if_bad()
+        self._loss.share(self.runtime)
         smoothed, _ = self._loss.read(self.runtime)
-        is_best = smoothed < self.best_loss
-        if is_best:
-            self.best_loss = smoothed
+        is_best, best_before = smoothed < self.best_loss, self.best_loss
+        self.best_loss = min(smoothed, self.best_loss)
         error = None
         if self.runtime.is_main:
             try:
@@ -220,6 +227,7 @@ class Trainer:
         if error is None:
             self.last_saved_step, self._failed_saves = self.step, 0
             return
+        self.best_loss = best_before
         self._failed_saves += 1
         log.warning("no checkpoint at step %d in %s: %s", self.step, self.config.run_dir, error)
         if self._failed_saves >= MAX_FAILED_SAVES:
@@ -265,7 +273,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        self.scaler.load_state_dict(state["scaler_state_dict"])
+        if state["scaler_state_dict"]:  # empty unless that run was in fp16
+            self.scaler.load_state_dict(state["scaler_state_dict"])
         self.step, self.best_loss = state["step"], state["best_loss"]
         self._loss.values.copy_(state["loss_stats"])
         self.last_saved_step = self.step
@@ -275,6 +284,5 @@ class Trainer:
             group["lr"] = self.config.learning_rate * factor
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self.ema is not None:
-            self.ema.load_state_dict(
-                {"model": state["ema_model_state_dict"], "num_updates": state["ema_num_updates"]}
-            )
+            self.ema.model.load_state_dict(state["ema_model_state_dict"])
+            self.ema.num_updates = state["ema_num_updates"]
