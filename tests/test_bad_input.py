@@ -339,7 +339,7 @@ UNCONDITIONAL = {
     "--seed -5": "non-negative seed",
     "--seeds 0-3 --num_samples 2": "one non-negative seed per image",
     "--batch_size 0": "batch_size of at least 1",
-    "model_params.model_channels=16": "does not fit the config",
+    "model_params.model_channels=16": "belong to the weights",
     "no_such_key=1": "'no_such_key' is not a config key",
     "--config gone.py": "gone.py: no such config file",
 }

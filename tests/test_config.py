@@ -594,6 +594,11 @@ def test_doubtful_settings_warn():
     assert "sample_start_epoch" in warnings_of(Config(epochs=200, sample_start_epoch=200))[0]
     assert warnings_of(Config(epochs=1)) == []
     unused = Config(use_scheduler=True, scheduler_type="cosine", warmup_epochs=5)
-    assert "only scheduler_type='warmup_cosine' warms up" in warnings_of(unused)[0]
+    (warning,) = warnings_of(unused)
+    assert warning == "warmup_epochs has no effect without scheduler_type='warmup_cosine'"
+    assert warnings_of(Config(ema_decay=0.9, ddim_eta=1.0)) == []
+    for key, value in dict(step_size=3, gamma=0.5, min_snr_gamma=2.0, swanlab_mode="local").items():
+        (warning,) = warnings_of(Config(**{key: value}))
+        assert warning.startswith(f"{key} has no effect without")
     assert warnings_of(Config()) == []
     assert math.isfinite(Config().learning_rate)

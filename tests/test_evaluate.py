@@ -36,6 +36,7 @@ def run_dir(tmp_path_factory) -> Path:
     settings = [
         "max_steps=3", "batch_size=8", "image_size=8", "model_params.model_channels=8",
         "model_params.channel_mult=1,2", f"save_dir={folder}", "num_samples=2", "experiment_name=r",
+        "eval_metrics=fid,is,lpips,class_acc",
     ]  # fmt: skip
     assert train.main(["--config", "configs/digits_unet.py", "--device", "cpu", *settings]) == 0
     return folder / "r"

@@ -7,6 +7,7 @@ import torch
 
 from models import BACKBONES, build_model, check_config
 from models.layers import LabelEmbedding, timestep_features
+from models.unet import AttentionBlock
 from utils.config import Config
 from utils.ema import EMA
 from utils.errors import ConfigError
@@ -107,6 +108,15 @@ def test_attention_is_where_it_was_asked_for():
     assert count(attention_resolutions=()) == 1  # the bottleneck
     assert count(attention_resolutions=(8,)) == 1 + 1 + 2
     assert count() == 1 + 3 + 6
+
+
+def test_attention_can_use_fused_kernels():
+    """Fused kernels refuse strided channels without a word and leave a quadratic matrix."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    block = AttentionBlock(16, num_head_channels=8)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        assert block(torch.randn(2, 16, 4, 4)).shape == (2, 16, 4, 4)
 
 
 def test_cifar10_network_has_the_size_of_the_paper():

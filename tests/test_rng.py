@@ -30,9 +30,8 @@ def test_the_numbers_of_the_streams_never_change():
         "MODEL_DROPOUT": 5,
         "SAMPLE": 6,
         "MODEL_INIT": 7,
-        "PREVIEW": 8,
-        "EVALUATION": 9,
-        "CLASSIFIER": 10,
+        "EVALUATION": 8,
+        "CLASSIFIER": 9,
     }
 
 

@@ -227,6 +227,28 @@ def test_a_named_file_extends_a_finished_run_and_says_so(tiny, capsys):
         run(tiny, "a", "max_steps=3", "resume_path=checkpoints/a/current_model.pth")
 
 
+def test_an_interrupted_extension_goes_on_to_its_end(tiny):
+    run(tiny, "a", "epochs=1")
+    run(tiny, "a", "epochs=1", "resume_path=checkpoints/a/current_model.pth", "save_interval=1")
+    end = state_of("a")
+    assert end["extended_steps"] == end["step"] == math.ceil(2 * 1442 / 64)
+    # as if stopped half-way: the state of step 30 with the plan of the extension
+    run(tiny, "b", "epochs=2", "max_steps=30")
+    state = {**state_of("b"), "extended_steps": end["extended_steps"]}
+    save_checkpoint(Path("checkpoints/b/current_model.pth"), state)
+    assert run(tiny, "b", "epochs=1", "resume_path=auto") == EXIT_OK
+    assert state_of("b")["step"] == end["step"]
+
+
+def test_going_back_in_the_same_folder_is_refused(tiny):
+    run(tiny, "a", "epochs=2", "save_interval=1")
+    early = "resume_path=checkpoints/a/model_epoch_0001.pth"
+    with pytest.raises(ConfigError, match="another experiment_name"):
+        run(tiny, "a", "epochs=3", early)
+    assert run(tiny, "branch", "epochs=2", early) == EXIT_OK
+    assert_same_training(state_of("a"), state_of("branch"))
+
+
 # --- faults
 
 
@@ -393,10 +415,9 @@ def test_old_checkpoints_are_removed_but_the_last(tiny):
 def test_find_resume_falls_back_from_a_damaged_file(tiny):
     run(tiny, "a", "epochs=2", "save_interval=1")
     folder = Path("checkpoints/a")
-    content = bytearray((folder / "current_model.pth").read_bytes())
-    content[len(content) // 2] ^= 1
+    content = (folder / "current_model.pth").read_bytes()
     (folder / "current_model.pth").unlink()  # the other names are links to the same bytes
-    (folder / "current_model.pth").write_bytes(content)
+    (folder / "current_model.pth").write_bytes(content[: len(content) // 2])
     config = Config(**{**state_of_config(folder), "resume_path": "auto"})
     assert find_resume(config).path.name == "model_epoch_0002.pth"
 

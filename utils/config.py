@@ -666,7 +666,7 @@ def format_config(config: Config) -> str:
 
 
 def reference_table() -> str:
-    """docs/configs.md's table: `python -c "from utils import config; print(...)"` prints it."""
+    """The table of docs/configs.md, which a test compares with this."""
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for name, field in Config.model_fields.items():
         default = {} if field.default_factory else field.default
