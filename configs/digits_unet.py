@@ -13,7 +13,7 @@ config = dict(
         channel_mult=(1, 2, 2),
         num_res_blocks=1,
         attention_resolutions=(4,),
-        dropout=0.1,
+        dropout=0.0,
         use_scale_shift_norm=True,
     ),
     beta_schedule="cosine",

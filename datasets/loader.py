@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -178,6 +179,7 @@ def _load_from_memory(
 def _load_from_workers(
     dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    num_workers = min(num_workers, os.cpu_count() or 1)
     loader = DataLoader(
         _Rows(dataset),
         sampler=indices,

@@ -135,7 +135,7 @@ class Config(BaseModel):
         None, description="random mirroring; default: on, except for digits and shapes"
     )
     num_workers: NonNegativeInt = Field(
-        4, description="loader processes of data not held in memory"
+        4, description="loader processes of data not held in memory, at most one per core"
     )
     resident: Bool | None = Field(
         None, description="hold all images in device memory as uint8; default: if below 1 GiB"
