@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import datasets
 from datasets.loader import image_batches
+from diffusion import SAMPLERS
 from diffusion.generation import Run, Sampling, generate, sampling_from
 from metrics import METRICS, check_metric_names
 from metrics.plan import Plan, build_scorers, plan_metrics
@@ -26,7 +27,7 @@ from metrics.report import build_report, count_warnings, report_path, summary, w
 from metrics.scoring import Batches, RealImages, choose_indices, run_scorers, save_batches
 from metrics.weights import file_sha256
 from sample import load_run
-from utils.cli import new_parser, parse_args
+from utils.cli import add_sampling_options, new_parser, parse_args
 from utils.config import Config, format_config
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, DataError, UserError, exit_code_of
@@ -38,19 +39,12 @@ log = logging.getLogger("diffusion")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
+    add_sampling_options(parser, SAMPLERS)
     add = parser.add_argument
-    add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
-    add("--config", help="config file laid over the one in the checkpoint")
     add("--metrics", help=f"of {','.join(METRICS)}; default: the config's eval_metrics")
     add("--num_samples", "--n", type=int, help="images; default: the config's eval_num_samples")
     add("--num_real", type=int, help="real train images to compare with; default: all")
     add("--batch_size", type=int, default=128, help="images at a time, on each process")
-    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
-    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
-    add("--cfg_scale", type=float, help="0 unconditional, 1 conditional, above 1 guided")
-    add("--sampling_method", help="ddpm, ddim or dpmpp_2m; default: the config's")
-    add("--num_inference_steps", "--steps", type=int, help="sampling steps")
-    add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
     add("--save_images_dir", help="also write every image there as 000000.png ...")
     add("--output", help="report file (.json) or its folder; default: eval/ beside the checkpoint")
     add("--inception_weights", metavar="PATH", help="for fid and is; default: cache or download")
@@ -87,7 +81,7 @@ def evaluate(args: argparse.Namespace, run: Run, runtime: Runtime) -> int:
     config, spec = run.config, run.spec
     names = check_metric_names(args.metrics.split(",") if args.metrics else config.eval_metrics)
     sampling = sampling_from(
-        config, args.sampling_method, args.num_inference_steps, None, args.cfg_scale
+        config, args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
     )
     count = args.num_samples or config.eval_num_samples
     seed = config.seed if args.seed is None else args.seed

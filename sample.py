@@ -24,7 +24,7 @@ from diffusion import SAMPLERS
 from diffusion.generation import FrameRecorder, Run, Sampling, generate, sampling_from
 from utils import images as pictures
 from utils.checkpoint import load_checkpoint, resolve_checkpoint
-from utils.cli import new_parser, parse_args, parse_int_list
+from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import (
     Check,
     Config,
@@ -116,21 +116,13 @@ def load_run(
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
+    add_sampling_options(parser, SAMPLERS)
     add = parser.add_argument
-    add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
-    add("--config", help="config file laid over the one in the checkpoint")
-    add("--sampling_method", help=f"{', '.join(SAMPLERS)}; default: the config's")
-    add("--num_inference_steps", "--steps", type=int, help="sampling steps")
-    add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
     add("--num_samples", "--n", type=int, help="number of images; default: the config's")
     add("--batch_size", type=int, default=64, help="images sampled at a time")
     add("--output_dir", default="samples", help="where files go (default: samples)")
     add("--output_name", default="samples", help="their name (default: samples)")
-    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
-    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
-    add("--cfg_scale", type=float, help="0 unconditional, 1 conditional, above 1 guided")
     add("--labels", type=parse_int_list, help="classes to draw, e.g. 0,1,2 or 0-9; default: all")
-    add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
     add("--seeds", type=parse_int_list, help="a seed for each image, e.g. 0-63")
     add("--create_gif", action="store_true", help="GIF from noise to images")
     add("--gif_fps", type=float, default=20.0, help="frames a second")

@@ -1,6 +1,8 @@
 """Handwritten digits that ship with scikit-learn: nothing to download, a CPU is enough.
 
 python train.py --config configs/digits_unet.py
+
+2 CPU cores, 2.5 minutes: requested-class accuracy 1.00 (docs/results.md).
 """
 
 config = dict(

@@ -1,6 +1,9 @@
 """Class-conditional MNIST at its own 28x28.
 
 python train.py --config configs/mnist_unet.py
+
+2 CPU cores, 23 minutes with batch_size=64 max_steps=2200: requested-class accuracy 1.00, without
+guidance 0.96 (docs/results.md).
 """
 
 config = dict(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from diffusion.ddim import ddim
-from diffusion.ddpm import Step, ddpm
+from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
-from diffusion.gaussian import GaussianDiffusion, Prediction
+from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import make_denoiser
 from diffusion.schedules import SCHEDULES, timestep_grid
 from utils.config import Config, Problem, did_you_mean

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from diffusion.ddpm import Step, with_previous
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, Step
 from diffusion.guidance import Denoiser
+from diffusion.schedules import with_previous
 
 
 def ddim(

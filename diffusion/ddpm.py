@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, Step
 from diffusion.guidance import Denoiser
-
-
-class Step(NamedTuple):
-    """After one sampler step: x at timestep `t` (-1: the image), and the x_0 it went towards."""
-
-    t: int
-    x: Tensor
-    x_0: Tensor
-
-
-def with_previous(timesteps: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each timestep with the one it steps to; the last steps to -1, the clean image."""
-    return zip(timesteps, [*timesteps[1:], -1], strict=True)
+from diffusion.schedules import with_previous
 
 
 def ddpm(

@@ -21,6 +21,14 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
+class Step(NamedTuple):
+    """After one sampler step: x at timestep `t` (-1: the image), and the x_0 it went towards."""
+
+    t: int
+    x: Tensor
+    x_0: Tensor
+
+
 class GaussianDiffusion:
     """DDPM's Markov chain with T steps; t = 0 is the least noisy one.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,3 +57,8 @@ def timestep_grid(num_timesteps: int, num_inference_steps: int, spacing: str) ->
     else:
         raise ValueError(f"timestep_spacing={spacing!r}: use trailing, leading or linspace")
     return grid.round().long().tolist()
+
+
+def with_previous(timesteps: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each timestep with the one it steps to; the last steps to -1, the clean image."""
+    return zip(timesteps, [*timesteps[1:], -1], strict=True)

@@ -28,7 +28,7 @@ from utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# DESIGN.md section 5: configs of this family of projects have these, and they keep working.
+# Configs of the projects that users come from have these keys, and they keep working.
 KNOWN_KEYS: dict[str, Any] = {
     "project_name": "p",
     "experiment_name": "e",

@@ -1,7 +1,9 @@
 """Training through train.py: exact resume, equal results on any number of processes, faults."""
 
+import contextlib
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -147,26 +149,33 @@ def test_two_processes_train_as_one(tiny, tmp_path, script):
     weights_ddp, weights_one = (state_of(n)["model_state_dict"] for n in ("ddp", "one"))
     assert all(torch.equal(weights_ddp[name], weights_one[name]) for name in weights_one)
 
-    killed = start_script(
-        "train.py", "--config", tiny, "experiment_name=parts", *options, processes=2, cwd=tmp_path
-    )
-    wait_for_step(killed, "parts", 30, tmp_path)
-    killed.send_signal(signal.SIGTERM)
-    killed.communicate(timeout=60)
-    assert 0 < state_of("parts")["step"] < 50
-    again = script(
-        "train.py",
-        "--config",
-        tiny,
-        "experiment_name=parts",
-        *options,
-        "resume_path=auto",
-        processes=2,
-    )
-    assert again.returncode == EXIT_OK, again.output
-    assert logged("parts", "train/grad_norm") == logged("ddp", "train/grad_norm"), again.output
-    parts = state_of("parts")["model_state_dict"]
-    assert all(torch.equal(weights_ddp[name], parts[name]) for name in parts)
+    for stop in (signal.SIGTERM, signal.SIGKILL):
+        name = f"parts_{stop.name}"
+        arguments = ["--config", tiny, f"experiment_name={name}", *options]
+        stopped = start_script("train.py", *arguments, processes=2, cwd=tmp_path)
+        wait_for_step(stopped, name, 30, tmp_path)
+        workers = children_of(stopped.pid) if stop == signal.SIGKILL else []
+        for pid in (stopped.pid, *workers):
+            os.kill(pid, stop)
+        stopped.communicate(timeout=60)
+        assert 0 < state_of(name)["step"] < 50
+        again = script("train.py", *arguments, "resume_path=auto", processes=2)
+        assert again.returncode == EXIT_OK, again.output
+        assert logged(name, "train/grad_norm") == logged("ddp", "train/grad_norm"), again.output
+        parts = state_of(name)["model_state_dict"]
+        assert all(torch.equal(weights_ddp[key], parts[key]) for key in parts)
+
+
+def children_of(pid):
+    """Process ids whose parent is `pid` (Linux)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid:
+                    found.append(int(entry.name))
+    return found
 
 
 # --- what resume refuses, and the epochs rule

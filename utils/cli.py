@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -26,6 +26,20 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--print_config", action="store_true", help="print the config and stop")
     parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
     return parser
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, samplers: Iterable[str]) -> None:
+    """What sample.py and evaluate.py both take: which weights, and how to sample from them."""
+    add = parser.add_argument
+    add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
+    add("--config", help="config file laid over the one in the checkpoint")
+    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
+    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
+    add("--sampling_method", help=f"{', '.join(samplers)}; default: the config's")
+    add("--num_inference_steps", "--steps", type=int, help="sampling steps")
+    add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
+    add("--cfg_scale", type=float, help="0 unconditional, 1 conditional, above 1 guided")
+    add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
