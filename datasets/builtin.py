@@ -157,14 +157,20 @@ def _download(
 ) -> Iterator[None]:
     """Turn any failure inside into one line that says where to put which files.
 
+    Folders that the failed download made, and left empty, are removed.
+
     Raises:
         DataError: the block raised.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         yield
     except Exception as error:  # network, disk, archive and missing-package errors alike
+        for path in made:
+            with contextlib.suppress(OSError):  # not made after all, or not empty
+                path.rmdir()
         raise DataError(
             f"dataset={dataset!r}: files in {show(folder)} are missing or damaged, and downloading "
             f"them failed ({_reason(error)}); put there: {', '.join(files)}{fallback}"

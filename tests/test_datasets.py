@@ -260,8 +260,10 @@ def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch
         "cifar100": ["cifar-100-python", "train", "test", "meta"],
         "celeba": ["celeba", "img_align_celeba", "list_eval_partition.txt", "dataset='custom'"],
     }[name]
-    settings = config(dataset=name, data_root=str(tmp_path))
-    assert_data_error(lambda: build_dataset(settings), "no network", tmp_path, name, *files)
+    root = tmp_path / "new" / "data"
+    settings = config(dataset=name, data_root=str(root))
+    assert_data_error(lambda: build_dataset(settings), "no network", root, name, *files)
+    assert not list(tmp_path.iterdir())
 
 
 def test_celeba_crops_the_centre_and_keeps_the_splits(data_root):

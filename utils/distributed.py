@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -209,6 +210,10 @@ def distributed_runtime(
     if runtime.world_size == 1:
         yield runtime
         return
+    # Optimizers and others import this lazily. Imported while a process group exists it keeps a
+    # reference to the group, whose threads then outlive the interpreter and abort at exit.
+    importlib.import_module("torch._dynamo")
+
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if port is not None:
         os.environ.setdefault("MASTER_PORT", str(port))

@@ -1,0 +1,77 @@
+"""The runtime: shares, devices, and a process group that leaves nothing behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from utils.distributed import Runtime, check_gpu_ids, choose_device
+from utils.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+LEAVE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from utils.distributed import distributed_runtime
+
+with distributed_runtime("cpu") as runtime:
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    turns = []
+    with runtime.main_first():
+        turns.append(runtime.rank)
+    rows = torch.full((len(runtime.share(5)), 2), runtime.rank)
+    gathered = runtime.gather(rows, 5)
+    assert runtime.any(runtime.rank == 1)
+    assert not runtime.any(False)
+    assert runtime.broadcast_object({"rank": runtime.rank}) == {"rank": 0}
+    if runtime.is_main:
+        assert gathered[:, 0].tolist() == [0, 0, 0, 1, 1]
+names = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_group_leaves_no_threads_behind(tmp_path):
+    """A thread that outlives the interpreter aborts the process after all its work is done."""
+    path = tmp_path / "leave.py"
+    path.write_text(LEAVE, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, path, ROOT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("num_items", "world_size"), [(10, 3), (2, 4), (0, 2), (7, 1)])
+def test_shares_are_contiguous_and_complete(num_items, world_size):
+    shares = [Runtime(CPU, rank, world_size).share(num_items) for rank in range(world_size)]
+    assert [i for share in shares for i in share] == list(range(num_items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch):
+    assert choose_device("cpu") == CPU
+    for name in ("gpu", "cpus", "meta"):
+        with pytest.raises(ConfigError, match=name):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(None) == torch.device("cuda:0")
+    assert choose_device("cuda", 1) == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="nproc_per_node=2 at most"):
+        choose_device(None, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes"):
+        choose_device("cuda:0")
+
+
+def test_gpu_ids_fit_the_processes_of_the_node(monkeypatch):
+    assert check_gpu_ids(None) is None
+    assert check_gpu_ids((0,)) is None
+    assert "nproc_per_node=2" in check_gpu_ids((0, 1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert check_gpu_ids((0, 1)) is None
+    assert "name it once" in check_gpu_ids((0, 0))
