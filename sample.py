@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{len(seeds)} images: {sampling.describe()}")
         if args.dry_run:
             return EXIT_OK
-        check_outputs(args)
+        check_outputs(args, len(seeds))
 
         recorder = FrameRecorder(sampling.num_inference_steps)
         batches = generate(
@@ -209,13 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     """Find out before sampling whether the files asked for can be written.
 
     Raises:
         UserError: they cannot.
     """
-    if args.create_gif and (args.num_samples or 0) > MAX_GRID_IMAGES:
+    if args.create_gif and num_images > MAX_GRID_IMAGES:
         raise ConfigError(
             f"--create_gif shows at most {MAX_GRID_IMAGES} images; lower --num_samples"
         )
