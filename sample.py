@@ -103,13 +103,13 @@ def load_run(
     if use_ema and not has_ema:
         raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
     ema = has_ema and config.use_ema if use_ema is None else use_ema
-    model = models.build_model(config, spec)
+    model = models.build_model(config, spec, device)
     try:
         model.load_state_dict(state["ema_model_state_dict" if ema else "model_state_dict"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: does not fit the config: {reason}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     built = diffusion.build_diffusion(config)
     return Run(model, built, spec, config, path, state["step"], state["epoch"], ema)
 

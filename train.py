@@ -35,7 +35,14 @@ from utils.errors import EXIT_OK, UserError, exit_code_of
 from utils.logs import log_to_file, setup_logging
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
 from utils.precision import resolve_precision
-from utils.resume import check_data, check_same_step, find_resume, plan_steps, prepare_run_dir
+from utils.resume import (
+    check_backend,
+    check_data,
+    check_same_step,
+    find_resume,
+    plan_steps,
+    prepare_run_dir,
+)
 from utils.rng import seed_everything
 from utils.run_info import fixed_state, log_end, log_start
 from utils.schedule import Action
@@ -90,7 +97,9 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         return EXIT_OK
 
     seed_everything(config.seed)
-    model = models.build_model(config, dataset.spec).to(device)
+    model = models.build_model(config, dataset.spec, device)
+    backend = models.backend_name(model)
+    check_backend(resume, backend, runtime)
     process = diffusion.build_diffusion(config)
     dataset = make_resident(
         dataset, device, resident=config.resident, num_workers=config.num_workers
@@ -120,9 +129,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     runtime.barrier()
 
     ema = EMA(model, config.ema_decay) if config.use_ema else None
-    if config.compile:
-        model.compile()
-    optimizer = build_optimizer(model.parameters(), config)
+    models.compile_model(model, config.compile)
+    optimizer = build_optimizer(model, config)
     factor = lr_factor(
         config, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
     )
@@ -152,6 +160,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
             spec=dataset.spec,
             class_names=dataset.class_names,
             fingerprint=dataset.fingerprint,
+            backend=backend,
             runtime=runtime,
         ),
         actions=[

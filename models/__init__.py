@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from models.dim import DiM
+from models.dit import DiT
 from models.unet import UNet
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import ConfigError
 from utils.images import ImageSpec
 
-BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet}
+log = logging.getLogger("diffusion")
+
+BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet, "dit": DiT, "dim": DiM}
 
 # Arguments that follow from the data. A config may repeat them, but not contradict them.
 _SPEC_ARGUMENTS = ("image_size", "img_size", "in_channels", "out_channels", "num_classes")
 
 
-def build_model(config: Config, spec: ImageSpec) -> nn.Module:
-    """The backbone of `config.model_type` for images of `spec`, on the CPU.
+def build_model(
+    config: Config,
+    spec: ImageSpec,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> nn.Module:
+    """The backbone of `config.model_type` for images of `spec`, on `device`.
+
+    Its initial weights are drawn on the CPU, so they do not depend on the device.
 
     Raises:
-        ConfigError: model_params that do not fit the backbone or the images.
+        ConfigError: model_params that do not fit the backbone, the images or the device.
     """
+    model = _construct(config, spec).to(device)
+    if hasattr(model, "choose_backend"):
+        model.choose_backend(device)
+    if config.precision == "fp16" and getattr(model, "needs_bf16_range", False):
+        log.warning("%s often becomes NaN in fp16; use precision=bf16", config.model_type)
+    return model
+
+
+def backend_name(model: nn.Module) -> str | None:
+    """Who computes a model that leaves the choice, for logs and checkpoints; else None."""
+    backend = getattr(model, "backend", None)
+    return None if backend is None else backend.name
+
+
+def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
+    """torch.compile in place: the model as one, or each module of its lists of blocks."""
+    if how == "model":
+        model.compile()
+    elif how == "blocks":
+        # blocks of one class share a limit of recompilations, and a UNet's differ in shape
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for blocks in model.children():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile(dynamic=False)
+
+
+def _construct(config: Config, spec: ImageSpec) -> nn.Module:
     backbone = BACKBONES[config.model_type]
     if wrong := next(_check_spec(backbone, config, spec), None):
         raise ConfigError(wrong.message)
@@ -65,7 +104,7 @@ def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
         return
     try:
         with torch.device("meta"):  # shapes only: costs no memory and no time
-            build_model(config, spec)
+            _construct(config, spec)
     except ConfigError as error:
         yield Problem(("model_params", "image_size", "dataset"), str(error))
 

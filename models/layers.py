@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MAX_PERIOD = 10_000.0
 
@@ -53,3 +56,90 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches along height and width.
+
+    Raises:
+        ValueError: the patches do not tile the image.
+    """
+    height, width = image_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size={patch_size} does not divide the image size {image_size}; choose a "
+            "divisor of both sides, or another image_size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed sinusoidal positions (h * w, dim): one half of dim for the row, one for the column."""
+    rows = timestep_features(torch.arange(grid[0]), dim // 2)
+    columns = timestep_features(torch.arange(grid[1]), dim // 2)
+    h, w = grid
+    pairs = (rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1))
+    return torch.cat(pairs, dim=2).flatten(0, 1)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, h * w, p * p * C) -> (B, C, h * p, w * p)."""
+    h, w = grid
+    p = patch_size
+    image = patches.unflatten(2, (p, p, -1)).unflatten(1, (h, w))  # (B, h, w, p, p, C)
+    return image.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, h * p, w * p)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D) -> x (1 + scale) + shift."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear, with dropout after both."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x), approximate="tanh")
+        return self.dropout(self.fc2(self.dropout(h)))
+
+
+def check_image_size(x: Tensor, image_size: tuple[int, int]) -> None:
+    """Raises ValueError unless x is (B, C, *image_size)."""
+    if tuple(x.shape[2:]) != image_size:
+        raise ValueError(
+            f"this model is for images of {image_size[0]}x{image_size[1]} pixels, got "
+            f"{x.shape[2]}x{x.shape[3]}"
+        )
+
+
+def from_size(
+    size: str | None,
+    sizes: Mapping[str, Mapping[str, int]],
+    defaults: Mapping[str, int],
+    **given: int | None,
+) -> list[int]:
+    """The values of `given`: those of a named size, or else given or default ones.
+
+    Raises:
+        ValueError: given beside a `size` that sets them.
+    """
+    clashing = [name for name, value in given.items() if value is not None]
+    if size is not None and clashing:
+        raise ValueError(
+            f"size={size!r} already sets {', '.join(clashing)}; leave out one or the other"
+        )
+    table = defaults if size is None else sizes[size]
+    return [table[name] if value is None else value for name, value in given.items()]
+
+
+def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
+    """The block's output; with `recompute`, its activations are not kept for backward."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)

@@ -213,10 +213,16 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(channels))
 
+        self.side_factor = 2 ** (levels - 1)
         self.out_norm = group_norm(channels)
         self.out = zero_init(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if x.shape[2] % self.side_factor or x.shape[3] % self.side_factor:
+            raise ValueError(
+                f"this model needs sides divisible by {self.side_factor}, got "
+                f"{x.shape[2]}x{x.shape[3]}"
+            )
         emb = self.time_embedding(t)  # (B, D)
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(y)

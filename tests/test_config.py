@@ -137,11 +137,16 @@ def test_no_number_is_a_bool_or_infinite(key):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [*FLAGS, "compile", "horizontal_flip", "resident"])
+@pytest.mark.parametrize("key", [*FLAGS, "horizontal_flip", "resident"])
 def test_a_flag_is_true_or_false_and_nothing_like_it(key):
     for value in (1, 0, "yes", "no", "true", 1.0):
         with pytest.raises(ConfigError, match=f"here: {key}={value!r}: only True or False"):
             validate(RawConfig({key: value, "experiment_name": "run"}, {key: "here"}))
+
+
+def test_compile_is_a_mode_and_true_means_the_whole_model(tmp_path):
+    found = [load_python(tmp_path, f"compile={v}").compile for v in ("True", "False", "'blocks'")]
+    assert found == ["model", None, "blocks"]
 
 
 def test_sizes_and_sequences(tmp_path):

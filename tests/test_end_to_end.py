@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import train
+from models import BACKBONES
 from tests.conftest import ROOT
 from tests.test_datasets import write_mnist
 from utils.errors import EXIT_OK
@@ -18,9 +19,10 @@ def dry_run(config, *overrides):
     return train.main([*arguments, "batch_size=2", *map(str, overrides)])
 
 
-def test_digits_config_starts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_digits_configs_start(backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert dry_run("digits_unet.py") == EXIT_OK
+    assert dry_run(f"digits_{backbone}.py") == EXIT_OK
     assert "dry run" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -41,6 +43,19 @@ def test_custom_config_starts(tmp_path, monkeypatch):
         Image.new("RGB", (40, 30), colour).save(folder / "1.png")
     options = ["data_root=pictures", "image_size=16,32", "model_params.attention_resolutions=(4,)"]
     assert dry_run("custom_folder.py", *options) == EXIT_OK
+
+
+@pytest.mark.parametrize("backbone", ["dit", "dim"])
+def test_other_backbones_through_two_processes(backbone, script, tmp_path):
+    """Trained by two processes, sampled by one."""
+    options = ["image_size=8", "model_params.hidden_size=32", "model_params.depth=3"]
+    options += ["max_steps=3", "num_samples=20", "num_inference_steps=2", "experiment_name=run"]
+    config = ROOT / f"configs/digits_{backbone}.py"
+    trained = script("train.py", "--config", config, *options, processes=2)
+    assert trained.returncode == EXIT_OK, trained.output
+    sampled = script("sample.py", "--checkpoint", "checkpoints/run", "--num_samples", "4")
+    assert sampled.returncode == EXIT_OK, sampled.output
+    assert (tmp_path / "samples" / "samples.png").is_file()
 
 
 def test_train_sample_evaluate(script, tmp_path):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from models import BACKBONES, build_model, check_config
+from models import BACKBONES, build_model, check_config, compile_model
 from models.layers import LabelEmbedding, timestep_features
 from models.unet import AttentionBlock
 from utils.config import Config
@@ -13,7 +13,11 @@ from utils.ema import EMA
 from utils.errors import ConfigError
 from utils.images import ImageSpec
 
-SMALL = {"unet": dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0)}
+SMALL = {
+    "unet": dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0),
+    "dit": dict(hidden_size=32, depth=2, num_heads=4),
+    "dim": dict(hidden_size=32, depth=3),
+}
 SPECS = [ImageSpec(1, 8, 8, 10), ImageSpec(3, 16, 8, 4)]
 
 
@@ -57,6 +61,41 @@ class TestContract:
         for changed in ((x + 0.1, t, y), (x, t + 1, y), (x, t, (y + 1) % 4), (x, t, y * 0 - 1)):
             assert not torch.allclose(model(*changed), base, atol=1e-6)
 
+    def test_null_label_is_unlike_every_label(self, model_type, spec):
+        model = randomised(make(model_type, spec))
+        x, t, y = (tensor[:1] for tensor in inputs(spec))
+        null = model(x, t, y * 0 - 1)
+        for label in range(spec.num_classes):
+            assert not torch.allclose(model(x, t, y * 0 + label), null, atol=1e-6)
+
+    def test_a_wrong_size_is_a_clear_error(self, model_type, spec):
+        model = make(model_type, spec)
+        _, t, y = inputs(spec)
+        for side in (spec.height + 1, spec.height - 1):
+            with pytest.raises(ValueError, match=rf"{side}x{spec.width}"):
+                model(torch.zeros(3, spec.channels, side, spec.width), t, y)
+        odd = ImageSpec(spec.channels, spec.height + 1, spec.width, spec.num_classes)
+        with pytest.raises(ConfigError, match=str(odd.height)):
+            make(model_type, odd)
+
+    @pytest.mark.parametrize("how", ["model", "blocks"])
+    def test_compiles_without_graph_breaks(self, model_type, spec, how):
+        """Traced forward and backward as torch.compile does it, without its slow code generation;
+        the results are those of the plain network."""
+        torch._dynamo.reset()
+        model = randomised(make(model_type, spec))
+        expected = model(*inputs(spec))
+        gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+        parts = [model] if how == "model" else list(blocks_of(model))
+        assert parts
+        for part in parts:
+            part.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        found = model(*inputs(spec))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        again = torch.autograd.grad(found.square().sum(), list(model.parameters()))
+        for ours, theirs in zip(again, gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
     def test_rows_do_not_mix(self, model_type, spec):
         model = randomised(make(model_type, spec))
         x, t, y = inputs(spec)
@@ -73,6 +112,49 @@ class TestContract:
         model = make(model_type, spec, conditional=False)
         assert model(x, t, None).shape == x.shape
         assert not any(isinstance(m, LabelEmbedding) for m in model.modules())
+
+
+def blocks_of(model):
+    """What compile_model(model, "blocks") compiles."""
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+        compile_model(model, "blocks")
+    return compiled
+
+
+@pytest.mark.parametrize("model_type", ["dit", "dim"])
+def test_activation_checkpointing_keeps_less_and_changes_nothing(model_type):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        params = dict(activation_checkpointing=recompute, dropout=0.5, mlp_ratio=2.0)
+        model = randomised(make(model_type, **params)).train()
+        kept = {}
+
+        def count(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            output = model(*inputs(SPECS[0]))
+        output.square().sum().backward()
+        results.append((sum(kept.values()), [p.grad for p in model.parameters()]))
+    (all_bytes, expected), (fewer_bytes, found) = results
+    assert fewer_bytes < 0.5 * all_bytes
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_compile_model_does_what_it_says():
+    model = make("dit")
+    compile_model(model, None)
+    assert model._compiled_call_impl is None
+    compile_model(model, "blocks")
+    assert model._compiled_call_impl is None
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+    compile_model(model, "model")
+    assert model._compiled_call_impl is not None
 
 
 def test_label_embedding_row_zero_is_the_null_label():
@@ -132,7 +214,7 @@ def test_cifar10_network_has_the_size_of_the_paper():
         ),
     )
     with torch.device("meta"):
-        model = build_model(config, ImageSpec(3, 32, 32, 10))
+        model = build_model(config, ImageSpec(3, 32, 32, 10), torch.device("meta"))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(35.7e6, rel=0.01)
 
 

@@ -24,7 +24,7 @@ from utils.errors import (
     UserError,
 )
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
-from utils.resume import find_resume, plan_steps
+from utils.resume import check_backend, find_resume, plan_steps
 from utils.schedule import Schedule
 from utils.trainer import NonFiniteError, Trainer
 
@@ -66,6 +66,47 @@ def test_resume_in_mid_epoch_is_exact(tiny):
     assert_same_training(state_of("whole"), state_of("parts"))
     whole, parts = logged("whole"), logged("parts")
     assert {s: parts[s] for s in (10, 20, 30)} == {s: whole[s] for s in (10, 20, 30)}
+
+
+DIM = ["model_type=dim", "model_params.hidden_size=16", "model_params.depth=3"]
+
+
+def test_how_a_model_is_computed_may_change_on_resume(tiny, capsys):
+    """... and changes nothing: recomputed activations and the named backend are the same bits."""
+    assert run(tiny, "whole", *DIM, "max_steps=12") == EXIT_OK
+    assert run(tiny, "parts", *DIM, "max_steps=5") == EXIT_OK
+    free = ["model_params.activation_checkpointing=true", "model_params.mamba_backend=torch"]
+    assert run(tiny, "parts", *DIM, *free, "max_steps=12", "resume_path=auto") == EXIT_OK
+    assert_same_training(state_of("whole"), state_of("parts"))
+    assert state_of("parts")["backend"] == "torch"
+    assert "DiM:    mixer=mamba1 backend=torch (as configured)" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"model_params\.depth: 3 .* 5 in the config"):
+        run(tiny, "parts", *DIM, "model_params.depth=5", "resume_path=auto")
+
+
+def test_another_backend_on_resume_is_said(tiny, caplog):
+    run(tiny, "a", *DIM, "max_steps=1")
+    path = Path("checkpoints/a/current_model.pth")
+    state = state_of("a")
+    save_checkpoint(path, {**state, "backend": "mamba_ssm 2.3.2 selective_scan_fn"})
+    with caplog.at_level("INFO", logger="diffusion"):
+        run(tiny, "a", *DIM, "max_steps=2", "resume_path=auto")
+    assert any("with torch now: the same function" in message for message in caplog.messages)
+
+
+def test_ranks_must_compute_alike():
+    class Ranks:
+        rank = 1
+
+        def broadcast_object(self, value):
+            return "mamba_ssm 2.3.2 selective_scan_fn"
+
+        def any(self, flag):
+            return flag
+
+    with pytest.raises(UserError, match="mamba_backend=torch"):
+        check_backend(None, "torch", Ranks())
+    check_backend(None, "mamba_ssm 2.3.2 selective_scan_fn", Ranks())
 
 
 def test_previews_logging_and_saving_change_nothing(tiny):
@@ -365,8 +406,7 @@ def test_steps_follow_epochs_and_max_steps():
 
 def lr_curve(total_steps=100, **options):
     config = Config(experiment_name="x", use_scheduler=True, learning_rate=0.1, **options)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = build_optimizer([parameter], config)
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), config)
     factor = lr_factor(config, steps_per_epoch=10, total_steps=total_steps)
     scheduler = build_lr_scheduler(optimizer, factor)
     values = []

@@ -19,13 +19,15 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from utils.config_files import RawConfig, merge, read_config_file
-from utils.config_schema import BelowOne, Config, PositiveInt
+from utils.config_schema import BelowOne, Config, NonNegativeFloat, PositiveFloat, PositiveInt
 from utils.errors import ConfigError
 
 __all__ = [
     "BelowOne",
     "Check",
     "Config",
+    "NonNegativeFloat",
+    "PositiveFloat",
     "PositiveInt",
     "Problem",
     "RawConfig",

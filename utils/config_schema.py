@@ -66,6 +66,10 @@ def _image_size(value: Any) -> Any:
     return (side, side)
 
 
+def _compile(value: Any) -> Any:
+    return {True: "model", False: None}[value] if isinstance(value, bool) else value
+
+
 ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_image_size)]
 
 
@@ -184,7 +188,11 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on GPUs that have it, else fp32"
     )
-    compile: Bool = Field(False, description="torch.compile the backbone")
+    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = Field(
+        None,
+        description="torch.compile the backbone: `model` as one, or each of its `blocks`, which "
+        "compiles sooner; True means `model`",
+    )
     use_ema: Bool = Field(True, description="keep an exponential moving average of the weights")
     ema_decay: BelowOne = Field(0.9999, description="its decay, after a warm-up")
     use_scheduler: Bool = Field(False, description="change the learning rate during training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,11 +13,18 @@ from utils.config import Config
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """Fused kernels: a fraction of the time of the per-tensor loop, on CPUs too."""
-    return OPTIMIZERS[config.optimizer](
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Fused kernels: a fraction of the time of the per-tensor loop, on CPUs too.
+
+    Parameters that the model lists in `no_weight_decay()` are spared from `weight_decay`.
+    """
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    decayed = [p for name, p in model.named_parameters() if name not in spared]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if spared:
+        others = [p for name, p in model.named_parameters() if name in spared]
+        groups.append({"params": others, "weight_decay": 0.0})
+    return OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, fused=True)
 
 
 def lr_factor(

@@ -34,6 +34,8 @@ SAME_MODEL = (
     "beta_schedule",
     "prediction_type",
 )
+# Arguments of a backbone that say how it is computed, not what.
+FREE_MODEL_PARAMS = ("mamba_backend", "activation_checkpointing")
 # A changed value of these would not continue the run, but silently begin another one.
 SAME_RUN = ("batch_size", "seed", "optimizer", "use_ema")
 MAY_DIFFER = [
@@ -124,11 +126,19 @@ def _refuse_going_back(resume: Resume, folder: Path) -> None:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """A line for each of `keys` whose value differs."""
+    """A line for each of `keys` whose value differs; of `model_params`, for each argument."""
+    pairs = [(key, old[key], new[key]) for key in keys if key in old and key != "model_params"]
+    if "model_params" in keys and old.get("model_type") == new["model_type"]:
+        before, after = old["model_params"], new["model_params"]
+        pairs += [
+            (f"model_params.{name}", before.get(name, "unset"), after.get(name, "unset"))
+            for name in dict.fromkeys((*before, *after))
+            if name not in FREE_MODEL_PARAMS
+        ]
     return [
-        f"{key}: {old[key]} in the checkpoint, {new[key]} in the config"
-        for key in keys
-        if key in old and old[key] != new[key]
+        f"{name}: {was} in the checkpoint, {now} in the config"
+        for name, was, now in pairs
+        if was != now
     ]
 
 
@@ -173,6 +183,25 @@ def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> No
         )
     if resume.state.get("data_fingerprint") != fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
+
+
+def check_backend(resume: Resume | None, backend: str | None, runtime: Runtime) -> None:
+    """Compare who computes the model (None: nothing to choose) with the run so far and between
+    the ranks. A collective.
+
+    Raises:
+        UserError: on every rank, if they would compute in different ways.
+    """
+    first = runtime.broadcast_object(backend)
+    if runtime.any(first != backend):
+        raise UserError(
+            f"rank 0 computes the model with {first}, another rank cannot (this one, rank "
+            f"{runtime.rank}: {backend}); make the installations equal, or set "
+            "model_params.mamba_backend=torch"
+        )
+    before = None if resume is None else resume.state.get("backend")
+    if before not in (None, backend):
+        log.info("computed with %s before, with %s now: the same function", before, backend)
 
 
 def check_same_step(resume: Resume | None, runtime: Runtime) -> None:

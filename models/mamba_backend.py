@@ -1,0 +1,108 @@
+"""Who computes Mamba's recurrence: mamba-ssm's CUDA kernels, or PyTorch. The function is the same.
+
+mamba-ssm is optional and breaks in many ways (wheels for another torch, a build without its CUDA
+extension, missing triton), so what counts is not its version but whether the one function needed
+runs: it is tried once, forward and backward, before a model relies on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.mamba import KERNEL_DEVICES, MIXERS, TORCH, Backend
+from utils.errors import ConfigError
+
+INSTALL_HINT = "docs/dim.md says how to install it"
+PROBE_TOLERANCE = 1e-2  # the kernels compute with less precise exponentials and sums
+
+BackendName = Literal["auto", "torch", "mamba_ssm"]
+
+
+def choose_backend(requested: BackendName, mixer: str, device: torch.device) -> Backend:
+    """The backend for a model on `device`.
+
+    Raises:
+        ConfigError: mamba_ssm was demanded and is not usable.
+    """
+    if requested == "torch":
+        return Backend("torch", "as configured")
+    if device.type not in KERNEL_DEVICES:
+        reason = f"mamba-ssm needs a CUDA GPU, this is {device.type}"
+        kernel = None
+    else:
+        name, kernel, reason = _probe(mixer, device)
+        if kernel is not None:
+            return Backend(name, "its kernels work here", kernel)
+    if requested == "mamba_ssm":
+        ways = ["use mamba_backend='torch', the same function"]
+        if device.type in KERNEL_DEVICES:
+            ways.append(INSTALL_HINT)
+            if mixer == "mamba1":
+                ways.append("mixer='mamba2', another network, has kernels that need no compiler")
+        raise ConfigError(f"model_params.mamba_backend='mamba_ssm': {reason}; {'; '.join(ways)}")
+    return Backend("torch", reason, slow=device.type in KERNEL_DEVICES)
+
+
+@functools.cache
+def _probe(mixer: str, device: torch.device) -> tuple[str, Callable[..., Tensor] | None, str]:
+    """(name, function, "") if mamba-ssm works on `device`, else ("", None, the reason)."""
+    try:
+        name, kernel = _LOADERS[mixer]()
+        _try_out(mixer, kernel, device)
+    except Exception as error:  # a broken extension raises anything: ImportError, OSError, ...
+        text = " ".join(str(error).split())[:200]
+        return "", None, f"mamba-ssm is unusable: {type(error).__name__}: {text}"
+    return f"mamba_ssm {_version()} {name}", kernel, ""
+
+
+def _load_mamba1() -> tuple[str, Callable[..., Tensor]]:
+    from mamba_ssm.ops import selective_scan_interface as interface
+
+    if getattr(interface, "selective_scan_cuda", None) is None:
+        raise RuntimeError("it was built without its CUDA extension selective_scan_cuda")
+    return "selective_scan_fn", interface.selective_scan_fn
+
+
+def _load_mamba2() -> tuple[str, Callable[..., Tensor]]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return "mamba_chunk_scan_combined", mamba_chunk_scan_combined
+
+
+_LOADERS = {"mamba1": _load_mamba1, "mamba2": _load_mamba2}
+
+
+def _try_out(mixer: str, kernel: Callable[..., Tensor], device: torch.device) -> None:
+    """One small mixer forward and backward, beside PyTorch.
+
+    Raises:
+        RuntimeError: the results are not finite or differ.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # draws leave no trace
+        module = MIXERS[mixer](64)
+        x = torch.randn(2, 40, 64)
+    module, x = module.to(device), x.to(device)
+    results = []
+    for backend in (TORCH, Backend("probe", kernel=kernel)):
+        module.backend = backend
+        with torch.enable_grad():
+            y = module(x)
+            (grad,) = torch.autograd.grad(y.square().sum(), module.in_proj.weight)
+        results.append((y.detach(), grad))
+    for expected, found in zip(*results, strict=True):
+        error = (found - expected).norm() / expected.norm()
+        if not error <= PROBE_TOLERANCE:  # NaN too
+            raise RuntimeError(f"its results differ from PyTorch's by {float(error):.1e}")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mamba_ssm")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
