@@ -162,10 +162,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y, grad_last, _):
-    u, *_, states = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing hands them out only once
+    u, *_, states = saved
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     grad_last = torch.zeros_like(states[:, 0]) if grad_last is None else grad_last
-    return _selective_scan_backward(grad_y, grad_last, *ctx.saved_tensors)
+    return _selective_scan_backward(grad_y, grad_last, *saved)
 
 
 _selective_scan.register_autograd(_backward, setup_context=_save)
