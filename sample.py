@@ -37,6 +37,7 @@ from utils.config import (
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError, exit_code_of
 from utils.images import ImageSpec
+from utils.logs import setup_logging
 from utils.precision import resolve_precision
 from utils.resume import SAME_MODEL, changed_settings
 
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
     with distributed_runtime(args.device) as runtime:
         say = print if runtime.is_main else (lambda *_: None)
+        setup_logging(is_main=runtime.is_main and not args.print_config)
         run = load_run(
             args.checkpoint,
             runtime.device,

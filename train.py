@@ -98,7 +98,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
 
     seed_everything(config.seed)
     model = models.build_model(config, dataset.spec, device)
-    backend = models.backend_name(model)
+    backend = models.backend_of(model)
     check_backend(resume, backend, runtime)
     process = diffusion.build_diffusion(config)
     dataset = make_resident(

@@ -48,14 +48,17 @@ def build_model(
     return model
 
 
-def backend_name(model: nn.Module) -> str | None:
-    """Who computes a model that leaves the choice, for logs and checkpoints; else None."""
+def backend_of(model: nn.Module) -> tuple[str, str] | None:
+    """(who computes it, why) of a model that leaves the choice; else None."""
     backend = getattr(model, "backend", None)
-    return None if backend is None else backend.name
+    return None if backend is None else (backend.name, backend.reason)
 
 
 def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
     """torch.compile in place: the model as one, or each module of its lists of blocks."""
+    if how is not None and hasattr(torch._functorch.config, "backward_pass_autocast"):
+        # As without compile: the backward of what is kept out of autocast stays out of it too.
+        torch._functorch.config.backward_pass_autocast = "off"
     if how == "model":
         model.compile()
     elif how == "blocks":

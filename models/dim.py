@@ -87,19 +87,21 @@ class DiMBlock(nn.Module):
         if conditioning == "adaln_zero":
             self.modulation, self.table = zero_init(nn.Linear(dim, rows * dim)), None
         else:
-            table = torch.randn(rows, dim) / math.sqrt(dim)
-            table[2::3] += 1  # gates start open
-            self.modulation, self.table = None, nn.Parameter(table.flatten())
+            table = torch.randn(rows * dim) / math.sqrt(dim)
+            self.modulation, self.table = None, nn.Parameter(table)
+        self.gate_offset = 1.0 if self.modulation is None else 0.0  # starts open, or closed
 
     def forward(self, x: Tensor, c: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip is not None:
             x = at_least_fp32(self.stream(x) + self.skip(skip))  # the stream stays wide
         rows = c + self.table if self.modulation is None else self.modulation(c)
         shift, scale, gate, *of_mlp = rows.unflatten(1, (-1, x.shape[2])).unbind(1)  # (B, D) each
-        x = torch.addcmul(x, gate[:, None], self.mixer(modulate(self.norm1(x), shift, scale)))
+        gate = (self.gate_offset + gate)[:, None]
+        x = torch.addcmul(x, gate, self.mixer(modulate(self.norm1(x), shift, scale)))
         if self.mlp is not None:
             shift, scale, gate = of_mlp
-            x = torch.addcmul(x, gate[:, None], self.mlp(modulate(self.norm2(x), shift, scale)))
+            gate = (self.gate_offset + gate)[:, None]
+            x = torch.addcmul(x, gate, self.mlp(modulate(self.norm2(x), shift, scale)))
         return x
 
 
@@ -160,7 +162,10 @@ class DiM(nn.Module):
         patch_size, hidden_size, depth = from_size(
             size, SIZES, DEFAULTS, patch_size=patch_size, hidden_size=hidden_size, depth=depth
         )
-        if dropout and not mlp_ratio:
+        mlp_dim = int(hidden_size * mlp_ratio)
+        if mlp_ratio and not mlp_dim:
+            raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")
+        if dropout and not mlp_dim:
             raise ValueError(f"dropout={dropout} works within MLPs, and mlp_ratio=0 has none")
         if pad_tokens is None:
             pad_tokens = 0 if scan in ("row", "zigzag8") else PAPER_PAD_TOKENS
@@ -170,6 +175,7 @@ class DiM(nn.Module):
         self.grid = patch_grid(self.img_size, patch_size)
         self.num_skips = (depth - 1) // 2
         self.mixer_name, self.mamba_backend, self.backend = mixer, mamba_backend, TORCH
+        self.state_size = state_size or STATE_SIZES[mixer]
         self.activation_checkpointing = activation_checkpointing
 
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -179,11 +185,9 @@ class DiM(nn.Module):
         num_conditions = 2 if num_classes else 1
         num_positions = num_conditions + math.prod(self.grid)
         self.positions = nn.Parameter(torch.randn(num_positions, hidden_size) * INIT_STD)
-        self.pads = nn.Parameter(torch.randn(pad_tokens, hidden_size) * INIT_STD)
-        if not pad_tokens:
-            self.pads = None
+        pads = torch.randn(pad_tokens, hidden_size) * INIT_STD
+        self.pads = nn.Parameter(pads) if pad_tokens else None
 
-        mlp_dim = int(hidden_size * mlp_ratio)
         shared = conditioning == "adaln_single"
         rows = 6 if mlp_dim else 3
         self.modulation = nn.Linear(hidden_size, rows * hidden_size) if shared else None
@@ -192,7 +196,7 @@ class DiM(nn.Module):
                 hidden_size,
                 MIXERS[mixer](
                     hidden_size,
-                    d_state=state_size or STATE_SIZES[mixer],
+                    d_state=self.state_size,
                     d_conv=d_conv,
                     expand=expand,
                 ),
@@ -248,7 +252,9 @@ class DiM(nn.Module):
         Raises:
             ConfigError: `mamba_backend='mamba_ssm'`, which does not work there.
         """
-        self.backend = choose_backend(self.mamba_backend, self.mixer_name, device)
+        self.backend = choose_backend(
+            self.mamba_backend, self.mixer_name, device, d_state=self.state_size
+        )
         for block in self.blocks:
             block.mixer.backend = self.backend
         log.log(

@@ -24,7 +24,7 @@ from models.layers import (
 from utils.config import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
-INIT_STD = 0.02  # of the timestep embedding
+INIT_STD = 0.02  # of the timestep embedding; labels start at 1, as short runs then learn them
 
 # Table 1 of the paper; the number after the slash is the patch size.
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -118,6 +118,8 @@ class DiT(nn.Module):
             depth=depth,
             num_heads=num_heads,
         )
+        if int(hidden_size * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")
         if hidden_size % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
         if hidden_size % 4:

@@ -166,7 +166,8 @@ def _backward(ctx, grad_y, grad_last, _):
     u, *_, states = saved
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     grad_last = torch.zeros_like(states[:, 0]) if grad_last is None else grad_last
-    return _selective_scan_backward(grad_y, grad_last, *saved)
+    with torch.autocast(u.device.type, enabled=False):
+        return _selective_scan_backward(grad_y, grad_last, *saved)
 
 
 _selective_scan.register_autograd(_backward, setup_context=_save)

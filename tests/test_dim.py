@@ -197,6 +197,19 @@ def test_initialisation_leaves_the_mixers_alone():
         assert 0.9 * limit < block.mixer.out_proj.weight.abs().max() <= limit
 
 
+def test_gates_start_open_and_decay_does_not_close_them():
+    """adaln_single: the gate is 1 + what is learned, so zero tables leave it at 1."""
+    for conditioning, offset in (("adaln_single", 1.0), ("adaln_zero", 0.0)):
+        block = make(conditioning=conditioning, depth=1).blocks[0]
+        for parameter in (block.table, *(block.modulation or torch.nn.Module()).parameters()):
+            if parameter is not None:
+                torch.nn.init.zeros_(parameter)
+        x = torch.randn(1, 5, 32)
+        c = torch.zeros(1, 96 if offset else 32)
+        expected = x + offset * block.mixer(block.norm1(x))
+        torch.testing.assert_close(block(x, c), expected)
+
+
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_decays_step_sizes_and_pads_are_spared_from_weight_decay(mixer):
     model = make(mixer=mixer, depth=2)
@@ -248,6 +261,7 @@ def test_labels_and_time_stand_in_front():
     ("params", "message"),
     [
         (dict(dropout=0.1), "mlp_ratio=0 has none"),
+        (dict(dropout=0.1, mlp_ratio=0.02), "less than one"),
         (dict(scan="zigzag8", pad_tokens=2), "use pad_tokens=0"),
         (dict(pad_tokens=4), "model_params.pad_tokens=4"),
         (dict(size="DiM-B/2", hidden_size=None, depth=None), "model_params.size='DiM-B/2'"),

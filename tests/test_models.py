@@ -146,6 +146,26 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(model_type):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+def test_compiled_backward_keeps_the_recurrence_out_of_autocast():
+    """torch.compile would run the backward of Mamba-2's products in bf16, against our word."""
+    torch._dynamo.reset()
+    model = randomised(make("dim", mixer="mamba2", depth=1))
+
+    def gradients():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(*inputs(SPECS[0])).square().sum()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._functorch.config, "backward_pass_autocast", "same_as_forward")
+        compile_model(torch.nn.Identity(), "model")
+        model.compile(backend="aot_eager", fullgraph=True)
+        found = gradients()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def test_compile_model_does_what_it_says():
     model = make("dit")
     compile_model(model, None)

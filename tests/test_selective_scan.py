@@ -172,7 +172,11 @@ class TestEachScan:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return scan(*inputs)
 
-        mixed = results(under_autocast, inputs)
+        if mixer == "mamba1":  # its backward is one operator, even where autocast surrounds it
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                mixed = results(scan, inputs)
+        else:
+            mixed = results(under_autocast, inputs)
         assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
 
     def test_low_precision_inputs_are_widened(self, mixer):

@@ -185,23 +185,25 @@ def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> No
         log.warning("the data set is not the one this run was trained on so far")
 
 
-def check_backend(resume: Resume | None, backend: str | None, runtime: Runtime) -> None:
-    """Compare who computes the model (None: nothing to choose) with the run so far and between
-    the ranks. A collective.
+def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtime: Runtime) -> None:
+    """Compare who computes the model, and why (None: nothing to choose), with the run so far and
+    between the ranks. A collective.
 
     Raises:
         UserError: on every rank, if they would compute in different ways.
     """
     first = runtime.broadcast_object(backend)
-    if runtime.any(first != backend):
+    if backend is None:
+        return
+    if runtime.any(first[0] != backend[0]):
         raise UserError(
-            f"rank 0 computes the model with {first}, another rank cannot (this one, rank "
-            f"{runtime.rank}: {backend}); make the installations equal, or set "
-            "model_params.mamba_backend=torch"
+            f"the processes would compute the model in different ways, rank 0: {first[0]} "
+            f"({first[1]}), this one, rank {runtime.rank}: {backend[0]} ({backend[1]}); make the "
+            "installations equal, or set model_params.mamba_backend=torch"
         )
-    before = None if resume is None else resume.state.get("backend")
-    if before not in (None, backend):
-        log.info("computed with %s before, with %s now: the same function", before, backend)
+    before = (None if resume is None else resume.state.get("backend")) or backend
+    if before[0] != backend[0]:
+        log.info("computed with %s before, with %s now: the same function", before[0], backend[0])
 
 
 def check_same_step(resume: Resume | None, runtime: Runtime) -> None:

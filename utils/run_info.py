@@ -25,7 +25,7 @@ def fixed_state(
     spec: ImageSpec,
     class_names: tuple[str, ...],
     fingerprint: str,
-    backend: str | None,
+    backend: tuple[str, str] | None,
     runtime: Runtime,
 ) -> dict[str, Any]:
     """What every checkpoint of this run says about where it came from. Plain types only."""
@@ -35,7 +35,7 @@ def fixed_state(
         "spec": list(spec),
         "class_names": list(class_names),
         "data_fingerprint": fingerprint,
-        "backend": backend,
+        "backend": backend and list(backend),
         "extended_steps": schedule.total_steps if schedule.is_extension else None,
         "world_size": runtime.world_size,
         "num_threads": torch.get_num_threads(),
