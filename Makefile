@@ -20,7 +20,7 @@ demo: .venv/.installed
 	@echo "Everything is in $(DEMO):"
 	@echo "  picture     $(DEMO)/demo/samples.png"
 	@echo "  animation   $(DEMO)/demo/samples.gif"
-	@echo "  evaluation  $(DEMO)/eval/report.json"
+	@echo "  evaluation  $(DEMO)/eval/report.html, report.json"
 	@echo "  weights     $(DEMO)/best_model.pth"
 	@echo "  training    $(DEMO)/metrics.jsonl, $(DEMO)/samples/"
 

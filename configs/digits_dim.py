@@ -2,7 +2,7 @@
 
 python train.py --config configs/digits_dim.py
 
-Not yet run to the end.
+2 CPU cores, 8 minutes: requested-class accuracy 0.998 (docs/results.md).
 """
 
 config = dict(
@@ -31,6 +31,7 @@ config = dict(
     sample_interval=10,
     num_samples=80,
     num_inference_steps=25,
-    eval_metrics=("class_acc",),  # 1,442 grey images are too few for an FID
+    # 1,442 grey images are too few for an FID
+    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
     eval_num_samples=500,
 )

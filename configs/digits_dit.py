@@ -2,7 +2,7 @@
 
 python train.py --config configs/digits_dit.py
 
-Not yet run to the end.
+2 CPU cores, 5 minutes: requested-class accuracy 1.00 (docs/results.md).
 """
 
 config = dict(
@@ -32,6 +32,7 @@ config = dict(
     sample_interval=10,
     num_samples=80,
     num_inference_steps=25,
-    eval_metrics=("class_acc",),  # 1,442 grey images are too few for an FID
+    # 1,442 grey images are too few for an FID
+    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
     eval_num_samples=500,
 )

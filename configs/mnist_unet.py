@@ -32,6 +32,7 @@ config = dict(
     sample_interval=1,
     num_samples=80,
     num_inference_steps=50,
-    eval_metrics=("class_acc", "lpips"),  # FID says little about grey digits
+    # FID says little about grey digits
+    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "lpips", "memorization", "sanity"),
     eval_num_samples=10_000,
 )

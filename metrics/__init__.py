@@ -18,15 +18,23 @@ class Needs(NamedTuple):
 
     network: str | None = None  # pretrained weights: "inception" or "lpips"
     real_images: bool = False  # the train split of the data set
+    classes: bool = False  # real images with class labels
     labels: bool = False  # a class-conditional model
 
 
 METRICS: dict[str, Needs] = {
     "fid": Needs(network="inception", real_images=True),
+    "kid": Needs(network="inception", real_images=True),
     "is": Needs(network="inception"),
+    "prdc": Needs(network="inception", real_images=True),
     "lpips": Needs(network="lpips"),  # real images add a baseline, but are not needed
-    "class_acc": Needs(real_images=True, labels=True),
+    "class_acc": Needs(real_images=True, classes=True, labels=True),
+    "fd_domain": Needs(real_images=True, classes=True),
+    "prdc_domain": Needs(real_images=True, classes=True),
+    "memorization": Needs(real_images=True),
+    "sanity": Needs(),
 }
+ALL = "all"
 
 
 def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -36,11 +44,22 @@ def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
         ConfigError: a name that is not in `METRICS`, or none at all.
     """
     names = tuple(dict.fromkeys(name.strip() for name in names))
+    if names == (ALL,):
+        return tuple(METRICS)
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        hints = {"accuracy": "class_acc", "inception_score": "is", "isc": "is", "LPIPS": "lpips"}
+        hints = {
+            "accuracy": "class_acc",
+            "inception_score": "is",
+            "isc": "is",
+            "precision": "prdc",
+            "recall": "prdc",
+            "density": "prdc",
+            "coverage": "prdc",
+            "duplicates": "sanity",
+        }
         lines = [f"{n!r} is not a metric{did_you_mean(n.lower(), METRICS, hints)}" for n in unknown]
-        raise ConfigError("\n       ".join([*lines, f"metrics are {', '.join(METRICS)}"]))
+        raise ConfigError("\n       ".join([*lines, f"metrics are {', '.join(METRICS)}, or {ALL}"]))
     if not names:
         raise ConfigError(f"no metric was named; metrics are {', '.join(METRICS)}")
     return names

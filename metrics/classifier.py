@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metrics.domain import DomainDistances
 from metrics.inception import full_float32
 from metrics.scoring import Entry, RealImages, entry
 from utils.checkpoint import save_checkpoint
@@ -34,6 +35,7 @@ MAX_TEST_IMAGES = 10_000
 MIN_CEILING = 0.9
 HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
 TEST_BATCH = 500
+MAX_FAILURES = 40  # pictures of wrong classes kept for the report
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,19 @@ def deterministic_cudnn() -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-def classify(network: Classifier, images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (N, C, H, W) -> probabilities (N, K) float32 on the CPU."""
+class View(NamedTuple):
+    """What a classifier makes of images: probabilities (N, K) and features (N, F), on the CPU."""
+
+    probs: Tensor
+    features: Tensor
+
+
+def look(network: Classifier, images: Tensor, device: torch.device) -> View:
+    """At uint8 (N, C, H, W)."""
     with torch.inference_mode(), full_float32(device), deterministic_cudnn():
-        parts = [network(to_float(part.to(device))) for part in images.split(TEST_BATCH)]
-        return torch.cat(parts).softmax(1).cpu()
+        parts = [network.features(to_float(part.to(device))) for part in images.split(TEST_BATCH)]
+        features = torch.cat(parts)
+        return View(network.head(features).softmax(1).cpu(), features.cpu())
 
 
 class ClassTotals:
@@ -252,10 +262,21 @@ def split_train(indices: Sequence[int], *, hold_out: bool, seed: int) -> Holdout
     return Holdout(sorted(indices[i] for i in chosen), sorted(indices[i] for i in order[:num_test]))
 
 
+class Failure(NamedTuple):
+    """A generated image in which the classifier sees another class than the requested one."""
+
+    image: Tensor  # uint8 (C, H, W)
+    requested: int
+    seen: int
+
+
 class ClassScorer:
-    """Requested-class accuracy (see `metrics.scoring.Scorer`).
+    """Accuracy of the requested class, and distances in the classifier's features (see
+    `metrics.scoring.Scorer`).
 
     Args:
+        names: of "class_acc", "fd_domain" and "prdc_domain".
+        num_images: generated images over all processes.
         shape: (C, H, W) of one image.
         test: real images that training did not see; None: hold out a tenth of the train split.
         cache_dir: trained classifiers are kept here; None: not kept.
@@ -263,12 +284,12 @@ class ClassScorer:
         log: told what takes long.
     """
 
-    names = ("class_acc",)
-
     def __init__(
         self,
         device: torch.device,
         *,
+        names: tuple[str, ...] = ("class_acc",),
+        num_images: int = 0,
         shape: tuple[int, int, int],
         num_classes: int,
         test: RealImages | None,
@@ -278,6 +299,7 @@ class ClassScorer:
         log: Callable[[str], None] = lambda _: None,
         num_steps: int | None = None,
     ) -> None:
+        self.names = names
         self.device = device
         self.shape = shape
         self.test = test
@@ -287,10 +309,20 @@ class ClassScorer:
         self.log = log
         self.num_steps = num_steps
         self.network: Classifier | None = None
+        self.num_classes = num_classes
         self.ceiling = ClassTotals(num_classes)
-        self.generated = ClassTotals(num_classes)
         self.class_names: Sequence[str] = ()
         self.details: dict[str, Any] = {}
+        self.domain: DomainDistances | None = None
+        if {"fd_domain", "prdc_domain"} & set(names):
+            self.domain = DomainDistances(num_images)
+        self.clear()
+
+    def clear(self) -> None:
+        self.generated = ClassTotals(self.num_classes)
+        self.failures: list[Failure] = []
+        if self.domain is not None:
+            self.domain.clear()
 
     def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
         if real is None:
@@ -304,9 +336,20 @@ class ClassScorer:
             spec = ClassifierSpec(**(asdict(spec) | {"num_steps": self.num_steps}))
         self.network = Classifier(spec).to(self.device).eval()
         if runtime.is_main:
-            self._train_or_load(real, spec)
+            parts = self._train_or_load(real, spec)
+            if self.domain is not None:
+                self._look_at_real(real, parts)
 
-    def _train_or_load(self, real: RealImages, spec: ClassifierSpec) -> None:
+    def _look_at_real(self, real: RealImages, parts: Holdout) -> None:
+        """Features of the images to compare with, and of unseen ones as their baseline."""
+        unseen, rows = (real, parts.test) if self.test is None else (self.test, self.test.indices)
+        wanted = set(real.indices)
+        for images, _ in real.fetch([index for index in parts.train if index in wanted]):
+            self.domain.add_real(look(self.network, images, self.device).features)
+        for images, _ in unseen.fetch(list(rows)[:MAX_TEST_IMAGES]):
+            self.domain.add_unseen(look(self.network, images, self.device).features)
+
+    def _train_or_load(self, real: RealImages, spec: ClassifierSpec) -> Holdout:
         test_fingerprint = self.test.fingerprint if self.test is not None else "held out"
         key = classifier_key(spec, real.fingerprint, test_fingerprint)
         path = self.cache_dir / f"classifier_{key}.pth" if self.cache_dir is not None else None
@@ -317,9 +360,9 @@ class ClassScorer:
             "spec": asdict(spec),
             "ceiling_split": "a tenth of train, held out" if held_out else self.test.split,
         }
-        if path is not None and self._load(path):
-            return
         parts = split_train(range(len(real.labels)), hold_out=held_out, seed=self.seed)
+        if path is not None and self._load(path):
+            return parts
         self.log(
             f"training the classifier of class_acc: {len(parts.train)} real images, "
             f"{spec.num_steps} steps of {min(spec.batch_size, len(parts.train))}"
@@ -330,11 +373,12 @@ class ClassScorer:
         )  # fmt: skip
         judge = real if held_out else self.test
         rows = parts.test if held_out else list(judge.indices)[:MAX_TEST_IMAGES]
-        probs = classify(self.network, judge.load(rows), self.device)
+        probs = look(self.network, judge.load(rows), self.device).probs
         self.ceiling.update(probs, judge.labels[rows])
         self.log(f"  accuracy on {len(rows)} unseen real images: {self.ceiling.accuracy:.4f}")
         if path is not None:
             self._store(path)
+        return parts
 
     def _load(self, path: Path) -> bool:
         """Take the classifier an earlier evaluation stored; False if there is none to use."""
@@ -369,42 +413,79 @@ class ClassScorer:
             runtime.all_reduce(tensor if runtime.is_main else tensor.zero_())
 
     def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        if labels is None:
-            raise ValueError("accuracy needs to know which class was requested")
-        probs = classify(self.network, images, self.device)
-        self.generated.update(probs, torch.tensor(labels, dtype=torch.int64))
+        view = look(self.network, images, self.device)
+        if "class_acc" in self.names:
+            if labels is None:
+                raise ValueError("accuracy needs to know which class was requested")
+            requested = torch.tensor(labels, dtype=torch.int64)
+            self.generated.update(view.probs, requested)
+            seen = view.probs.argmax(1)
+            for i in torch.nonzero(seen != requested).flatten().tolist():
+                if len(self.failures) < MAX_FAILURES:
+                    self.failures.append(Failure(images[i], labels[i], int(seen[i])))
+        if self.domain is not None:
+            self.domain.add_generated(view.features, indices)
 
     def reduce_generated(self, runtime: Runtime) -> None:
         self.generated.all_reduce(runtime)
+        self._share_failures(runtime)
+        if self.domain is not None:
+            self.domain.all_reduce(runtime, self.network.head.in_features)
+
+    def _share_failures(self, runtime: Runtime) -> None:
+        """Every process's failures on all of them: a block of rows each, zero elsewhere."""
+        first = runtime.rank * MAX_FAILURES
+        size = runtime.world_size * MAX_FAILURES
+        images = torch.zeros((size, *self.shape), dtype=torch.uint8)
+        classes = torch.full((size, 2), 0, dtype=torch.int64)  # 1 + requested, 1 + seen
+        for i, failure in enumerate(self.failures, first):
+            images[i] = failure.image
+            classes[i] = torch.tensor([failure.requested + 1, failure.seen + 1])
+        runtime.all_reduce(images)
+        runtime.all_reduce(classes)
+        rows = torch.nonzero(classes[:, 0]).flatten().tolist()[:MAX_FAILURES]
+        pairs = (classes - 1).tolist()
+        self.failures = [Failure(images[i], *pairs[i]) for i in rows]
 
     def results(self) -> dict[str, Entry]:
+        found = {"class_acc": self._accuracy()} if "class_acc" in self.names else {}
+        if self.domain is not None:
+            weak = not self.ceiling.accuracy >= MIN_CEILING
+            for name, result in self.domain.results().items():
+                if name in self.names:
+                    found[name] = result | {"classifier": self.details}
+                    if weak and result["status"] == "ok":
+                        found[name] |= {"status": "unreliable", "reason": self._weakness()}
+        return found
+
+    def _weakness(self) -> str:
+        return f"the classifier itself is right on only {self.ceiling.accuracy:.1%} of real images"
+
+    def _accuracy(self) -> Entry:
         totals, ceiling = self.generated, self.ceiling
         low, high = wilson_interval(int(totals.confusion.diagonal().sum()), totals.count)
         weak = not ceiling.accuracy >= MIN_CEILING
-        reason = f"the classifier itself is right on only {ceiling.accuracy:.1%} of real images"
         if self.test is None:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
         per_class = dict(zip(self.class_names, totals.per_class(), strict=True))
         seen = {name: share for name, share in per_class.items() if share is not None}
-        return {
-            "class_acc": entry(
-                "unreliable" if weak else "ok",
-                totals.accuracy,
-                reason if weak else None,
-                ci95=[low, high],
-                real_ceiling=ceiling.accuracy,
-                per_class=per_class,
-                per_class_real=dict(zip(self.class_names, ceiling.per_class(), strict=True)),
-                worst_class=min(seen, key=seen.get) if seen else None,
-                mean_requested_prob=totals.requested_prob.item() / max(1, totals.count),
-                unsure_share=totals.unsure.item() / max(1, totals.count),
-                confusion=totals.confusion.tolist(),
-                n=totals.count,
-                n_real=ceiling.count,
-                better="higher",
-                classifier=self.details,
-            )
-        }
+        return entry(
+            "unreliable" if weak else "ok",
+            totals.accuracy,
+            self._weakness() if weak else None,
+            ci95=[low, high],
+            real_ceiling=ceiling.accuracy,
+            per_class=per_class,
+            per_class_real=dict(zip(self.class_names, ceiling.per_class(), strict=True)),
+            worst_class=min(seen, key=seen.get) if seen else None,
+            mean_requested_prob=totals.requested_prob.item() / max(1, totals.count),
+            unsure_share=totals.unsure.item() / max(1, totals.count),
+            confusion=totals.confusion.tolist(),
+            n=totals.count,
+            n_real=ceiling.count,
+            better="higher",
+            classifier=self.details,
+        )
 
 
 def classifier_key(spec: ClassifierSpec, *fingerprints: str) -> str:

@@ -1,13 +1,13 @@
-"""Inception features: torch-fidelity's network, our streaming float64 moments, FID and IS.
+"""Inception features: torch-fidelity's network, our streaming float64 moments, and the metrics.
 
 The network is the one whose features are called FID everywhere (TF1 weights, TF1 resize); no other
-is ever put in its place. It sees each image once for both metrics.
+is ever put in its place. It sees each image once for all metrics.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from metrics import fid
+from metrics.features import FeatureStore
 from metrics.inception_score import InceptionScoreSums
+from metrics.kid import SUBSET_SIZE, kernel_inception_distance
+from metrics.moments import FeatureMoments
+from metrics.prdc import choose_rows, prdc, too_few
+from metrics.reference import Reference, write_reference
 from metrics.scoring import Entry, RealImages, entry
 from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
@@ -34,6 +39,7 @@ INCEPTION = WeightsSource(
     ),
 )
 NUM_LOGITS = 1008
+FID_FEATURES = 2048  # of the layer whose distance is called FID
 
 
 @dataclass(frozen=True)
@@ -97,50 +103,18 @@ def load_inception(path: Path, device: torch.device, *, layer: str = "2048") -> 
     return Extractor(network.to(device), int(layer), NUM_LOGITS, details)
 
 
-class FeatureMoments:
-    """Count, sum and sum of outer products of features, in float64.
-
-    In float32 the covariance is lost where the mean is large beside the spread.
-    """
-
-    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        # MPS has no float64.
-        device = "cpu" if torch.device(device).type == "mps" else device
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def update(self, features: Tensor) -> None:
-        """Add features (b, D); b may be 0."""
-        x = features.to(self.sum.device).double()
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
-
-    def all_reduce(self, runtime: Runtime) -> None:
-        for total in (self.count, self.sum, self.outer):
-            runtime.all_reduce(total)
-
-    def mean_cov(self) -> tuple[Tensor, Tensor]:
-        """(D,) mean and (D, D) unbiased covariance.
-
-        Raises:
-            ValueError: fewer than two images.
-        """
-        count = self.count.item()
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, there are {count:.0f}")
-        mean = self.sum / count
-        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
-        return mean, covariance
-
-
 class InceptionScorer:
-    """FID and IS from one pass of one network (see `metrics.scoring.Scorer`).
+    """FID, KID, IS and precision/recall from one pass of one network (see
+    `metrics.scoring.Scorer`).
 
     Args:
-        names: "fid", "is" or both.
+        names: of "fid", "kid", "is" and "prdc".
         num_images: generated images over all processes.
+        features_dir: a folder all processes share, for the features that "kid" and "prdc" need:
+            4 bytes x feature_dim an image, generated and real.
+        reference: statistics to compare with instead of the real images' ("fid" only).
+        store: where the real images' statistics are kept for the next evaluation, with what
+            describes them.
     """
 
     def __init__(
@@ -151,31 +125,74 @@ class InceptionScorer:
         *,
         num_images: int,
         weights: Weights | None = None,
+        features_dir: Path | None = None,
+        reference: Reference | None = None,
+        store: tuple[Path, Mapping[str, Any]] | None = None,
     ) -> None:
         self.names = names
         self.extractor = extractor
         self.device = device
         self.num_images = num_images
-        self.real = FeatureMoments(extractor.feature_dim, device) if "fid" in names else None
-        self.generated = FeatureMoments(extractor.feature_dim, device) if "fid" in names else None
-        self.score = None
-        if "is" in names:
-            self.score = InceptionScoreSums(num_images, extractor.num_logits, device=device)
+        dim = extractor.feature_dim
+        self.reference, self.store = reference, store
+        needs_real = "fid" in names and reference is None
+        self.real = FeatureMoments(dim, device) if needs_real else None
+        self.real_features: FeatureStore | None = None
+        self.features: FeatureStore | None = None
+        if {"kid", "prdc"} & set(names):
+            if features_dir is None:
+                raise ValueError("kid and prdc need a features_dir")
+            self.real_features = FeatureStore(features_dir / "real", dim)
+            self.features = FeatureStore(features_dir / "generated", dim)
+        self.num_real = 0
         self.details = dict(extractor.details)
         if weights is not None:
             self.details |= {"path": str(weights.path), "sha256": weights.sha256}
+        self.clear()
+
+    def clear(self) -> None:
+        names, dim = self.names, self.extractor.feature_dim
+        self.generated = FeatureMoments(dim, self.device) if "fid" in names else None
+        self.score = None
+        if "is" in names:
+            self.score = InceptionScoreSums(
+                self.num_images, self.extractor.num_logits, device=self.device
+            )
+        if self.features is not None:
+            self.features.close()
 
     def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
-        if self.real is None:
+        if self.real is None and self.real_features is None:
             return
         if real is None:
-            raise ValueError("FID needs real images")
+            raise ValueError(f"{', '.join(self.names)}: real images are needed")
+        self.num_real = len(real.indices)
+        start = runtime.share(self.num_real).start
         for images, _ in real.fetch(real.share(runtime)):
-            self.real.update(self.extractor(images.to(self.device))[0])
+            features = self.extractor(images.to(self.device))[0]
+            if self.real is not None:
+                self.real.update(features)
+            if self.real_features is not None:
+                self.real_features.append(features, range(start, start + len(images)))
+            start += len(images)
 
     def reduce_real(self, runtime: Runtime) -> None:
         if self.real is not None:
             self.real.all_reduce(runtime)
+            if runtime.is_main and self.store is not None:
+                self._keep(*self.store)
+        _finish(self.real_features, runtime)
+
+    def _keep(self, path: Path, meta: Mapping[str, Any]) -> None:
+        """A disk that refuses costs the next evaluation its time, not this one its result."""
+        with contextlib.suppress(OSError, ValueError):
+            write_reference(path, self.real_statistics(meta))
+
+    def real_statistics(self, meta: Mapping[str, Any]) -> Reference:
+        """What the generated images are compared with. On the main process."""
+        if self.reference is not None:
+            return self.reference
+        return Reference(*self.real.mean_cov(), int(self.real.count.item()), meta)
 
     def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
         features, logits = self.extractor(images.to(self.device))
@@ -183,20 +200,24 @@ class InceptionScorer:
             self.generated.update(features)
         if self.score is not None:
             self.score.update(logits, indices)
+        if self.features is not None:
+            self.features.append(features, indices)
 
     def reduce_generated(self, runtime: Runtime) -> None:
         for sums in (self.generated, self.score):
             if sums is not None:
                 sums.all_reduce(runtime)
+        _finish(self.features, runtime)
 
     def results(self) -> dict[str, Entry]:
         found = {}
         few = self.num_images <= fid.SINGULAR_BELOW
-        if self.real is not None and self.generated is not None:
-            distance = fid.frechet_distance(*self.generated.mean_cov(), *self.real.mean_cov())
-            num_real = int(self.real.count.item())
-            few_real = num_real <= fid.SINGULAR_BELOW
-            counts = f"{self.num_images} generated and {num_real} real images"
+        if self.generated is not None:
+            real = self.real_statistics({})
+            distance = fid.frechet_distance(*self.generated.mean_cov(), real.mu, real.sigma)
+            num_real = real.num_images
+            few_real = num_real is not None and num_real <= fid.SINGULAR_BELOW
+            counts = f"{self.num_images} generated and {num_real or 'unknown'} real images"
             found["fid"] = entry(
                 "unreliable" if few or few_real else "ok",
                 distance.value,
@@ -209,6 +230,7 @@ class InceptionScorer:
                 n_real=num_real,
                 better="lower",
                 extractor=self.details,
+                reference=dict(real.meta) or None,
             )
         if self.score is not None:
             mean, std = self.score.compute()
@@ -222,4 +244,40 @@ class InceptionScorer:
                 better="higher",
                 extractor=self.details,
             )
+        if self.features is not None:
+            found |= self._from_features()
         return found
+
+    def _from_features(self) -> dict[str, Entry]:
+        """KID and precision, recall, density, coverage."""
+        found = {}
+        generated = self.features.read(self.num_images)
+        real = self.real_features.read(self.num_real)
+        counts = {"n": self.num_images, "n_real": self.num_real, "extractor": self.details}
+        if "kid" in self.names:
+            kid = kernel_inception_distance(generated, real)
+            few = kid.subset_size < SUBSET_SIZE
+            found["kid"] = entry(
+                "unreliable" if few else "ok",
+                kid.mean,
+                f"subsets of {kid.subset_size} images instead of {SUBSET_SIZE}" if few else None,
+                std=kid.std,
+                subset_size=kid.subset_size,
+                better="lower",
+                **counts,
+            )
+        if "prdc" in self.names and (reason := too_few(self.num_real, self.num_images)):
+            found["prdc"] = entry("unreliable", None, reason, **counts)
+        elif "prdc" in self.names:
+            scores = prdc(*(f.rows(choose_rows(len(f))) for f in (real, generated)))
+            found["prdc"] = entry(
+                "ok", scores.precision, **scores._asdict(), better="higher", **counts
+            )
+        return found
+
+
+def _finish(store: FeatureStore | None, runtime: Runtime) -> None:
+    """After this the main process may read what all have written. A collective."""
+    if store is not None:
+        store.close()
+        runtime.barrier()

@@ -189,12 +189,16 @@ class LpipsScorer:
         self.seed = seed
         self.pool = torch.tensor(pool_of(range(num_images), num_pairs, seed), dtype=torch.int64)
         self.labels = None if labels is None else torch.tensor(labels)[self.pool]
-        self.images = torch.zeros((len(self.pool), *shape), dtype=torch.uint8)
+        self.shape = shape
+        self.clear()
         self.real: dict[str, MeanError | None] = {}
         size = list(lpips_input(torch.zeros(1, *shape, dtype=torch.uint8)).shape[-2:])
         self.details: dict[str, Any] = {"net": "alex", "size": size}
         if weights is not None:
             self.details |= {"path": str(weights.path), "sha256": weights.sha256}
+
+    def clear(self) -> None:
+        self.images = torch.zeros((len(self.pool), *self.shape), dtype=torch.uint8)
 
     def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
         if real is None or not runtime.is_main:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from metrics import METRICS
 from metrics.classifier import ClassScorer
-from metrics.inception import INCEPTION, InceptionScorer, load_inception
+from metrics.inception import INCEPTION, Extractor, InceptionScorer, load_inception
 from metrics.lpips_score import ALEXNET, LpipsScorer, load_lpips
+from metrics.memorization import MemorizationScorer
+from metrics.reference import Reference, read_reference, reference_key
+from metrics.sanity import SanityScorer
 from metrics.scoring import Entry, RealImages, Scorer, entry
 from metrics.weights import Weights, shared_weights
 from utils.distributed import Runtime
-from utils.errors import MissingWeightsError
+from utils.errors import ConfigError, MissingWeightsError
 
 SOURCES = {"inception": INCEPTION, "lpips": ALEXNET}
 Loaded = TypeVar("Loaded")
@@ -58,22 +62,28 @@ def plan_metrics(
     runtime: Runtime,
     given_weights: Mapping[str, str | None],
     unlabelled: str | None = None,
+    no_classes: str | None = None,
     no_real_images: str | None = None,
+    has_reference: bool = False,
     download: bool = True,
 ) -> Plan:
     """Find the weights of each network that `names` need. To be called on every process.
 
     Args:
         given_weights: network name -> path from the command line, or None.
-        unlabelled, no_real_images: why there are no requested classes or no real images; None
-            where there are.
+        unlabelled, no_classes, no_real_images: why there are no requested classes, no classes in
+            the data, no real images; None where there are.
+        has_reference: statistics stand in for real images where FID is concerned.
         download: False looks on this machine only.
     """
     plan = Plan(names)
     for name in names:
+        if METRICS[name].classes and no_classes is not None:
+            plan.skip([name], no_classes)
         if METRICS[name].labels and unlabelled is not None:
             plan.skip([name], unlabelled)
-        if METRICS[name].real_images and no_real_images is not None:
+        needs_real = METRICS[name].real_images and not (name == "fid" and has_reference)
+        if needs_real and no_real_images is not None:
             plan.skip([name], no_real_images)
     for network, source in SOURCES.items():
         users = [name for name in plan.runnable if METRICS[name].network == network]
@@ -84,7 +94,8 @@ def plan_metrics(
                 source, given_weights.get(network), runtime, download=download
             )
         except MissingWeightsError as error:
-            plan.skip(users, str(error))
+            plan.skip(users[:1], str(error))
+            plan.skip(users[1:], f"the weights that {users[0]} needs, too, are missing")
     return plan
 
 
@@ -98,6 +109,9 @@ def build_scorers(
     num_classes: int,
     test_images: RealImages | None = None,
     cache_dir: Path | None = None,
+    features_dir: Path | None = None,
+    real: RealImages | None = None,
+    reference: Reference | None = None,
     flip: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> list[Scorer]:
@@ -109,6 +123,8 @@ def build_scorers(
         num_images, labels: of the generated images over all processes.
         shape: (C, H, W) of one image.
         test_images, cache_dir, flip: see `ClassScorer`.
+        features_dir, reference: see `InceptionScorer`.
+        real: the train images, whose statistics may be in `cache_dir` from an earlier evaluation.
     """
     device = runtime.device
     scorers: list[Scorer] = []
@@ -117,29 +133,45 @@ def build_scorers(
         weights = plan.weights["inception"]
         extractor = _load(lambda: load_inception(weights.path, device), inception, plan, runtime)
         if extractor is not None:
+            store = None
+            if reference is None and real is not None and cache_dir is not None:
+                store = _reference_store(cache_dir, extractor, weights, real, shape)
+                if not {"kid", "prdc"} & set(inception):  # those need the images themselves
+                    reference = _stored_reference(store[0], extractor.feature_dim, runtime)
             scorers.append(
                 InceptionScorer(
-                    inception, extractor, device, num_images=num_images, weights=weights
+                    inception,
+                    extractor,
+                    device,
+                    num_images=num_images,
+                    weights=weights,
+                    features_dir=features_dir,
+                    reference=reference,
+                    store=store,
                 )
             )
+    distance = None
     if "lpips" in plan.runnable:
         weights = plan.weights["lpips"]
         distance = _load(lambda: load_lpips(weights.path, device), ("lpips",), plan, runtime)
-        if distance is not None:
-            scorers.append(
-                LpipsScorer(
-                    distance,
-                    device,
-                    num_images=num_images,
-                    labels=labels,
-                    shape=shape,
-                    weights=weights,
-                )
+    if distance is not None:
+        scorers.append(
+            LpipsScorer(
+                distance,
+                device,
+                num_images=num_images,
+                labels=labels,
+                shape=shape,
+                weights=weights,
             )
-    if "class_acc" in plan.runnable:
+        )
+    by_classifier = tuple(name for name in plan.runnable if METRICS[name].classes)
+    if by_classifier:
         scorers.append(
             ClassScorer(
                 device,
+                names=by_classifier,
+                num_images=num_images,
                 shape=shape,
                 num_classes=num_classes,
                 test=test_images,
@@ -148,7 +180,47 @@ def build_scorers(
                 log=log,
             )
         )
+    if "memorization" in plan.runnable:
+        scorers.append(
+            MemorizationScorer(
+                device, num_images=num_images, shape=shape, test=test_images, distance=distance
+            )
+        )
+    if "sanity" in plan.runnable:
+        scorers.append(SanityScorer(device, num_images=num_images, shape=shape))
     return scorers
+
+
+def _reference_store(
+    folder: Path,
+    extractor: Extractor,
+    weights: Weights,
+    real: RealImages,
+    shape: tuple[int, int, int],
+) -> tuple[Path, dict[str, Any]]:
+    """File and description of the real images' statistics; the name changes with any of it."""
+    meta = {
+        "extractor": dict(extractor.details),
+        "weights_sha256": weights.sha256,
+        "data_fingerprint": real.fingerprint,
+        "split": real.split,
+        "num_images": len(real.indices),
+        "shape": list(shape),
+        "range": "uint8, grey repeated to three channels",
+    }
+    return folder / f"reference_{reference_key(**meta)}.npz", meta
+
+
+def _stored_reference(path: Path, dim: int, runtime: Runtime) -> Reference | None:
+    """The statistics at `path`, if the main process can read them; the others need to know only
+    that they are there."""
+    found = None
+    if runtime.is_main and path.is_file():
+        with contextlib.suppress(ConfigError):  # a damaged one is made again
+            found = read_reference(path, dim)
+    if runtime.broadcast_object(found is not None):
+        return found or Reference(torch.zeros(dim), torch.zeros(dim, dim))
+    return None
 
 
 def _load(

@@ -1,20 +1,32 @@
-"""report.json and its summary in text."""
+"""The report: report.json, its summary in text, and what report.html shows."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from metrics import METRICS, fid
-from metrics.scoring import Entry
+from metrics.classifier import ClassScorer
+from metrics.gallery import Gallery
+from metrics.html import Picture, render_html
+from metrics.memorization import MemorizationScorer
+from metrics.scoring import Entry, RealImages, Scorer
+from utils.images import grid_rows, make_grid, to_array
 
 SCHEMA_VERSION = 1
+PAIRS_PER_ROW = 4  # of a generated image and its neighbours
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy")
 
 
@@ -32,7 +44,7 @@ def build_report(
     """The report as plain JSON types without NaN or infinity (null, with a reason, instead).
 
     Args:
-        entries: metric name -> entry, as `run_scorers` returns them.
+        entries: metric name -> entry, as `Scoring.score` returns them.
         provenance: how the images came about.
     """
     ordered = {name: plain(dict(entries[name])) for name in METRICS if name in entries}
@@ -101,16 +113,148 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write atomically, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_report(
+    path: Path, report: Mapping[str, Any], pictures: Mapping[str, Picture] | None = None
+) -> None:
+    """`path`, and the page to read beside it: report.json and report.html."""
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path.with_suffix(".html"), render_html(report, pictures or {}))
+
+
+def save_sweep(
+    path: Path, reports: Sequence[tuple[Any, Path, Mapping[str, Any]]], facts: Mapping[str, Any]
+) -> None:
+    """One report over several: a row for each, and mean, deviation and minimum of repeats.
+
+    Args:
+        reports: (setting, its own report's path, that report).
+        facts: provenance that all share.
+    """
+    rows = [
+        {
+            "cfg_scale": setting.sampling.cfg_scale,
+            "num_inference_steps": setting.sampling.num_inference_steps,
+            "seed": setting.seed,
+            "status": report["status"],
+            "metrics": {name: found["value"] for name, found in report["metrics"].items()},
+            "report": single.name,
+        }
+        for setting, single, report in reports
+    ]
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "status": worst_status(row["status"] for row in rows),
+        "warnings": reports[0][2]["warnings"],
+        "metrics": {},
+        "sweep": rows,
+        "repeats": repeats_of(rows),
+        "provenance": plain({"created": utc_now(), **facts, "versions": versions()}),
+    }
+    save_report(path, summary)
+
+
+def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Settings that ran with several seeds: mean, deviation and minimum of every metric."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cfg_scale"], row["num_inference_steps"]), []).append(row)
+    found = []
+    for (scale, steps), group in groups.items():
+        if len(group) == 1:
+            continue
+        values = {name: [row["metrics"][name] for row in group] for name in group[0]["metrics"]}
+        found.append(
+            {
+                "cfg_scale": scale,
+                "num_inference_steps": steps,
+                "seeds": [row["seed"] for row in group],
+                "metrics": {
+                    name: {
+                        "mean": statistics.mean(known),
+                        "std": statistics.stdev(known),
+                        "min": min(known),
+                    }
+                    for name, known in values.items()
+                    if None not in known
+                },
+            }
+        )
+    return found
+
+
+def worst_status(statuses: Iterable[str]) -> str:
+    return max(statuses, key=("complete", "partial", "empty").index)
+
+
+def pictures_of(
+    scorers: Sequence[Scorer], gallery: Gallery, real: RealImages | None
+) -> dict[str, Picture]:
+    """What the report shows: a grid, near neighbours in the train set, wrong classes."""
+    names = real.class_names if real is not None else ()
+    found = {"samples": Picture(to_array(gallery.grid()), "Samples", "A row per class, if any.")}
+    for scorer in scorers:
+        if isinstance(scorer, MemorizationScorer) and scorer.pairs:
+            rows = torch.stack([_chw(image) for pair in scorer.pairs for image in pair])
+            width = len(scorer.pairs[0])
+            line = width * PAIRS_PER_ROW
+            grid = make_grid(
+                rows, [list(range(i, min(i + line, len(rows)))) for i in range(0, len(rows), line)]
+            )
+            columns = ("generated", "nearest train image", "nearest by LPIPS")[:width]
+            found["neighbours"] = Picture(
+                to_array(grid), "Closest to the train images", "In turn: " + ", ".join(columns)
+            )
+        if isinstance(scorer, ClassScorer) and scorer.failures:
+            failures = scorer.failures
+            grid = make_grid(
+                torch.stack([failure.image for failure in failures]), grid_rows(len(failures))
+            )
+            told = [
+                f"{_name(names, failure.requested)} drawn as {_name(names, failure.seen)}"
+                for failure in failures
+            ]
+            found["failures"] = Picture(to_array(grid), "Wrong classes", "; ".join(told))
+    return found
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
+def _chw(array: np.ndarray) -> Tensor:
+    """uint8 (H, W) or (H, W, 3) -> (C, H, W)."""
+    image = torch.from_numpy(array)
+    return image[None] if image.dim() == 2 else image.permute(2, 0, 1)
+
+
+def code_version() -> dict[str, Any] | None:
+    """The commit of this code and whether it was changed since; None outside a git clone."""
+    folder = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def utc_now() -> str:
@@ -155,6 +299,19 @@ def _rows(name: str, found: Entry) -> list[tuple[str, str, str]]:
         notes.insert(0, _lpips_note(found["lpips_inter"]))
         intra = found["lpips_intra"]
         more = [("lpips_intra", _number(intra["value"]), _lpips_note(intra))] if intra else []
+    elif name == "kid":
+        notes.insert(0, f"+- {_number(found['std'])} over subsets of {found['subset_size']}")
+    elif name in ("prdc", "prdc_domain") and found["value"] is not None:
+        label = f"{name} precision"
+        more = [
+            (f"{name} {part}", _number(found[part]), "")
+            for part in ("recall", "density", "coverage")
+        ]
+    elif name == "fd_domain":
+        notes.insert(0, f"unseen real images {_number(found['real_value'])}")
+    elif name == "memorization":
+        verdict = "more than held-out images" if found["flagged"] else "no sign of copies"
+        notes.insert(0, f"share nearer to the train images than 99 % of held-out ones: {verdict}")
     elif name == "class_acc":
         low, high = found["ci95"]
         notes.insert(

@@ -65,7 +65,8 @@ def choose_indices(num_images: int, limit: int | None) -> Sequence[int]:
 
 
 class Scorer(Protocol):
-    """One network and the metrics that it gives. Called in the order of the methods below."""
+    """One network and the metrics that it gives. Called in the order of the methods below; after
+    `clear`, from `see_generated` on, for other generated images."""
 
     names: tuple[str, ...]
 
@@ -87,6 +88,10 @@ class Scorer(Protocol):
 
     def results(self) -> dict[str, Entry]:
         """An entry for each of `names`. Called on the main process alone."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the generated images, not the real ones."""
         ...
 
 
@@ -120,52 +125,72 @@ def run_scorers(
     warn: Callable[[str], None] = lambda _: None,
     always_sample: bool = False,
 ) -> dict[str, Entry]:
-    """Score `batches`: this process's `runtime.share(num_images)`, contiguous and in order.
+    """One set of generated images, see `Scoring`."""
+    scoring = Scoring(scorers, runtime=runtime, warn=warn)
+    scoring.see_real(real)
+    return scoring.score(batches, num_images, always_sample=always_sample)
+
+
+class Scoring:
+    """All scorers together: the real images once, then any number of sets of generated ones.
 
     Args:
         warn: told once about each scorer that fails.
-        always_sample: go through `batches` even if no scorer is left.
-
-    Returns:
-        metric name -> entry, complete on the main process only.
     """
-    loop = _Loop(list(scorers), runtime, warn)
-    loop.each(lambda scorer: scorer.see_real(real, runtime))
-    loop.agree()
-    for scorer in loop.alive:
-        scorer.reduce_real(runtime)
-    if loop.alive or always_sample:
-        start = runtime.share(num_images).start
-        for images, labels, _ in batches:
-            indices = range(start, start + len(images))
-            loop.each(lambda s, x=images, y=labels, i=indices: s.see_generated(x, y, i))
-            start = indices.stop
-    loop.agree()
-    for scorer in loop.alive:
-        scorer.reduce_generated(runtime)
-    entries: dict[str, Entry] = {}
-    if runtime.is_main:
-        loop.each(lambda scorer: entries.update(scorer.results()))
-    for scorer in scorers:
-        for name in scorer.names:
-            if id(scorer) in loop.errors:
-                entries[name] = entry("failed", None, loop.errors[id(scorer)])
-            if name in entries:
-                entries[name]["seconds"] = round(loop.seconds[id(scorer)], 3)
-    return entries
-
-
-class _Loop:
-    """Which scorers still run, why the others do not, and the time each one took."""
 
     def __init__(
-        self, scorers: list[Scorer], runtime: Runtime, warn: Callable[[str], None]
+        self,
+        scorers: Sequence[Scorer],
+        *,
+        runtime: Runtime,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.alive = scorers
+        self.scorers = list(scorers)
+        self.alive = list(scorers)
         self.runtime = runtime
         self.warn = warn
         self.errors: dict[int, str] = {}
         self.seconds = {id(scorer): 0.0 for scorer in scorers}
+
+    def see_real(self, real: RealImages | None) -> None:
+        self.each(lambda scorer: scorer.see_real(real, self.runtime))
+        self.agree()
+        for scorer in self.alive:
+            scorer.reduce_real(self.runtime)
+
+    def score(
+        self, batches: Batches, num_images: int, *, always_sample: bool = False
+    ) -> dict[str, Entry]:
+        """Score this process's `runtime.share(num_images)`, contiguous and in order.
+
+        Args:
+            always_sample: go through `batches` even if no scorer is left.
+
+        Returns:
+            metric name -> entry, complete on the main process only.
+        """
+        for scorer in self.alive:
+            scorer.clear()
+        if any(scorer.names for scorer in self.alive) or always_sample:
+            start = self.runtime.share(num_images).start
+            for images, labels, _ in batches:
+                indices = range(start, start + len(images))
+                self.each(lambda s, x=images, y=labels, i=indices: s.see_generated(x, y, i))
+                start = indices.stop
+        self.agree()
+        for scorer in self.alive:
+            scorer.reduce_generated(self.runtime)
+        entries: dict[str, Entry] = {}
+        if self.runtime.is_main:
+            self.each(lambda scorer: entries.update(scorer.results()))
+        for scorer in self.scorers:
+            for name in scorer.names:
+                if id(scorer) in self.errors:
+                    entries[name] = entry("failed", None, self.errors[id(scorer)])
+                if name in entries:
+                    entries[name]["seconds"] = round(self.seconds[id(scorer)], 3)
+            self.seconds[id(scorer)] = 0.0
+        return entries
 
     def each(self, call: Callable[[Scorer], None]) -> None:
         for scorer in self.alive:

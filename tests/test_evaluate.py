@@ -14,8 +14,10 @@ from PIL import Image
 
 import evaluate
 import train
-from metrics import plan, scoring
+from metrics import METRICS, classifier, inception, plan, scoring
 from metrics.inception import Extractor
+from metrics.reference import read_reference
+from models.unet import UNet
 from utils.errors import ConfigError, exit_code_of
 
 ABSENT = ["--inception_weights", "/absent/inception.pth", "--lpips_weights", "/absent/alex.pth"]
@@ -104,6 +106,167 @@ def test_all_metrics_end_in_a_report(run_dir, tiny_networks, quick_classifier, t
     assert "fid_23" in printed
     assert "real" in printed
     assert list((run_dir / "eval").glob("classifier_*.pth"))
+
+
+OFFLINE = "class_acc,fd_domain,prdc_domain,memorization,sanity"
+
+
+def test_a_sweep_reports_every_setting_and_their_summary(
+    run_dir, tiny_networks, quick_classifier, tmp_path, monkeypatch
+):
+    trained = []
+    train_classifier = classifier.train_classifier
+    monkeypatch.setattr(
+        classifier,
+        "train_classifier",
+        lambda *args, **kw: trained.append(1) or train_classifier(*args, **kw),
+    )
+    command = ["--checkpoint", str(run_dir), "--n", "20", "--metrics", "all", "--device", "cpu"]
+    command += ["--cfg_scale", "1,3", "--steps", "2,3", "--output", str(tmp_path / "out")]
+    mine = tmp_path / "out/features/mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("not ours to delete")
+    assert evaluate.main([*command, "seed=5", *tiny_networks]) == 0
+    report = read(tmp_path / "out/report.json")
+    rows = [(row["cfg_scale"], row["num_inference_steps"]) for row in report["sweep"]]
+    assert rows == [(1, 2), (1, 3), (3, 2), (3, 3)]
+    assert len(trained) <= 1  # real images are looked at once for all settings
+    for row in report["sweep"]:
+        single = read(tmp_path / "out" / row["report"])
+        assert row["metrics"] == {name: e["value"] for name, e in single["metrics"].items()}
+        assert set(row["metrics"]) == set(METRICS)
+        assert single["provenance"]["cfg_scale"] == row["cfg_scale"]
+    alone = ["--cfg_scale", "3", "--steps", "2", "--output", str(tmp_path / "alone")]
+    assert evaluate.main([*command, *alone, "seed=5", *tiny_networks]) == 0
+    single = read(tmp_path / "alone/report.json")
+    for name, value in report["sweep"][2]["metrics"].items():
+        assert single["metrics"][name]["value"] == pytest.approx(value, rel=1e-6), name
+    left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert left == [".html"] * 5 + [".json"] * 5  # neither images nor features stay behind
+    assert [path.name for path in (tmp_path / "out/features").iterdir()] == ["mine.txt"]
+
+
+def test_repeats_have_seeds_of_their_own(run_dir, tmp_path):
+    command = ["--checkpoint", str(run_dir), "--n", "6", "--metrics", "sanity", *FAST]
+    assert evaluate.main([*command, "--repeats", "3", "--output", str(tmp_path)]) == 0
+    report = read(tmp_path / "report.json")
+    assert report["repeats"][0]["seeds"] == [42, 48, 54]
+    values = [row["metrics"]["sanity"] for row in report["sweep"]]
+    summary = report["repeats"][0]["metrics"]["sanity"]
+    assert summary["mean"] == pytest.approx(sum(values) / 3)
+    assert summary["min"] == min(values)
+
+
+def test_an_interrupted_evaluation_draws_only_what_is_missing(
+    run_dir, quick_classifier, tmp_path, monkeypatch
+):
+    """... with another batch size, and reports what an undisturbed one does."""
+    command = ["--checkpoint", str(run_dir), "--n", "23", "--metrics", OFFLINE, "--device", "cpu"]
+    command += ["--steps", "2", "--cfg_scale", "1"]
+    generate, drawn = evaluate.generate, []
+
+    def watched(run, seeds, labels, **options):
+        for images, batch_labels, batch_seeds in generate(run, seeds, labels, **options):
+            if len(drawn) >= limit:
+                raise KeyboardInterrupt
+            drawn.extend(batch_seeds)
+            yield images, batch_labels, batch_seeds
+
+    monkeypatch.setattr(evaluate, "generate", watched)
+    limit = 14
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*command, "--batch_size", "7", "--output", str(tmp_path / "a")])
+    assert len(list((tmp_path / "a").glob("samples_*/images_*.npy"))) == 2
+    limit, drawn = 1000, []
+    assert evaluate.main([*command, "--batch_size", "5", "--output", str(tmp_path / "a")]) == 0
+    assert drawn == list(range(42 + 14, 42 + 23))
+    assert not list((tmp_path / "a").glob("samples_*"))
+    drawn = []
+    assert evaluate.main([*command, "--batch_size", "7", "--output", str(tmp_path / "b")]) == 0
+    assert len(drawn) == 23
+    resumed, whole = (read(tmp_path / x / "report.json")["metrics"] for x in "ab")
+    for name, found in whole.items():
+        assert resumed[name]["value"] == pytest.approx(found["value"], rel=1e-4), name
+
+
+def test_kept_images_serve_another_evaluation(run_dir, tmp_path, monkeypatch):
+    command = ["--checkpoint", str(run_dir), "--n", "6", *FAST, "--output", str(tmp_path)]
+    assert evaluate.main([*command, "--metrics", "sanity", "--keep_samples"]) == 0
+
+    def refuse(*_, **__):
+        yield pytest.fail("images were drawn again")
+
+    monkeypatch.setattr(evaluate, "generate", refuse)
+    assert evaluate.main([*command, "--metrics", "memorization"]) == 0
+
+
+def test_statistics_of_real_images_are_kept_written_and_read(
+    run_dir, tiny_networks, tmp_path, monkeypatch
+):
+    """The next evaluation does not look at the real images again; nor does one with a file."""
+    monkeypatch.setattr(evaluate, "FID_FEATURES", 3)  # of the stand-in network
+    for path in (run_dir / "eval").glob("reference_*.npz"):  # of other tests
+        path.unlink()
+    looked = []
+    see_real = inception.InceptionScorer.see_real
+
+    def watched(self, real, runtime):
+        see_real(self, real, runtime)
+        looked.append(self.num_real)
+
+    monkeypatch.setattr(inception.InceptionScorer, "see_real", watched)
+    command = ["--checkpoint", str(run_dir), "--n", "9", "--metrics", "fid", *FAST, *tiny_networks]
+    stats, values = tmp_path / "stats.npz", []
+    for extra in (["--write_reference", str(stats)], [], ["--reference", str(stats)]):
+        out = tmp_path / str(len(values))
+        assert evaluate.main([*command, *extra, "--output", str(out)]) == 0
+        report = read(out / "report.json")
+        values.append((report["FID"], report["metrics"]["fid"]["n_real"]))
+    assert looked == [1442, 0, 0]
+    assert values[0] == values[1] == values[2]
+    assert read_reference(stats, 3).meta["split"] == "train"
+    (cached,) = (run_dir / "eval").glob("reference_*.npz")
+    cached.write_bytes(b"damaged")
+    assert evaluate.main([*command, "--output", str(tmp_path / "again")]) == 0
+    assert looked[-1] == 1442
+    other = [*command, "--num_real", "30", "--output", str(tmp_path / "fewer")]
+    assert evaluate.main(other) == 0
+    assert looked[-1] == 30
+
+
+def test_strict_and_compare(run_dir, tmp_path, capsys):
+    command = ["--checkpoint", str(run_dir), "--n", "12", *FAST, *ABSENT]
+    metrics = ["--metrics", "fid,sanity"]
+    assert evaluate.main([*command, *metrics, "--output", str(tmp_path), "--strict"]) == 3
+    old = str(tmp_path / "report.json")
+    more = ["--metrics", "sanity", "--strict", "--output", str(tmp_path / "b"), "--compare", old]
+    assert evaluate.main([*command, *more]) == 0
+    (row,) = read(tmp_path / "b/report.json")["comparison"]
+    assert row["metric"] == "sanity"
+    assert row["delta"] == 0
+    assert row["note"] is None
+    fewer = ["--metrics", "sanity", "--num_samples", "6", "--output", str(tmp_path / "c")]
+    assert evaluate.main([*command, *fewer, "--compare", old]) == 0
+    (row,) = read(tmp_path / "c/report.json")["comparison"]
+    assert row["note"] == "not comparable, n differ"
+    with pytest.raises(evaluate.ConfigError, match="cannot be read"):
+        evaluate.main([*command, "--compare", str(tmp_path / "absent.json")])
+
+
+@pytest.mark.parametrize(("scale", "rows_per_image"), [("0", 1), ("1", 1), ("2.5", 2)])
+def test_one_forward_a_step_of_twice_the_batch_with_guidance(
+    run_dir, tmp_path, monkeypatch, scale, rows_per_image
+):
+    """50 DDIM steps: 50 forwards per batch, as docs/metrics.md says."""
+    batches = []
+    forward = UNet.forward
+    monkeypatch.setattr(
+        UNet, "forward", lambda self, x, t, y=None: batches.append(len(x)) or forward(self, x, t, y)
+    )
+    command = ["--checkpoint", str(run_dir), "--n", "10", "--metrics", "sanity", "--device", "cpu"]
+    command += ["--steps", "50", "--batch_size", "5", "--cfg_scale", scale]
+    assert evaluate.main([*command, "--output", str(tmp_path)]) == 0
+    assert batches == [5 * rows_per_image] * 100
 
 
 def test_values_do_not_depend_on_the_batch_size(run_dir, tiny_networks, tmp_path):
@@ -202,7 +365,7 @@ def test_print_config_prints_the_stored_one_with_overrides(run_dir, capsys):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_under_torchrun_two_processes_give_one_report(run_dir, tmp_path):
-    """Three images over two processes; the accuracy equals that of a single process."""
+    """Thirteen images over two processes: the values are those of a single one."""
     reports = []
     for launcher in (
         [sys.executable],
@@ -211,11 +374,13 @@ def test_under_torchrun_two_processes_give_one_report(run_dir, tmp_path):
         path = tmp_path / f"{len(reports)}.json"
         command = [*launcher, "evaluate.py", "--checkpoint", str(run_dir), *FAST, *ABSENT]
         # Not `--n`: torchrun takes it for an ambiguous option of its own.
-        command += ["--num_samples", "3", "--output", str(path)]
+        command += ["--num_samples", "13", "--output", str(path), "--metrics", OFFLINE]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         reports.append(read(path))
-    single, double = (report["metrics"]["class_acc"] for report in reports)
-    assert single["confusion"] == double["confusion"]
+    single, double = (report["metrics"] for report in reports)
+    assert single["class_acc"]["confusion"] == double["class_acc"]["confusion"]
+    for name in OFFLINE.split(","):
+        assert double[name]["value"] == pytest.approx(single[name]["value"], rel=1e-4), name
     assert reports[1]["provenance"]["world_size"] == 2
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from metrics import METRICS, check_metric_names, classifier, fid, inception, lpips_score, weights
 from metrics.classifier import ClassifierSpec, ClassScorer, ClassTotals, wilson_interval
-from metrics.inception import Extractor, FeatureMoments, InceptionScorer
+from metrics.inception import Extractor, InceptionScorer
 from metrics.inception_score import InceptionScoreSums, split_of_index
 from metrics.lpips_score import LpipsScorer
+from metrics.moments import FeatureMoments
 from metrics.plan import build_scorers, plan_metrics
-from metrics.report import build_report, count_warnings, report_path, summary, write_report
+from metrics.report import build_report, count_warnings, report_path, save_report, summary
 from metrics.scoring import RealImages, choose_indices, entry, run_scorers, save_batches
 from utils.distributed import Runtime, distributed_runtime
 from utils.errors import ConfigError, MissingWeightsError
@@ -257,6 +258,9 @@ class Failing:
     def __init__(self, on_rank: int | None = None) -> None:
         self.on_rank = on_rank
 
+    def clear(self):
+        pass
+
     def see_real(self, real, runtime):
         self.raises = self.on_rank is None or runtime.rank == self.on_rank
 
@@ -398,8 +402,9 @@ def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content)
 def test_metrics_without_their_needs_are_skipped_and_the_rest_planned(tmp_path):
     absent = {"inception": str(tmp_path / "a.pth"), "lpips": str(tmp_path / "b.pth")}
     plan = plan_metrics(tuple(METRICS), runtime=SINGLE, given_weights=absent)
-    assert plan.runnable == ("class_acc",)
-    assert set(plan.skipped) == {"fid", "is", "lpips"}
+    offline = ("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity")
+    assert plan.runnable == offline
+    assert set(plan.skipped) == set(METRICS) - set(offline)
     plan = plan_metrics(
         ("class_acc",), runtime=SINGLE, given_weights={}, unlabelled="trained without labels"
     )
@@ -576,7 +581,7 @@ def test_a_weak_classifier_makes_the_accuracy_unreliable(digits):
 def test_classifier_takes_any_shape_and_shifts_keep_it(shape):
     spec = classifier.classifier_spec(shape, 4, 10, flip=False)
     images = random_images(2, shape)
-    assert classifier.classify(classifier.Classifier(spec).eval(), images, CPU).shape == (2, 4)
+    assert classifier.look(classifier.Classifier(spec).eval(), images, CPU).probs.shape == (2, 4)
     assert classifier.shift_randomly(images.float(), rng()).shape == images.shape
 
 
@@ -624,7 +629,7 @@ def test_report_has_the_known_keys_first_and_no_nan(tmp_path):
     }
     report = build_report(entries, provenance={"seed": 1, "checkpoint": Path("a.pth")})
     path = tmp_path / "eval" / "report.json"
-    write_report(path, report)
+    save_report(path, report)
     stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert list(stored)[:5] == ["FID", "IS_mean", "IS_std", "LPIPS_diversity", "class_accuracy"]
     assert stored["IS_mean"] == 2.5
@@ -633,7 +638,7 @@ def test_report_has_the_known_keys_first_and_no_nan(tmp_path):
     assert stored["provenance"]["created"].endswith("+00:00")
     assert stored["provenance"]["checkpoint"] == "a.pth"
     assert stored["status"] == "complete" or stored["status"] == "partial"
-    assert list(tmp_path.glob("eval/*")) == [path]
+    assert sorted(tmp_path.glob("eval/*")) == [path.with_suffix(".html"), path]
 
 
 def test_summary_shows_each_class_beside_the_real_ceiling():

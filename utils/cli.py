@@ -28,17 +28,25 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, samplers: Iterable[str]) -> None:
-    """What sample.py and evaluate.py both take: which weights, and how to sample from them."""
+def add_sampling_options(
+    parser: argparse.ArgumentParser, samplers: Iterable[str], *, sweep: bool = False
+) -> None:
+    """What sample.py and evaluate.py both take: which weights, and how to sample from them.
+
+    With `sweep`, steps and cfg_scale are lists of values.
+    """
     add = parser.add_argument
+    steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
+    several = "; a list such as %s makes a sweep" if sweep else "%.0s"
     add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
     add("--config", help="config file laid over the one in the checkpoint")
     add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
     add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
     add("--sampling_method", help=f"{', '.join(samplers)}; default: the config's")
-    add("--num_inference_steps", "--steps", type=int, help="sampling steps")
+    add("--num_inference_steps", "--steps", type=steps, help="sampling steps" + several % "20,50")
     add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
-    add("--cfg_scale", type=float, help="0 unconditional, 1 conditional, above 1 guided")
+    scales = "0 unconditional, 1 conditional, above 1 guided" + several % "1,1.5,2"
+    add("--cfg_scale", type=scale, help=scales)
     add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
 
 
@@ -54,6 +62,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     args = parser.parse_intermixed_args(normal)
     args.overrides = [*args.set_values, *args.overrides]
     return args
+
+
+def parse_float_list(text: str) -> list[float]:
+    """`"1,1.5,2"` -> [1.0, 1.5, 2.0]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers such as 1,1.5,2") from None
 
 
 def parse_int_list(text: str) -> list[int]:

@@ -220,7 +220,8 @@ class Config(BaseModel):
 
     # --- evaluation
     eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = Field(
-        ("fid", "is", "lpips", "class_acc"), description="what evaluate.py computes"
+        ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity"),
+        description="what evaluate.py computes; `all`: everything",
     )
     eval_num_samples: PositiveInt = Field(50_000, description="images evaluate.py draws")
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+EXIT_INCOMPLETE = 3  # evaluate.py --strict: a requested metric has no value
 EXIT_NON_FINITE = 41  # training stopped before a non-finite optimizer step
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: SIGTERM or SIGINT, state saved, run again to go on
 

@@ -1,0 +1,46 @@
+"""Mean and covariance of features, streamed and summed over processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from utils.distributed import Runtime
+
+
+class FeatureMoments:
+    """Count, sum and sum of outer products of features, in float64.
+
+    In float32 the covariance is lost where the mean is large beside the spread.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        # MPS has no float64.
+        device = "cpu" if torch.device(device).type == "mps" else device
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add features (b, D); b may be 0."""
+        x = features.to(self.sum.device).double()
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def all_reduce(self, runtime: Runtime) -> None:
+        for total in (self.count, self.sum, self.outer):
+            runtime.all_reduce(total)
+
+    def mean_cov(self) -> tuple[Tensor, Tensor]:
+        """(D,) mean and (D, D) unbiased covariance.
+
+        Raises:
+            ValueError: fewer than two images.
+        """
+        count = self.count.item()
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, there are {count:.0f}")
+        mean = self.sum / count
+        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
+        return mean, covariance

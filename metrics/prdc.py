@@ -1,0 +1,118 @@
+"""Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2), density and
+coverage (Naeem et al. 2020, arXiv:2002.09797, section 3).
+
+Each point has a ball that reaches to the k-th nearest other point of its own set.
+
+Conventions. The point itself is not among its neighbours; a duplicate of it is, at distance 0, so
+k or more duplicates make a ball of radius 0. Balls are closed (<=), as in Kynkaanniemi's eq. 1:
+a duplicate lies inside even such a ball, and a set against itself has precision, recall and
+coverage 1 and, without ties, density (k + 1) / k. Naeem's own code has open balls (<), which
+differs in such ties only. Distances are float64; what exceeds a radius by no more than rounding
+(see `SLACK`) is a tie, and inside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metrics.features import Features, as_features
+from utils.rng import Stream, numpy_generator
+
+K = 5
+MAX_ROWS = 10_000
+BLOCK = 256  # rows whose distances to all others are held at a time: 20 MB at `MAX_ROWS`
+SLACK = 1e-12  # share of |x|^2 + |y|^2; bounds the error of a float64 product of 2048 features
+
+
+class Prdc(NamedTuple):
+    """All higher is better; shares in [0, 1], but density can exceed 1."""
+
+    precision: float  # share of generated points inside the ball of a real one
+    recall: float  # share of real points inside the ball of a generated one
+    density: float  # real balls around a generated point, over k: expected 1 for equal sources
+    coverage: float  # share of real points whose ball holds a generated one
+    k: int
+    num_real: int
+    num_generated: int
+
+
+def too_few(num_real: int, num_generated: int, k: int = K) -> str | None:
+    """Why k neighbours cannot be found, or None if they can."""
+    if min(num_real, num_generated) > k:
+        return None
+    return f"{k} neighbours need more than {k} images: {num_real} real, {num_generated} generated"
+
+
+def choose_rows(num_rows: int, limit: int = MAX_ROWS, seed: int = 0) -> np.ndarray:
+    """Sorted int64 indices: all, or `limit` of them, drawn by `seed`."""
+    if num_rows <= limit:
+        return np.arange(num_rows)
+    order = numpy_generator(seed, Stream.EVALUATION, 7).permutation(num_rows)
+    return np.sort(order[:limit])
+
+
+def squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
+    """(m, D), (n, D) -> (m, n): |x|^2 + |y|^2 - 2 x.y, less the share `slack` of the first two."""
+    norms = [torch.linalg.vector_norm(points, dim=1).square() for points in (x, y)]
+    return torch.addmm(norms[0][:, None] + norms[1], x, y.T, beta=1 - slack, alpha=-2)
+
+
+def squared_radii(points: Tensor, k: int, block: int) -> Tensor:
+    """(N, D) -> (N,): squared distance of each point to its k-th nearest other one."""
+    radii = []
+    for start in range(0, len(points), block):
+        squared = squared_distances(points[start : start + block], points)  # (b, N)
+        squared.diagonal(start).fill_(torch.inf)  # the points themselves
+        radii.append(squared.topk(k, largest=False).values.amax(1))
+    return torch.cat(radii)
+
+
+def prdc(
+    real: Features | np.ndarray | Tensor,
+    generated: Features | np.ndarray | Tensor,
+    *,
+    k: int = K,
+    block: int = BLOCK,
+) -> Prdc:
+    """Compare real (N, D) with generated (M, D) features, both in memory (see `choose_rows`).
+
+    Time grows with N M D, memory with `block` max(N, M).
+
+    Raises:
+        ValueError: a set of k or fewer points, another D, or features that are not finite.
+    """
+    sets = [as_features(x).rows(slice(None)).astype(np.float64) for x in (real, generated)]
+    x, y = (torch.from_numpy(points) for points in sets)
+    if k < 1 or min(len(x), len(y)) <= k:
+        raise ValueError(
+            f"k={k} nearest neighbours need k >= 1 and more than k images of each kind, "
+            f"got {len(x)} real and {len(y)} generated"
+        )
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"need features of one D, got {x.shape[1]} and {y.shape[1]}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features are not finite")
+    centre = x.mean(0)  # far from 0 the products would cancel
+    x, y = x.sub_(centre), y.sub_(centre)  # in place: `astype` has made copies
+    radii_x, radii_y = squared_radii(x, k, block), squared_radii(y, k, block)
+    num_around = torch.zeros(len(y), dtype=torch.int64)  # real balls around each generated point
+    num_recalled = num_covered = 0
+    for part, radii in zip(x.split(block), radii_x.split(block), strict=True):
+        squared = squared_distances(part, y, SLACK)  # (b, M)
+        inside_real = squared <= radii[:, None]
+        num_around += inside_real.sum(0)
+        num_covered += int(inside_real.any(1).sum())
+        num_recalled += int((squared <= radii_y).any(1).sum())
+    return Prdc(
+        precision=float((num_around > 0).double().mean()),
+        recall=num_recalled / len(x),
+        density=float(num_around.double().mean()) / k,
+        coverage=num_covered / len(x),
+        k=k,
+        num_real=len(x),
+        num_generated=len(y),
+    )

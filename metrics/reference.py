@@ -1,0 +1,85 @@
+"""Statistics of real images in a file: mean and covariance of Inception features.
+
+The arrays `mu` and `sigma` of an .npz are what pytorch-fid, EDM and ADM write and read; ours add
+the number of images and how the statistics were made, as JSON in `meta`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Attributes:
+    mu, sigma: (D,) and (D, D), float64.
+    num_images: None where the file does not say.
+    meta: extractor, data set and whatever else identifies them; empty in others' files.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    num_images: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_reference(path: str | Path, dim: int) -> Reference:
+    """
+    Raises:
+        ConfigError: the file is missing, damaged, would run code, or is of another network.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+        meta = json.loads(str(arrays.get("meta", "{}")))
+        num_images = int(arrays["num_images"]) if "num_images" in arrays else None
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"--reference {path}: cannot be read ({error}); an .npz with the plain arrays mu and "
+            "sigma is needed, as --write_reference makes it"
+        ) from error
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise ConfigError(
+            f"--reference {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are not of "
+            f"{dim} features"
+        )
+    return Reference(mu, sigma, num_images, meta)
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    """Atomically, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    arrays = {
+        "mu": reference.mu.cpu().numpy(),
+        "sigma": reference.sigma.cpu().numpy(),
+        "meta": np.array(json.dumps(dict(reference.meta))),
+    }
+    if reference.num_images is not None:
+        arrays["num_images"] = np.array(reference.num_images)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def reference_key(**depends_on: Any) -> str:
+    """12 hex digits that change with anything the statistics depend on."""
+    content = json.dumps(depends_on, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

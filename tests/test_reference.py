@@ -1,0 +1,66 @@
+"""Statistics in files: as others write them, as we do, and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from metrics.reference import Reference, read_reference, reference_key, write_reference
+from utils.errors import ConfigError
+
+
+def make(dim=6):
+    features = torch.randn(50, dim, generator=torch.Generator().manual_seed(0)).double()
+    return Reference(features.mean(0), features.T.cov(), 50, {"layer": "64", "data": "digits"})
+
+
+def test_round_trip(tmp_path):
+    reference, path = make(), tmp_path / "new" / "stats.npz"
+    write_reference(path, reference)
+    found = read_reference(path, 6)
+    assert torch.equal(found.mu, reference.mu)
+    assert torch.equal(found.sigma, reference.sigma)
+    assert (found.num_images, found.meta) == (50, reference.meta)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_others_read_ours_and_we_read_theirs(tmp_path):
+    """pytorch-fid and EDM: np.load(path)["mu"], ["sigma"], and no more."""
+    write_reference(tmp_path / "ours.npz", make())
+    with np.load(tmp_path / "ours.npz") as stored:
+        assert stored["mu"].shape == (6,)
+        assert stored["sigma"].shape == (6, 6)
+        assert stored["mu"].dtype == stored["sigma"].dtype == np.float64
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(6, np.float32), sigma=np.eye(6), mu_s=np.ones(2))
+    found = read_reference(tmp_path / "theirs.npz", 6)
+    assert found.num_images is None
+    assert found.meta == {}
+    assert found.mu.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "cannot be read"),
+        (lambda path: path.write_bytes(b"PK no zip"), "cannot be read"),
+        (lambda path: np.savez(path, mean=np.zeros(6)), "mu and sigma"),
+        (lambda path: np.savez(path, mu=np.zeros(4), sigma=np.eye(4)), "not of 6 features"),
+        (lambda path: np.savez(path, mu=np.zeros(6), sigma=np.eye(6), meta="{"), "cannot be read"),
+        (lambda path: np.savez(path, mu=np.array([{}], object), sigma=np.eye(6)), "cannot be read"),
+    ],
+)
+def test_what_is_no_reference_is_refused_in_one_line(tmp_path, write, message):
+    path = tmp_path / "stats.npz"
+    write(path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_reference(path, 6)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_key_follows_everything():
+    keys = {
+        reference_key(sha256=a, num_images=n, data=d)
+        for a in "ab"
+        for n in (1, 2)
+        for d in ("x", "y")
+    }
+    assert len(keys) == 8

@@ -1,0 +1,166 @@
+"""The cheap checks against direct formulas, in any number of processes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metrics.sanity import PixelCounts, SanityScorer, image_hash
+from metrics.scoring import RealImages, Scorer, Scoring, run_scorers
+from tests.test_metrics import CPU, batches_of, random_images, real_images_of
+from utils.distributed import Runtime
+
+
+class Board:
+    """Where the threads of one simulated job meet."""
+
+    def __init__(self, world_size: int) -> None:
+        self.barrier = threading.Barrier(world_size, timeout=60)
+        self.slots: list[Tensor] = [torch.zeros(0)] * world_size
+
+    def reduce(self, rank: int, tensor: Tensor, op: str) -> Tensor:
+        self.slots[rank] = tensor.clone()
+        self.barrier.wait()
+        stacked = torch.stack(self.slots)
+        self.barrier.wait()
+        return tensor.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
+
+
+@dataclass(frozen=True)
+class ThreadRuntime(Runtime):
+    """A rank of a job whose processes are threads."""
+
+    board: Board = field(default_factory=lambda: Board(1))
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return self.board.reduce(self.rank, tensor, op)
+
+
+def score(
+    make_scorer: Callable[[], Scorer],
+    images: Tensor,
+    real: RealImages | None,
+    *,
+    world_size: int = 1,
+    size: int = 8,
+) -> dict:
+    """The one entry of a scorer over `world_size` simulated processes, without its seconds."""
+    board = Board(world_size)
+
+    def on_rank(rank: int) -> dict:
+        runtime = ThreadRuntime(CPU, rank, world_size, board=board)
+        return run_scorers(
+            [make_scorer()], real=real, batches=batches_of(images, None, runtime, size=size),
+            num_images=len(images), runtime=runtime,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(world_size) as pool:
+        found = list(pool.map(on_rank, range(world_size)))
+    assert all(entries == {} for entries in found[1:])
+    (entry,) = found[0].values()
+    del entry["seconds"]
+    json.dumps(entry, allow_nan=False)
+    return entry
+
+
+def scorer_of(images: Tensor) -> Callable[[], SanityScorer]:
+    return lambda: SanityScorer(CPU, num_images=len(images), shape=tuple(images.shape[1:]))
+
+
+def with_real(images: Tensor) -> RealImages:
+    return real_images_of(images, torch.zeros(len(images), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixel_statistics_are_those_of_numpy(channels):
+    images = random_images(20, (channels, 5, 7))
+    images[:3] = 255
+    counts = PixelCounts(channels)
+    assert counts.summary() is None
+    for part in images.split(6):
+        counts.update(part)
+    found = counts.summary()
+    pixels = images.numpy() / 255
+    np.testing.assert_allclose(found["mean"], pixels.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], pixels.std((0, 2, 3)), rtol=1e-12)
+    assert found["at_0"] == pytest.approx((pixels == 0).mean())
+    assert found["at_255"] == pytest.approx((pixels == 1).mean())
+
+
+def test_repeats_and_blank_images_are_counted_once():
+    images = random_images(10, (3, 4, 4))
+    images[4] = images[9] = images[1]  # two repeats
+    images[5] = torch.tensor([10, 200, 30]).view(3, 1, 1)  # blank, though its pixels differ
+    images[6] = images[7] = 0  # blank, the second also a repeat
+    found = score(scorer_of(images), images, None)
+    assert found["num_repeats"] == 3
+    assert found["num_blank"] == 3
+    assert found["share_repeats"] == found["share_blank"] == 0.3
+    assert found["value"] == 0.5
+    assert found["real"] is None
+    assert found["status"] == "ok"
+
+
+def test_all_equal_and_all_different():
+    different = random_images(6)
+    assert score(scorer_of(different), different, None)["value"] == 1.0
+    equal = different[:1].expand(6, -1, -1, -1)
+    found = score(scorer_of(equal), equal, None)
+    assert found["num_repeats"] == 5
+    assert found["value"] == pytest.approx(1 / 6)
+    black = torch.zeros_like(different)
+    found = score(scorer_of(black), black, None)
+    assert found["value"] == 0.0
+    assert found["generated"] == {"at_0": 1.0, "at_255": 0.0, "mean": [0.0], "std": [0.0]}
+
+
+def test_real_images_stand_beside_the_generated_ones():
+    images, real = random_images(6, seed=1), random_images(9, seed=2) // 2
+    found = score(scorer_of(images), images, with_real(real))
+    counts = PixelCounts(1)
+    counts.update(real)
+    assert found["real"] == counts.summary()
+    assert found["n_real"] == 9
+    assert found["real"]["mean"][0] < found["generated"]["mean"][0]
+
+
+def test_a_second_set_of_images_is_scored_by_itself():
+    first, second = random_images(6, seed=1), random_images(6, seed=2)
+    first[1] = first[0]
+    real = with_real(random_images(9, seed=3))
+    scoring = Scoring([scorer_of(first)()], runtime=Runtime(CPU))
+    scoring.see_real(real)
+    for images in (first, second):
+        found = scoring.score(batches_of(images, None), 6)["sanity"]
+        assert {**found, "seconds": 0} == {**score(scorer_of(images), images, real), "seconds": 0}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("count", [3, 20])
+def test_any_number_of_processes_gives_the_same(world_size, count):
+    """Also with uneven shares and ranks without an image: 3 images over 5 ranks."""
+    images, real = random_images(count, (3, 6, 6)), random_images(11, (3, 6, 6), seed=5)
+    images[-1] = images[0]  # on another rank
+    images[1] = 255
+    single = score(scorer_of(images), images, with_real(real))
+    many = score(scorer_of(images), images, with_real(real), world_size=world_size, size=3)
+    assert many == single
+    assert many["num_repeats"] == 1
+
+
+def test_hashes_depend_on_content_alone():
+    image = random_images(1, (3, 8, 8))[0]
+    assert image_hash(torch.arange(12, dtype=torch.uint8).view(3, 2, 2)) == 2829057462896620206
+    assert image_hash(image) == image_hash(image.clone())
+    assert image_hash(image.transpose(1, 2)) == image_hash(image.transpose(1, 2).contiguous())
+    other = image.clone()
+    other[2, 7, 7] ^= 1
+    assert image_hash(other) != image_hash(image)
