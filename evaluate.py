@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_metric_names(args.metrics.split(",") if args.metrics is not None else METRICS)
     counts = (args.batch_size, args.num_samples, args.num_real, args.repeats)
     if any(count is not None and count < 1 for count in counts):
-        raise ConfigError("--num_samples, --num_real, --repeats and --batch_size: at least 1")
+        raise ConfigError(
+            "--num_samples, --num_real, --repeats and --batch_size must be at least 1"
+        )
     if args.seed is not None and args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: must be 0 or more")
     if args.compare is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,6 +36,15 @@ config = dict(
     log_interval=5,
 )
 """
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was():
+    """The scripts set up the project's logger; the next test finds it untouched."""
+    logger = logging.getLogger("diffusion")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

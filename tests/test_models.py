@@ -157,8 +157,7 @@ def test_compiled_backward_keeps_the_recurrence_out_of_autocast():
         return torch.autograd.grad(loss, list(model.parameters()))
 
     expected = gradients()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._functorch.config, "backward_pass_autocast", "same_as_forward")
+    with torch._functorch.config.patch(backward_pass_autocast="same_as_forward"):
         compile_model(torch.nn.Identity(), "model")
         model.compile(backend="aot_eager", fullgraph=True)
         found = gradients()
