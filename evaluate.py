@@ -217,11 +217,15 @@ def evaluate(args: argparse.Namespace, run: Run, runtime: Runtime) -> int:
 
 
 def keep_statistics(path: Path, scorers: Sequence[Scorer]) -> None:
-    """What FID compares with, as a file for others."""
+    """What FID compares with, as a file for others; a refusal is no reason to stop."""
     for scorer in scorers:
         if isinstance(scorer, InceptionScorer) and "fid" in scorer.names:
-            write_reference(path, scorer.real_statistics(scorer.store[1] if scorer.store else {}))
-            log.info("statistics of the real images: %s", path)
+            meta = scorer.store[1] if scorer.store else {}
+            try:
+                write_reference(path, scorer.real_statistics(meta))
+                log.info("statistics of the real images: %s", path)
+            except (OSError, ValueError) as error:
+                log.warning("--write_reference %s: not written, %s", path, error)
             return
     log.warning("--write_reference: fid does not run, so there is nothing to write")
 

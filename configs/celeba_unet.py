@@ -1,6 +1,6 @@
 """Unconditional CelebA faces, centre-cropped, at 64x64.
 
-Sized for GPUs with 24 GB or more.
+Sized for GPUs.
 
 torchrun --standalone --nproc_per_node=8 train.py --config configs/celeba_unet.py
 

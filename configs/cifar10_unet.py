@@ -1,6 +1,6 @@
 """Class-conditional CIFAR-10 with the 35M-parameter network of the DDPM paper.
 
-Sized for GPUs with 12 GB or more.
+Sized for GPUs.
 
 torchrun --standalone --nproc_per_node=8 train.py --config configs/cifar10_unet.py
 

@@ -1,4 +1,4 @@
-"""Handwritten digits that ship with scikit-learn: nothing to download, a CPU is enough.
+"""Handwritten digits with a small Diffusion Mamba: the run of digits_unet.py, another backbone.
 
 python train.py --config configs/digits_dim.py
 
@@ -6,9 +6,7 @@ python train.py --config configs/digits_dim.py
 """
 
 config = dict(
-    dataset="digits",
-    image_size=16,
-    conditional=True,
+    _base_="digits_unet.py",
     model_type="dim",
     model_params=dict(
         patch_size=2,
@@ -17,21 +15,4 @@ config = dict(
         state_size=16,
         pad_tokens=1,
     ),
-    beta_schedule="cosine",
-    prediction_type="v",
-    cfg_scale=2.0,
-    epochs=30,
-    batch_size=64,
-    learning_rate=1e-3,
-    ema_decay=0.995,
-    use_scheduler=True,
-    scheduler_type="warmup_cosine",
-    warmup_epochs=2,
-    save_interval=10,
-    sample_interval=10,
-    num_samples=80,
-    num_inference_steps=25,
-    # 1,442 grey images are too few for an FID
-    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
-    eval_num_samples=500,
 )

@@ -313,9 +313,8 @@ class ClassScorer:
         self.ceiling = ClassTotals(num_classes)
         self.class_names: Sequence[str] = ()
         self.details: dict[str, Any] = {}
-        self.domain: DomainDistances | None = None
-        if {"fd_domain", "prdc_domain"} & set(names):
-            self.domain = DomainDistances(num_images)
+        self.num_images = num_images
+        self.domain: DomainDistances | None = None  # from `see_real` on, if it was asked for
         self.clear()
 
     def clear(self) -> None:
@@ -335,6 +334,8 @@ class ClassScorer:
         if self.num_steps is not None:
             spec = ClassifierSpec(**(asdict(spec) | {"num_steps": self.num_steps}))
         self.network = Classifier(spec).to(self.device).eval()
+        if {"fd_domain", "prdc_domain"} & set(self.names):
+            self.domain = DomainDistances(self.num_images, self.network.head.in_features)
         if runtime.is_main:
             parts = self._train_or_load(real, spec)
             if self.domain is not None:
@@ -430,7 +431,7 @@ class ClassScorer:
         self.generated.all_reduce(runtime)
         self._share_failures(runtime)
         if self.domain is not None:
-            self.domain.all_reduce(runtime, self.network.head.in_features)
+            self.domain.all_reduce(runtime)
 
     def _share_failures(self, runtime: Runtime) -> None:
         """Every process's failures on all of them: a block of rows each, zero elsewhere."""

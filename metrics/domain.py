@@ -16,6 +16,7 @@ from metrics.prdc import choose_rows, prdc, too_few
 from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
 
+TOO_FEW = "{} generated and {} real images have no covariance"
 MAX_NEIGHBOURS = 10_000  # images that neighbours are searched among, of each kind
 
 
@@ -24,19 +25,20 @@ class DomainDistances:
 
     Args:
         num_images: generated images over all processes.
+        num_features: of the classifier.
     """
 
-    def __init__(self, num_images: int) -> None:
-        self.num_images = num_images
-        self.chosen = torch.tensor(choose_rows(num_images, MAX_NEIGHBOURS, seed=0))
-        self.real: list[Tensor] = []
-        self.unseen: list[Tensor] = []
+    def __init__(self, num_images: int, num_features: int) -> None:
+        self.num_images, self.num_features = num_images, num_features
+        self.chosen = torch.from_numpy(choose_rows(num_images, MAX_NEIGHBOURS, seed=0))
+        self.real = [torch.zeros(0, num_features)]
+        self.unseen = [torch.zeros(0, num_features)]
         self.clear()
 
     def clear(self) -> None:
         """Forget the generated images."""
-        self.moments: FeatureMoments | None = None
-        self.kept: Tensor | None = None
+        self.moments = FeatureMoments(self.num_features)
+        self.kept = torch.zeros(len(self.chosen), self.num_features)
 
     def add_real(self, features: Tensor) -> None:
         self.real.append(features)
@@ -45,20 +47,12 @@ class DomainDistances:
         self.unseen.append(features)
 
     def add_generated(self, features: Tensor, indices: range) -> None:
-        self._start(features.shape[1])
         self.moments.update(features)
-        first, stop = torch.searchsorted(
-            self.chosen, torch.tensor([indices.start, indices.stop])
-        ).tolist()
+        bounds = torch.tensor([indices.start, indices.stop])
+        first, stop = torch.searchsorted(self.chosen, bounds).tolist()
         self.kept[first:stop] = features[self.chosen[first:stop] - indices.start]
 
-    def _start(self, dim: int) -> None:
-        if self.moments is None:
-            self.moments = FeatureMoments(dim)
-            self.kept = torch.zeros(len(self.chosen), dim)
-
-    def all_reduce(self, runtime: Runtime, dim: int) -> None:
-        self._start(dim)  # a process may have had no images
+    def all_reduce(self, runtime: Runtime) -> None:
         self.moments.all_reduce(runtime)
         runtime.all_reduce(self.kept)  # each row is zero on all processes but one
 
@@ -74,10 +68,14 @@ class DomainDistances:
         return found
 
     def _frechet(self, real: Tensor, unseen: Tensor) -> Entry:
+        if min(self.num_images, len(real)) < 2:
+            return entry("unreliable", None, TOO_FEW.format(self.num_images, len(real)))
         target = _moments(real).mean_cov()
         distance = frechet_distance(*self.moments.mean_cov(), *target)
-        baseline = frechet_distance(*_moments(unseen).mean_cov(), *target)
-        dim = real.shape[1]
+        baseline = None
+        if len(unseen) >= 2:
+            baseline = frechet_distance(*_moments(unseen).mean_cov(), *target).value
+        dim = self.num_features
         few = min(self.num_images, len(real)) <= dim
         return entry(
             "unreliable" if few else "ok",
@@ -87,7 +85,7 @@ class DomainDistances:
             if few
             else None,
             raw=distance.raw,
-            real_value=baseline.value,  # unseen real images: what a perfect model would get
+            real_value=baseline,  # unseen real images: what a perfect model would get
             n=self.num_images,
             n_real=len(real),
             n_unseen=len(unseen),

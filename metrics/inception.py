@@ -212,7 +212,9 @@ class InceptionScorer:
     def results(self) -> dict[str, Entry]:
         found = {}
         few = self.num_images <= fid.SINGULAR_BELOW
-        if self.generated is not None:
+        if self.generated is not None and self._too_few():
+            found["fid"] = entry("unreliable", None, self._too_few())
+        elif self.generated is not None:
             real = self.real_statistics({})
             distance = fid.frechet_distance(*self.generated.mean_cov(), real.mu, real.sigma)
             num_real = real.num_images
@@ -248,13 +250,22 @@ class InceptionScorer:
             found |= self._from_features()
         return found
 
+    def _too_few(self) -> str | None:
+        """Why there is no covariance, or None."""
+        num_real = 2 if self.reference is not None else self.num_real
+        if min(self.num_images, num_real) >= 2:
+            return None
+        return f"{self.num_images} generated and {self.num_real} real images have no covariance"
+
     def _from_features(self) -> dict[str, Entry]:
         """KID and precision, recall, density, coverage."""
         found = {}
         generated = self.features.read(self.num_images)
         real = self.real_features.read(self.num_real)
         counts = {"n": self.num_images, "n_real": self.num_real, "extractor": self.details}
-        if "kid" in self.names:
+        if "kid" in self.names and min(self.num_images, self.num_real) < 2:
+            found["kid"] = entry("unreliable", None, "KID needs 2 images of each kind", **counts)
+        elif "kid" in self.names:
             kid = kernel_inception_distance(generated, real)
             few = kid.subset_size < SUBSET_SIZE
             found["kid"] = entry(

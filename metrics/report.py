@@ -299,7 +299,7 @@ def _rows(name: str, found: Entry) -> list[tuple[str, str, str]]:
         notes.insert(0, _lpips_note(found["lpips_inter"]))
         intra = found["lpips_intra"]
         more = [("lpips_intra", _number(intra["value"]), _lpips_note(intra))] if intra else []
-    elif name == "kid":
+    elif name == "kid" and found["value"] is not None:
         notes.insert(0, f"+- {_number(found['std'])} over subsets of {found['subset_size']}")
     elif name in ("prdc", "prdc_domain") and found["value"] is not None:
         label = f"{name} precision"
@@ -307,7 +307,7 @@ def _rows(name: str, found: Entry) -> list[tuple[str, str, str]]:
             (f"{name} {part}", _number(found[part]), "")
             for part in ("recall", "density", "coverage")
         ]
-    elif name == "fd_domain":
+    elif name == "fd_domain" and found["value"] is not None:
         notes.insert(0, f"unseen real images {_number(found['real_value'])}")
     elif name == "memorization":
         verdict = "more than held-out images" if found["flagged"] else "no sign of copies"

@@ -127,7 +127,7 @@ class DiM(nn.Module):
             paper's), 0 for `row` and `zigzag8`.
         conditioning: `adaln_single` (the paper's) or `adaln_zero` (as DiT).
         mamba_backend: `auto`, `torch` or `mamba_ssm`; who computes, not what.
-        activation_checkpointing: recompute blocks in backward: less memory, about a third slower.
+        activation_checkpointing: recompute blocks in backward: less memory for one more forward.
 
     Raises:
         ValueError: sizes that do not fit together.

@@ -86,7 +86,7 @@ class DiT(nn.Module):
         patch_size, hidden_size, depth, num_heads: default: those of DiT-S/2.
         mlp_ratio: hidden width of the MLPs over hidden_size.
         dropout: probability after attention and within the MLPs.
-        activation_checkpointing: recompute blocks in backward: less memory, about a third slower.
+        activation_checkpointing: recompute blocks in backward: less memory for one more forward.
 
     Raises:
         ValueError: sizes that do not fit together.

@@ -184,8 +184,8 @@ MIXERS: dict[str, type[nn.Module]] = {"mamba1": Mamba, "mamba2": Mamba2}
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """`conv`'s depthwise convolution of (B, L, E) over this and earlier tokens.
 
-    As products with shifted copies: for so few taps twice as fast on a CPU as the convolution
-    operator, and without moving L to the end and back.
+    As products with shifted copies: for so few taps up to twice as fast on a CPU as the
+    convolution operator, and without moving L to the end and back.
     """
     taps = conv.weight[:, 0].t()  # (k, E); the last tap is this token's
     padded = F.pad(x, (0, 0, len(taps) - 1, 0))

@@ -234,6 +234,20 @@ def test_statistics_of_real_images_are_kept_written_and_read(
     assert looked[-1] == 30
 
 
+def test_one_image_costs_only_the_metrics_that_need_more(
+    run_dir, tiny_networks, quick_classifier, tmp_path
+):
+    command = ["--checkpoint", str(run_dir), "--n", "1", "--metrics", "all", *FAST]
+    assert evaluate.main([*command, "--output", str(tmp_path), *tiny_networks]) == 0
+    found = read(tmp_path / "report.json")["metrics"]
+    for name in ("fid", "kid", "prdc", "fd_domain", "prdc_domain"):
+        assert found[name]["status"] == "unreliable", name
+        assert found[name]["value"] is None
+        assert found[name]["reason"]
+    for name in ("is", "class_acc", "memorization", "sanity"):
+        assert found[name]["value"] is not None, name
+
+
 def test_strict_and_compare(run_dir, tmp_path, capsys):
     command = ["--checkpoint", str(run_dir), "--n", "12", *FAST, *ABSENT]
     metrics = ["--metrics", "fid,sanity"]
