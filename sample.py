@@ -37,6 +37,7 @@ from utils.config import (
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError, exit_code_of
 from utils.images import ImageSpec
+from utils.labels import save_labels
 from utils.logs import setup_logging
 from utils.precision import resolve_precision
 from utils.resume import SAME_MODEL, changed_settings
@@ -258,6 +259,8 @@ def write_outputs(
     if args.save_images:
         for i, image in enumerate(images):
             pictures.save_image(folder / "images" / f"{i:06d}.png", image)
+        if labels is not None:
+            save_labels(folder / "images", labels)
         yield folder / "images"
     if args.npz:
         array = images.permute(0, 2, 3, 1).numpy()

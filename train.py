@@ -7,19 +7,28 @@ torchrun --standalone --nproc_per_node=2 train.py --config configs/digits_unet.p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 import datasets
 import diffusion
 import models
-from datasets.loader import batches, make_resident
+from datasets.loader import batches, global_indices, make_resident
+from datasets.real import real_sets
 from diffusion.generation import Run, generate, sampling_from
 from diffusion.objective import Example, training_examples
+from diffusion.sweep import settings_of
+from metrics import METRICS, check_metric_names
+from metrics.evaluation import Evaluation
+from metrics.report import summary
 from sample import CONFIG_CHECKS
 from utils import images as pictures
 from utils.cli import new_parser, parse_args
@@ -31,8 +40,11 @@ from utils.distributed import (
     wrap_for_training,
 )
 from utils.ema import EMA
-from utils.errors import EXIT_OK, UserError, exit_code_of
-from utils.logs import log_to_file, setup_logging
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.images import ImageSpec
+from utils.labels import requested_labels
+from utils.logs import setup_logging
+from utils.nonfinite import NonFiniteGuard
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
 from utils.precision import resolve_precision
 from utils.resume import (
@@ -41,15 +53,17 @@ from utils.resume import (
     check_same_step,
     find_resume,
     plan_steps,
-    prepare_run_dir,
 )
 from utils.rng import seed_everything
+from utils.run_dir import open_run_dir
 from utils.run_info import fixed_state, log_end, log_start
+from utils.saving import LOSS, BestScore
 from utils.schedule import Action
 from utils.tracking import TrackerGroup, start_trackers
 from utils.trainer import Trainer
 
 PREVIEW_BATCH_SIZE = 64
+EVAL_BATCH_SIZE = 128
 
 log = logging.getLogger("diffusion")
 
@@ -67,7 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_config(config))
         return EXIT_OK
     gpu_ids = config.gpu_ids if torch.cuda.is_available() else None
-    with distributed_runtime(args.device, gpu_ids=gpu_ids, port=config.port) as runtime:
+    with distributed_runtime(
+        args.device,
+        gpu_ids=gpu_ids,
+        port=config.port,
+        timeout_minutes=config.timeout_minutes,
+    ) as runtime:
         setup_logging(is_main=runtime.is_main)
         if config.gpu_ids and gpu_ids is None:
             log.info("gpu_ids=%s: no CUDA here, ignored", list(config.gpu_ids))
@@ -101,87 +120,121 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     backend = models.backend_of(model)
     check_backend(resume, backend, runtime)
     process = diffusion.build_diffusion(config)
-    dataset = make_resident(
+    resident = make_resident(
         dataset, device, resident=config.resident, num_workers=config.num_workers
     )
-    examples = make_examples(config, dataset, runtime)
-    if runtime.is_main and not dry_run:
-        prepare_run_dir(config)
-        log_to_file(config.run_dir / "log.txt")
-        log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-    log_start(
-        config,
-        runtime,
-        spec=dataset.spec,
-        num_images=len(dataset),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        schedule=schedule,
-        precision=precision,
-    )
-    if dry_run:
-        with torch.no_grad():
-            loss = process.loss(model, *next(examples(0))).mean()
-        log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
-        return EXIT_OK
-
-    if runtime.is_main:
-        (config.run_dir / "config.json").write_text(format_config(config), encoding="utf-8")
-    runtime.barrier()
-
-    ema = EMA(model, config.ema_decay) if config.use_ema else None
-    models.compile_model(model, config.compile)
-    optimizer = build_optimizer(model, config)
-    factor = lr_factor(
-        config, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
-    )
-    tracker = start_trackers(
-        config,
-        is_main=runtime.is_main,
-        start_step=0 if resume is None else resume.step,
-        run_id=None if resume is None else resume.state.get("tracker_run_id"),
-    )
-    run = Run(model if ema is None else ema.model, process, dataset.spec, config)
-    trainer = Trainer(
-        model,
-        wrap_for_training(model, runtime),
-        lambda network, example: process.loss(network, *example),
-        examples,
-        optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, factor),
-        ema=ema,
-        precision=precision,
-        schedule=schedule,
-        runtime=runtime,
-        tracker=tracker,
-        config=config,
-        extra_state=fixed_state(
+    examples = make_examples(config, resident, runtime)
+    evaluation = None
+    if config.eval_interval:
+        evaluation = training_evaluation(config, dataset.spec, runtime)
+    with contextlib.nullcontext() if dry_run else open_run_dir(config, runtime) as status:
+        log_start(
             config,
-            schedule,
+            runtime,
             spec=dataset.spec,
-            class_names=dataset.class_names,
-            fingerprint=dataset.fingerprint,
-            backend=backend,
+            num_images=len(dataset),
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            schedule=schedule,
+            precision=precision,
+        )
+        if dry_run:
+            with torch.no_grad():
+                loss = process.loss(model, *next(examples(0))).mean()
+            log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
+            return EXIT_OK
+        status.update(total_steps=schedule.total_steps)
+        ema = EMA(model, config.ema_decay) if config.use_ema else None
+        models.compile_model(model, config.compile)
+        optimizer = build_optimizer(model, config)
+        factor = lr_factor(
+            config, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
+        )
+        tracker = start_trackers(
+            config,
+            is_main=runtime.is_main,
+            start_step=0 if resume is None else resume.step,
+            run_id=None if resume is None else resume.state.get("tracker_run_id"),
+        )
+        run = Run(
+            model if ema is None else ema.model, process, dataset.spec, config, ema=ema is not None
+        )
+        trainer = Trainer(
+            model,
+            wrap_for_training(model, runtime),
+            lambda network, example: process.loss(network, *example),
+            examples,
+            optimizer=optimizer,
+            lr_scheduler=build_lr_scheduler(optimizer, factor),
+            ema=ema,
+            precision=precision,
+            schedule=schedule,
             runtime=runtime,
-        ),
-        actions=[
-            Action(
-                "preview",
-                config.sample_interval,
-                config.sample_start_epoch,
-                lambda epoch, step: preview(run, runtime, tracker, epoch, step),
-            )
-        ],
-    )
-    if resume is not None:
-        trainer.load_state_dict(resume.state)
-        log.info("going on from %s, step %d", resume.path, resume.step)
-    try:
-        code = trainer.train()
-    finally:
-        tracker.finish()
+            tracker=tracker,
+            config=config,
+            extra_state=fixed_state(
+                config,
+                schedule,
+                spec=dataset.spec,
+                class_names=dataset.class_names,
+                fingerprint=dataset.fingerprint,
+                backend=backend,
+                runtime=runtime,
+            ),
+            status=status,
+            guard=make_guard(config, dataset, runtime),
+            best=best_score(config),
+            evaluate=evaluation and partial(evaluate, evaluation, run, runtime),
+            actions=[
+                Action(
+                    "preview",
+                    config.sample_interval,
+                    config.sample_start_epoch,
+                    partial(preview, run, runtime, tracker),
+                )
+            ],
+        )
+        if resume is not None:
+            trainer.load_state_dict(resume.state)
+            log.info("going on from %s, step %d", resume.path, resume.step)
+        try:
+            code = trainer.train()
+        finally:
+            tracker.finish()
+        status.finish(code)
     if code == EXIT_OK:
         log_end(config)
     return code
+
+
+def best_score(config: Config) -> BestScore:
+    """What chooses best_model.pth."""
+    metric = config.eval_best_metric
+    if metric is None:
+        return BestScore(LOSS, lower_is_better=True)
+    return BestScore(metric, lower_is_better=METRICS[metric].better == "lower")
+
+
+def make_guard(config: Config, dataset: datasets.ImageDataset, runtime: Runtime) -> NonFiniteGuard:
+    """Against steps that are not finite; it can say which images such a step saw."""
+
+    def describe(step: int) -> dict[str, Any]:
+        indices = next(
+            global_indices(
+                len(dataset), batch_size=config.batch_size, seed=config.seed, start_step=step
+            )
+        ).tolist()
+        found: dict[str, Any] = {"step": step + 1, "indices": indices}
+        if names := getattr(dataset, "names", None):
+            found["names"] = [names[i] for i in indices]
+        return found
+
+    return NonFiniteGuard(
+        config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0,
+        runtime.device,
+        on_host=runtime.device.type != "cuda",  # there the host does not wait for each step
+        describe=describe,
+        folder=config.run_dir if runtime.is_main else None,
+    )
 
 
 def make_examples(
@@ -217,6 +270,16 @@ def make_examples(
     return examples
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step: int) -> None:
     """Sample a grid, a row per class, and save it as samples/epoch_0001.png. On every rank."""
     config = run.config
@@ -224,23 +287,20 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
     labels = None
     if config.conditional:
         labels = pictures.block_labels(count, range(run.spec.num_classes))
-    was_training = run.model.training
-    run.model.eval()
     images, error = torch.zeros((0, *run.spec.shape), dtype=torch.uint8), None
     try:
-        parts = generate(
-            run,
-            range(count),
-            labels,
-            sampling=sampling_from(config),
-            batch_size=PREVIEW_BATCH_SIZE,
-            runtime=runtime,
-        )
-        images = torch.cat([images, *(part for part, _, _ in parts)])
+        with evaluation_mode(run.model):
+            parts = generate(
+                run,
+                range(count),
+                labels,
+                sampling=sampling_from(config),
+                batch_size=PREVIEW_BATCH_SIZE,
+                runtime=runtime,
+            )
+            images = torch.cat([images, *(part for part, _, _ in parts)])
     except Exception as failure:
         error = failure
-    finally:
-        run.model.train(was_training)
     if runtime.any(error is not None):  # all ranks skip the gather, or none
         raise error or RuntimeError("sampling failed on another process")
     images = runtime.gather(images, count)
@@ -250,6 +310,68 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
         pictures.save_image(path, grid)
         tracker.log_image("samples", grid, step)
         log.info("preview: %s", path)
+
+
+def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Evaluation:
+    """The config's `eval_metrics` on `eval_num_samples` images.
+
+    Raises:
+        ConfigError: the metric that is to choose the best model cannot run here.
+    """
+    count, folder = config.eval_num_samples, config.run_dir / "eval"
+    labels = requested_labels("balanced", count, spec.num_classes) if config.conditional else None
+    evaluation = Evaluation(
+        check_metric_names(config.eval_metrics),
+        runtime=runtime,
+        spec=spec,
+        num_images=count,
+        labels=labels,
+        real=real_sets(config, runtime, EVAL_BATCH_SIZE),
+        folder=folder,
+        cache_dir=folder,
+        flip=datasets.default_flip(config),
+        log=log.info,
+        warn=log.warning,
+    )
+    log.info("every %d epochs an evaluation of %d images:", config.eval_interval, count)
+    for line in evaluation.plan.lines():
+        log.info("  %s", line)
+    best = config.eval_best_metric
+    if best in evaluation.plan.skipped:
+        reason = evaluation.plan.skipped[best]["reason"]
+        raise ConfigError(f"eval_best_metric={best!r} cannot run: {reason}")
+    return evaluation
+
+
+def evaluate(
+    evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
+) -> dict[str, float | None]:
+    """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
+    started = time.perf_counter()
+    count = evaluation.num_images
+    setting = settings_of(run.config, count)[0]
+    with evaluation_mode(run.model):
+        images = generate(
+            run,
+            range(setting.seed, setting.seed + count),
+            evaluation.labels,
+            sampling=setting.sampling,
+            batch_size=EVAL_BATCH_SIZE,
+            runtime=runtime,
+        )
+        facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
+        report = evaluation.score(images, facts=facts, started=started)
+    evaluation.close()
+    values = None
+    if report is not None:
+        path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"
+        log.info("%s\nreport: %s", summary(report), path.with_suffix(".html"))
+        try:
+            evaluation.save(path, report)
+        except OSError as error:
+            log.warning("%s: not written, %s", path, error)
+        values = {name: found["value"] for name, found in report["metrics"].items()}
+    return runtime.broadcast_object(values)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "synthetic": DatasetEntry(build_synthetic, ImageSpec(3, 32, 32, 6), False),
     "custom": DatasetEntry(build_custom, None, True),
 }
+IN_FILES = ("celeba", "custom")  # the images are files, decoded when they are asked for
 ALIASES = {
     "fashion_mnist": "fashionmnist",
     "fashion": "fashionmnist",
@@ -122,6 +123,12 @@ def check_config(config: Config) -> Iterator[Problem]:
     if config.dataset not in DATASETS:
         yield Problem(("dataset",), _unknown(config.dataset))
         return
+    if config.on_bad_image == "skip" and config.dataset not in IN_FILES:
+        yield Problem(
+            ("on_bad_image", "dataset"),
+            f"on_bad_image='skip' is for data sets of image files ({', '.join(IN_FILES)}), not "
+            f"{config.dataset!r}",
+        )
     if config.dataset == "custom":
         yield from _check_custom(config)
         return

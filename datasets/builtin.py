@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets.storage import ImageFileDataset, InMemoryDataset, fit_arrays, show
+from datasets.bad_images import replace_bad_images
+from datasets.decoding import fit_arrays, show
+from datasets.storage import ImageFileDataset, InMemoryDataset, Listing
 from utils.config import Config
 from utils.errors import DataError
 
@@ -81,16 +83,12 @@ def build_celeba(config: Config, split: str) -> ImageFileDataset:
         ):  # fmt: skip
             CelebA(config.data_root, split="all", target_type=[], download=True)
     names = read_celeba_partition(partition, split)
+    listing = Listing(images_dir, names, [0] * len(names), ())
     height, width = config.image_size or CELEBA_SIZE
-    return ImageFileDataset(
-        images_dir,
-        names,
-        [0] * len(names),
-        (),
-        height=height,
-        width=width,
-        channels=config.image_channels or 3,
-    )
+    channels = config.image_channels or 3
+    if config.on_bad_image == "skip":
+        listing = replace_bad_images(listing, (height, width), channels)
+    return ImageFileDataset(listing, height=height, width=width, channels=channels)
 
 
 def read_celeba_partition(path: Path, split: str) -> list[str]:

@@ -6,59 +6,44 @@
     data_root/1.png                                    use_subdirs=False, unlabelled
 
 Hidden files and folders, and files that are no images by their extension, are passed over. Every
-other doubt is an error: nothing is guessed, relabelled or left out.
+other doubt is an error: nothing is guessed, relabelled or left out. (Images that cannot be decoded
+are replaced if `on_bad_image="skip"` asks for it.)
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
-from datasets.storage import IMAGE_EXTENSIONS, ImageFileDataset, read_size, show
+from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
+from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size, show
+from datasets.label_file import read_label_file
+from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError
 
 TEST_FOLDERS = ("test", "val")  # in order of preference
 SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
-HEADER_THREADS = 8  # opening files waits for the disk or the network, not for Python
 BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "digits")
-
-
-class Listing(NamedTuple):
-    """The images of one split, before any is opened."""
-
-    root: Path
-    names: list[str]  # paths relative to root with `/`, in the order of the data set
-    labels: list[int]
-    class_names: tuple[str, ...]
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
     """Images under `data_root`; the header of each one is read, its pixels are not.
 
+    With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`.
+
     Raises:
         DataError: with one line naming the file or folder, what was found and how to fix it.
     """
     listing = list_images(config, split)
-    sizes = read_sizes(listing.root, listing.names)
-    if config.image_size is not None:
-        height, width = config.image_size
-    else:
-        height, width = common_size(config, split, listing, sizes)
-    return ImageFileDataset(
-        listing.root,
-        listing.names,
-        listing.labels,
-        listing.class_names,
-        height=height,
-        width=width,
-        channels=config.image_channels or 3,
-    )
+    channels = config.image_channels or 3
+    if config.on_bad_image == "skip":
+        listing = replace_bad_images(listing, config.image_size, channels)
+    sizes = read_sizes(listing)
+    height, width = config.image_size or common_size(config, split, listing, sizes)
+    return ImageFileDataset(listing, height=height, width=width, channels=channels)
 
 
 def has_test_folder(config: Config) -> bool:
@@ -155,7 +140,7 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _images(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+    return [name for name in names if has_image_suffix(name)]
 
 
 def _walk(folder: Path) -> list[str]:
@@ -280,130 +265,18 @@ def _list_labelled(config: Config, root: Path) -> Listing:
     return Listing(root, names, [labels[name] for name in names], class_names)
 
 
-def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
-    """Relative file name -> label, from JSON such as {"img1.jpg": 0, "img2.jpg": 1}.
-
-    Args:
-        root: folder of the images; nothing outside it may be named, not by a symlink either.
-        num_classes: K where the config says so; default: the largest label + 1.
-
-    Raises:
-        DataError: the file cannot be read, or an entry is not `file below root: label in [0, K)`,
-            or a label in [0, K) has no image.
-    """
-    pairs = _read_json_pairs(path)
-    if not pairs:
-        raise DataError(f'{show(path)}: no labels in it; write {{"img1.jpg": 0, ...}}')
-    resolved_root = os.path.realpath(root)
-    labels: dict[str, int] = {}
-    for key, label in pairs:
-        where = f"{show(path)}: {_shown(key)}: {_shown(label)}"
-        if type(label) is not int or label < 0:
-            raise DataError(f"{where}: the label must be a whole number from 0")
-        if num_classes is not None and label >= num_classes:
-            raise DataError(
-                f"{where}: num_classes={num_classes} allows labels below {num_classes}; correct "
-                "the label or num_classes"
-            )
-        name = _checked_name(key, root, resolved_root, where)
-        if name in labels:
-            raise DataError(f"{where}: the file is listed twice")
-        labels[name] = label
-    expected = num_classes if num_classes is not None else max(labels.values()) + 1
-    used = set(labels.values())
-    # Not range(expected): one absurd label must not cost memory.
-    missing = next((label for label in range(len(used) + 1) if label not in used), expected)
-    if missing < expected:
-        raise DataError(
-            f"{show(path)}: no image has label {missing}, but labels must be 0 to {expected - 1} "
-            f"without gaps ({len(used)} different ones found); renumber them or set num_classes"
-        )
-    return labels
-
-
-def _read_json_pairs(path: Path) -> list[tuple[str, Any]]:
-    if not path.is_file():
-        raise DataError(
-            f"{show(path)}: no such label_file; give it relative to data_root, or as a full path"
-        )
-    try:
-        # As pairs, because a dict would hide a key given twice. No label is an object or array.
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{show(path)}: not readable as JSON ({reason})") from error
-    if not isinstance(pairs, _Pairs):
-        raise DataError(
-            f'{show(path)}: must be a mapping {{"img1.jpg": 0, ...}}, not a {type(pairs).__name__}'
-        )
-    return pairs
-
-
-class _Pairs(list):
-    """A JSON object as its (key, value) pairs, told apart from a JSON array."""
-
-
-def _shown(value: Any) -> str:
-    text = show(json.dumps(value, default=repr))
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _checked_name(key: str, root: Path, resolved_root: str, where: str) -> str:
-    """`key` as a normal relative path of an existing image file below the root."""
-    name = PurePosixPath(key)
-    if "\0" in key or "\\" in key or name.is_absolute() or ".." in name.parts:
-        raise DataError(
-            f"{where}: the file name must be relative to data_root, with '/' and without '..'"
-        )
-    try:
-        resolved = os.path.realpath(root / name)
-        there = os.path.isfile(resolved)
-    except (OSError, ValueError) as error:  # ValueError: broken surrogates in the name
-        raise DataError(f"{where}: not usable as a file name ({error})") from error
-    if os.path.commonpath((resolved, resolved_root)) != resolved_root:
-        raise DataError(f"{where}: a link that leads out of {show(root)}; copy the file instead")
-    if not there:
-        raise DataError(
-            f"{where}: no such file in {show(root)}; correct the name or remove the line"
-        )
-    if not _images([key]):
-        raise DataError(f"{where}: not an image by its name; use {' '.join(IMAGE_EXTENSIONS)}")
-    return name.as_posix()
-
-
-def read_sizes(root: Path, names: list[str]) -> list[tuple[int, int]]:
-    """(height, width) of every image, from the headers.
-
-    Raises:
-        DataError: some are no images, broken or too large; all are named (at most ten).
-    """
-
-    def size_or_error(name: str) -> tuple[int, int] | DataError:
-        try:
-            return read_size(root / name)
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        results = list(pool.map(size_or_error, names, chunksize=64))
-    errors = [(n, r) for n, r in zip(names, results, strict=True) if isinstance(r, DataError)]
-    if not errors:
-        return results
-    first, others = errors[0][1], [show(name) for name, _ in errors[1:10]]
-    also = f" (bad too, {len(errors)} in all: {', '.join(others)})" if others else ""
-    raise DataError(f"{first}{also}") from first
-
-
 def common_size(
     config: Config, split: str, listing: Listing, sizes: list[tuple[int, int]]
 ) -> tuple[int, int]:
     """Where `image_size` is not given: the size of the first train image, which all must have.
 
+    Args:
+        listing: without bad images if these are skipped.
+
     Raises:
         DataError: naming the first image of another size.
     """
-    train = listing if split == "train" else list_images(config, "train")
-    first_path = train.root / train.names[0]
+    first_path = listing.path(0) if split == "train" else _first_train_image(config)
     size = read_size(first_path)
     for name, other in zip(listing.names, sizes, strict=True):
         if other != size:
@@ -413,3 +286,14 @@ def common_size(
                 "to one size"
             )
     return size
+
+
+def _first_train_image(config: Config) -> Path:
+    """The first that is used: where bad images are skipped, the first good one."""
+    train = list_images(config, "train")
+    paths = (train.path(index) for index in range(len(train.names)))
+    if config.on_bad_image == "error":
+        return next(paths)
+    channels = config.image_channels or 3
+    good = (path for path in paths if decoding_error(path, None, channels) is None)
+    return next(good, train.path(0))

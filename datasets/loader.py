@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -100,9 +101,7 @@ def make_resident(
         DataError: an image cannot be read.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    if resident is None:
-        resident = int(np.prod(shape, dtype=np.int64)) <= RESIDENT_LIMIT
-    if not resident:
+    if not stays_resident(math.prod(shape), resident):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
@@ -118,6 +117,11 @@ def make_resident(
     return InMemoryDataset(
         images, dataset.labels, dataset.class_names, fingerprint=dataset.fingerprint
     )
+
+
+def stays_resident(num_bytes: int, resident: bool | None) -> bool:
+    """Whether images of so many bytes as uint8 are held on the device, see `make_resident`."""
+    return num_bytes <= RESIDENT_LIMIT if resident is None else resident
 
 
 def image_batches(

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import torch
 
-from datasets.storage import InMemoryDataset, fit_arrays
+from datasets.decoding import fit_arrays
+from datasets.storage import InMemoryDataset
 from utils.config import Config
 from utils.rng import Stream, numpy_generator
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from metrics.fid import frechet_distance
 from metrics.moments import FeatureMoments
 from metrics.prdc import choose_rows, prdc, too_few
+from metrics.rows import KeptRows
 from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
 
@@ -30,7 +31,8 @@ class DomainDistances:
 
     def __init__(self, num_images: int, num_features: int) -> None:
         self.num_images, self.num_features = num_images, num_features
-        self.chosen = torch.from_numpy(choose_rows(num_images, MAX_NEIGHBOURS, seed=0))
+        chosen = torch.from_numpy(choose_rows(num_images, MAX_NEIGHBOURS, seed=0))
+        self.kept = KeptRows(chosen, (num_features,), torch.float32)
         self.real = [torch.zeros(0, num_features)]
         self.unseen = [torch.zeros(0, num_features)]
         self.clear()
@@ -38,7 +40,7 @@ class DomainDistances:
     def clear(self) -> None:
         """Forget the generated images."""
         self.moments = FeatureMoments(self.num_features)
-        self.kept = torch.zeros(len(self.chosen), self.num_features)
+        self.kept.clear()
 
     def add_real(self, features: Tensor) -> None:
         self.real.append(features)
@@ -48,22 +50,20 @@ class DomainDistances:
 
     def add_generated(self, features: Tensor, indices: range) -> None:
         self.moments.update(features)
-        bounds = torch.tensor([indices.start, indices.stop])
-        first, stop = torch.searchsorted(self.chosen, bounds).tolist()
-        self.kept[first:stop] = features[self.chosen[first:stop] - indices.start]
+        self.kept.put(features, indices)
 
     def all_reduce(self, runtime: Runtime) -> None:
         self.moments.all_reduce(runtime)
-        runtime.all_reduce(self.kept)  # each row is zero on all processes but one
+        self.kept.all_reduce(runtime)
 
     def results(self) -> dict[str, Entry]:
         """`fd_domain` and `prdc_domain`."""
         real, unseen = torch.cat(self.real), torch.cat(self.unseen)
         found = {"fd_domain": self._frechet(real, unseen)}
-        if reason := too_few(len(real), len(self.kept)):
+        if reason := too_few(len(real), len(self.kept.chosen)):
             return found | {"prdc_domain": entry("unreliable", None, reason)}
         rows = choose_rows(len(real), MAX_NEIGHBOURS, seed=0)
-        scores = prdc(real[rows].numpy(), self.kept.numpy())
+        scores = prdc(real[rows].numpy(), self.kept.values.numpy())
         found["prdc_domain"] = entry("ok", scores.precision, **scores._asdict(), better="higher")
         return found
 

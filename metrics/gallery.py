@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metrics.scoring import Entry, RealImages
+from metrics.rows import KeptRows
+from metrics.scoring import Entry
 from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid
+from utils.real_images import RealSets
 
 MAX_IMAGES = 100
 MAX_CLASSES = 20
@@ -28,35 +30,35 @@ class Gallery:
     def __init__(
         self, *, num_images: int, labels: Sequence[int] | None, shape: tuple[int, int, int]
     ) -> None:
-        self.shape = shape
-        self.chosen = _choose(num_images, labels)
-        self.labels = None if labels is None else [labels[i] for i in self.chosen]
-        self.places = {index: place for place, index in enumerate(self.chosen)}
-        self.clear()
+        chosen = _choose(num_images, labels)
+        self.labels = None if labels is None else [labels[i] for i in chosen]
+        self.images = KeptRows(chosen, shape, torch.uint8)
 
     def clear(self) -> None:
-        self.images = torch.zeros((len(self.chosen), *self.shape), dtype=torch.uint8)
+        self.images.clear()
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
         pass
 
     def reduce_real(self, runtime: Runtime) -> None:
         pass
 
     def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        for i, index in enumerate(indices):
-            if index in self.places:
-                self.images[self.places[index]] = images[i]
+        self.images.put(images, indices)
 
     def reduce_generated(self, runtime: Runtime) -> None:
-        runtime.all_reduce(self.images)  # each row is zero on all processes but one
+        self.images.all_reduce(runtime)
 
     def results(self) -> dict[str, Entry]:
         return {}
 
     def grid(self) -> Tensor:
         """uint8 (C, H', W'): a row per class where there are classes."""
-        return make_grid(self.images, grid_rows(len(self.images), self.labels))
+        if self.labels is None:
+            return make_grid(self.images.values, grid_rows(len(self.images.values)))
+        order = sorted(range(len(self.labels)), key=self.labels.__getitem__)  # stable
+        rows = grid_rows(len(order), [self.labels[i] for i in order])
+        return make_grid(self.images.values[order], rows)
 
 
 def _choose(num_images: int, labels: Sequence[int] | None) -> list[int]:
@@ -68,4 +70,4 @@ def _choose(num_images: int, labels: Sequence[int] | None) -> list[int]:
         by_class.setdefault(label, []).append(index)
     classes = sorted(by_class)[:MAX_CLASSES]
     per_class = max(1, MAX_IMAGES // len(classes))
-    return [index for label in classes for index in by_class[label][:per_class]]
+    return sorted(index for label in classes for index in by_class[label][:per_class])

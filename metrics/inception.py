@@ -22,10 +22,11 @@ from metrics.kid import SUBSET_SIZE, kernel_inception_distance
 from metrics.moments import FeatureMoments
 from metrics.prdc import choose_rows, prdc, too_few
 from metrics.reference import Reference, write_reference
-from metrics.scoring import Entry, RealImages, entry
+from metrics.scoring import Entry, entry
 from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_rgb
+from utils.real_images import RealSets
 
 INCEPTION = WeightsSource(
     name="Inception",
@@ -161,11 +162,12 @@ class InceptionScorer:
         if self.features is not None:
             self.features.close()
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if self.real is None and self.real_features is None:
             return
         if real is None:
             raise ValueError(f"{', '.join(self.names)}: real images are needed")
+        real = real.reference
         self.num_real = len(real.indices)
         start = runtime.share(self.num_real).start
         for images, _ in real.fetch(real.share(runtime)):

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metrics.inception import full_float32
-from metrics.scoring import Entry, RealImages, entry
+from metrics.rows import KeptRows
+from metrics.scoring import Entry, entry
 from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_float, to_rgb
+from utils.real_images import RealSets
 from utils.rng import Stream, numpy_generator
 
 ALEXNET = WeightsSource(
@@ -187,10 +189,9 @@ class LpipsScorer:
         self.num_images = num_images
         self.num_pairs = num_pairs
         self.seed = seed
-        self.pool = torch.tensor(pool_of(range(num_images), num_pairs, seed), dtype=torch.int64)
-        self.labels = None if labels is None else torch.tensor(labels)[self.pool]
-        self.shape = shape
-        self.clear()
+        pool = pool_of(range(num_images), num_pairs, seed)
+        self.images = KeptRows(pool, shape, torch.uint8)
+        self.labels = None if labels is None else torch.tensor(labels)[pool]
         self.real: dict[str, MeanError | None] = {}
         size = list(lpips_input(torch.zeros(1, *shape, dtype=torch.uint8)).shape[-2:])
         self.details: dict[str, Any] = {"net": "alex", "size": size}
@@ -198,11 +199,12 @@ class LpipsScorer:
             self.details |= {"path": str(weights.path), "sha256": weights.sha256}
 
     def clear(self) -> None:
-        self.images = torch.zeros((len(self.pool), *self.shape), dtype=torch.uint8)
+        self.images.clear()
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or not runtime.is_main:
             return
+        real = real.reference
         pool = pool_of(real.indices, self.num_pairs, self.seed)
         labels = real.labels[pool] if real.num_classes and self.labels is not None else None
         self.real = self._diversity(real.load(pool), labels)
@@ -211,14 +213,13 @@ class LpipsScorer:
         pass
 
     def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        first, stop = torch.searchsorted(self.pool, torch.tensor([indices.start, indices.stop]))
-        self.images[first:stop] = images[self.pool[first:stop] - indices.start]
+        self.images.put(images, indices)
 
     def reduce_generated(self, runtime: Runtime) -> None:
-        runtime.all_reduce(self.images)  # each row is zero on all processes but one
+        self.images.all_reduce(runtime)
 
     def results(self) -> dict[str, Entry]:
-        generated = self._diversity(self.images, self.labels)
+        generated = self._diversity(self.images.values, self.labels)
         inter, real = generated["lpips_inter"], self.real.get("lpips_inter")
         details: dict[str, Any] = {}
         for name, found in generated.items():

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from metrics.inception import full_float32
 from metrics.lpips_score import PAIR_BATCH, Distance, lpips_input
-from metrics.scoring import Entry, RealImages, entry
+from metrics.rows import KeptRows
+from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
 from utils.images import to_array
+from utils.real_images import RealImages, RealSets
 from utils.rng import Stream, numpy_generator
 
 NUM_CHECKED = 1000
@@ -164,14 +166,14 @@ def choose(num_items: int, limit: int, seed: int, key: int) -> Tensor:
 class MemorizationScorer:
     """Nearest train images of generated ones (see `metrics.scoring.Scorer`).
 
-    Processes send the images that are checked to the main one, which alone searches
-    `real.indices`: one pass for the held-out images and one for each set of generated ones.
+    Processes send the images that are checked to the main one, which alone searches the train
+    images: one pass for the held-out images and one for each set of generated ones. Without test
+    images, train images take their place, each left out of its own search, so that copies of them
+    are still found.
 
     Args:
         num_images: generated images over all processes; `num_checked` of them are checked.
         shape: (C, H, W) of one image.
-        test: real images the model was not trained on. None: real train images instead, each left
-            out of its own search, so that copies of them are still found.
         distance: LPIPS; also compare by it, over the ten nearest in pixels. That takes twenty
             distances for each checked image: seconds on a GPU, minutes on a CPU.
 
@@ -188,32 +190,30 @@ class MemorizationScorer:
         *,
         num_images: int,
         shape: tuple[int, int, int],
-        test: RealImages | None,
         seed: int = 0,
         num_checked: int = NUM_CHECKED,
         distance: Distance | None = None,
     ) -> None:
         self.device = device
-        self.test = test
+        self.test: RealImages | None = None
         self.seed = seed
         self.num_checked = num_checked
         self.distance = distance
-        self.shape = shape
-        self.checked = choose(num_images, num_checked, seed, 5)
+        self.images = KeptRows(choose(num_images, num_checked, seed, 5), shape, torch.uint8)
         self.real: RealImages | None = None
         self.held_out: Distances | None = None
         self.clear()
 
     def clear(self) -> None:
-        self.images = torch.zeros((len(self.checked), *self.shape), dtype=torch.uint8)
+        self.images.clear()
         self.pairs: list[tuple[np.ndarray, ...]] = []
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
-        if real is None or len(real.indices) < 2:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
+        if real is None or len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
-        self.real = real
+        self.real, self.test = real.train, real.test
         if runtime.is_main:
-            source = real if self.test is None else self.test
+            source = self.real if self.test is None else self.test
             chosen = choose(len(source.indices), self.num_checked, self.seed, 6)
             self.held_out = self._search(
                 _load(source, chosen), chosen if self.test is None else torch.full_like(chosen, -1)
@@ -223,23 +223,22 @@ class MemorizationScorer:
         pass
 
     def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        bounds = torch.tensor([indices.start, indices.stop])
-        first, stop = torch.searchsorted(self.checked, bounds).tolist()
-        self.images[first:stop] = images[self.checked[first:stop] - indices.start]
+        self.images.put(images, indices)
 
     def reduce_generated(self, runtime: Runtime) -> None:
-        runtime.all_reduce(self.images)  # each row is zero on all processes but one
+        self.images.all_reduce(runtime)
 
     def results(self) -> dict[str, Entry]:
         real, held_out = self.real, self.held_out
-        found = self._search(self.images, torch.full_like(self.checked, -1))
+        images, checked = self.images.values, self.images.chosen
+        found = self._search(images, torch.full_like(checked, -1))
         compared, by_lpips = compare(found.pixels, held_out.pixels), None
         closest = found.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
         near = [found.positions[closest, 0]]
         if found.lpips is not None:
             by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (found, held_out)))
             near.append(found.positions[closest, found.lpips[closest].argmin(1)])
-        shown = [self.images[closest], *(_load(real, positions) for positions in near)]
+        shown = [images[closest], *(_load(real, positions) for positions in near)]
         self.pairs = [tuple(map(to_array, images)) for images in zip(*shown, strict=True)]
         reasons = self._doubts()
         return {
@@ -251,7 +250,7 @@ class MemorizationScorer:
                 lpips=by_lpips,
                 closest=[
                     {
-                        "index": int(self.checked[row]),
+                        "index": int(checked[row]),
                         "train_index": int(real.indices[position]),
                         "distance": float(found.pixels[row, 0]),
                     }
@@ -268,7 +267,7 @@ class MemorizationScorer:
         }
 
     def _search(self, images: Tensor, left_out: Tensor) -> Distances:
-        """All of `real.indices` for each image, but for the position `left_out`."""
+        """All train images for each image, but for the position `left_out`."""
         num_train = len(self.real.indices)
         found = nearest_images(
             images,
@@ -285,8 +284,8 @@ class MemorizationScorer:
 
     def _doubts(self) -> list[str]:
         found, num_held_out = [], len(self.held_out.pixels)
-        if len(self.images) < MIN_CHECKED:
-            found.append(f"only {len(self.images)} generated images are checked")
+        if len(self.images.chosen) < MIN_CHECKED:
+            found.append(f"only {len(self.images.chosen)} generated images are checked")
         if num_held_out < MIN_CHECKED:
             found.append(f"only {num_held_out} held-out real images to compare with")
         if len(self.real.indices) < len(self.real.labels):

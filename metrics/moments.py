@@ -7,11 +7,14 @@ from torch import Tensor
 
 from utils.distributed import Runtime
 
+BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
+
 
 class FeatureMoments:
     """Count, sum and sum of outer products of features, in float64.
 
-    In float32 the covariance is lost where the mean is large beside the spread.
+    In float32 the covariance is lost where the mean is large beside the spread. Of `outer`, which
+    is symmetric, only the blocks on and below the diagonal are filled: nearly half the work.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -26,7 +29,9 @@ class FeatureMoments:
         x = features.to(self.sum.device).double()
         self.count += len(x)
         self.sum += x.sum(0)
-        self.outer.addmm_(x.T, x)
+        for start in range(0, x.shape[1], BLOCK):
+            stop = start + BLOCK
+            self.outer[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
     def all_reduce(self, runtime: Runtime) -> None:
         for total in (self.count, self.sum, self.outer):
@@ -42,5 +47,7 @@ class FeatureMoments:
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, there are {count:.0f}")
         mean = self.sum / count
-        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
+        outer = self.outer.tril()
+        outer += outer.tril(-1).T
+        covariance = outer.addr_(mean, mean, alpha=-count).div_(count - 1)
         return mean, covariance

@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import torch
 
 from metrics import METRICS
-from metrics.classifier import ClassScorer
+from metrics.class_accuracy import ClassScorer
 from metrics.inception import INCEPTION, Extractor, InceptionScorer, load_inception
 from metrics.lpips_score import ALEXNET, LpipsScorer, load_lpips
 from metrics.memorization import MemorizationScorer
 from metrics.reference import Reference, read_reference, reference_key
 from metrics.sanity import SanityScorer
-from metrics.scoring import Entry, RealImages, Scorer, entry
+from metrics.scoring import Entry, Scorer, entry
 from metrics.weights import Weights, shared_weights
 from utils.distributed import Runtime
 from utils.errors import ConfigError, MissingWeightsError
+from utils.real_images import RealImages, RealSets
 
 SOURCES = {"inception": INCEPTION, "lpips": ALEXNET}
 Loaded = TypeVar("Loaded")
@@ -78,13 +79,13 @@ def plan_metrics(
     """
     plan = Plan(names)
     for name in names:
+        needs_real = METRICS[name].real_images and not (name == "fid" and has_reference)
+        if needs_real and no_real_images is not None:
+            plan.skip([name], no_real_images)
         if METRICS[name].classes and no_classes is not None:
             plan.skip([name], no_classes)
         if METRICS[name].labels and unlabelled is not None:
             plan.skip([name], unlabelled)
-        needs_real = METRICS[name].real_images and not (name == "fid" and has_reference)
-        if needs_real and no_real_images is not None:
-            plan.skip([name], no_real_images)
     for network, source in SOURCES.items():
         users = [name for name in plan.runnable if METRICS[name].network == network]
         if not users:
@@ -107,10 +108,9 @@ def build_scorers(
     labels: Sequence[int] | None,
     shape: tuple[int, int, int],
     num_classes: int,
-    test_images: RealImages | None = None,
     cache_dir: Path | None = None,
     features_dir: Path | None = None,
-    real: RealImages | None = None,
+    real: RealSets | None = None,
     reference: Reference | None = None,
     flip: bool = False,
     log: Callable[[str], None] = lambda _: None,
@@ -122,9 +122,9 @@ def build_scorers(
     Args:
         num_images, labels: of the generated images over all processes.
         shape: (C, H, W) of one image.
-        test_images, cache_dir, flip: see `ClassScorer`.
+        cache_dir, flip: see `ClassScorer`.
         features_dir, reference: see `InceptionScorer`.
-        real: the train images, whose statistics may be in `cache_dir` from an earlier evaluation.
+        real: their statistics may be in `cache_dir` from an earlier evaluation.
     """
     device = runtime.device
     scorers: list[Scorer] = []
@@ -135,7 +135,7 @@ def build_scorers(
         if extractor is not None:
             store = None
             if reference is None and real is not None and cache_dir is not None:
-                store = _reference_store(cache_dir, extractor, weights, real, shape)
+                store = _reference_store(cache_dir, extractor, weights, real.reference, shape)
                 if not {"kid", "prdc"} & set(inception):  # those need the images themselves
                     reference = _stored_reference(store[0], extractor.feature_dim, runtime)
             scorers.append(
@@ -174,7 +174,6 @@ def build_scorers(
                 num_images=num_images,
                 shape=shape,
                 num_classes=num_classes,
-                test=test_images,
                 cache_dir=cache_dir,
                 flip=flip,
                 log=log,
@@ -182,9 +181,7 @@ def build_scorers(
         )
     if "memorization" in plan.runnable:
         scorers.append(
-            MemorizationScorer(
-                device, num_images=num_images, shape=shape, test=test_images, distance=distance
-            )
+            MemorizationScorer(device, num_images=num_images, shape=shape, distance=distance)
         )
     if "sanity" in plan.runnable:
         scorers.append(SanityScorer(device, num_images=num_images, shape=shape))

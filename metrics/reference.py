@@ -47,7 +47,7 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"--reference {path}: cannot be read ({error}); an .npz with the plain arrays mu and "
             "sigma is needed, as --write_reference makes it"

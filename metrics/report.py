@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from metrics import METRICS, fid
-from metrics.classifier import ClassScorer
+from metrics.class_accuracy import ClassScorer
 from metrics.gallery import Gallery
 from metrics.html import Picture, render_html
 from metrics.memorization import MemorizationScorer
-from metrics.scoring import Entry, RealImages, Scorer
+from metrics.scoring import Entry, Scorer
 from utils.images import grid_rows, make_grid, to_array
+from utils.real_images import RealSets
 
 SCHEMA_VERSION = 1
 PAIRS_PER_ROW = 4  # of a generated image and its neighbours
@@ -198,10 +199,10 @@ def worst_status(statuses: Iterable[str]) -> str:
 
 
 def pictures_of(
-    scorers: Sequence[Scorer], gallery: Gallery, real: RealImages | None
+    scorers: Sequence[Scorer], gallery: Gallery, real: RealSets | None
 ) -> dict[str, Picture]:
     """What the report shows: a grid, near neighbours in the train set, wrong classes."""
-    names = real.class_names if real is not None else ()
+    names = real.train.class_names if real is not None else ()
     found = {"samples": Picture(to_array(gallery.grid()), "Samples", "A row per class, if any.")}
     for scorer in scorers:
         if isinstance(scorer, MemorizationScorer) and scorer.pairs:

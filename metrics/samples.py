@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metrics.scoring import Batches
+from utils.images import save_image
+
 FILE_NAME = re.compile(r"images_(\d{8})_(\d{8})\.npy")
 
 Draw = Callable[[range], Iterator[Tensor]]  # global indices -> their images, batch by batch
@@ -69,7 +72,7 @@ class SampleStore:
     def _fits(self, held: range, path: Path) -> bool:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, EOFError, ValueError):
             return False
         return array.shape == (len(held), *self.shape) and array.dtype == np.uint8
 
@@ -123,3 +126,23 @@ def resumed(
                     warn(f"images are not kept for a restart: {error}")
             yield images, None if labels is None else list(labels[start:stop]), None
             start = stop
+
+
+def save_batches(
+    batches: Batches, folder: Path, start: int, warn: Callable[[str], None]
+) -> Iterator[tuple[Tensor, list[int] | None, Any]]:
+    """Pass `batches` on, writing image `start + i` of them as `folder`/000000.png ...
+
+    A disk that refuses is told about once; the images still go on.
+    """
+    writable = True
+    for images, labels, seeds in batches:
+        for i, image in enumerate(images, start):
+            try:
+                if writable:
+                    save_image(folder / f"{i:06d}.png", image)
+            except OSError as error:
+                writable = False
+                warn(f"images from {i:06d}.png on are not saved: {error}")
+        start += len(images)
+        yield images, labels, seeds

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metrics.scoring import Entry, RealImages, entry
+from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
+from utils.real_images import RealSets
 
 
 class PixelCounts:
@@ -78,9 +79,10 @@ class SanityScorer:
         self.blank = torch.zeros(self.num_images, dtype=torch.int64)  # 1 or 0
         self.generated = PixelCounts(self.num_channels)
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None:
             return
+        real = real.reference
         self.num_real = len(real.indices)
         for images, _ in real.fetch(real.share(runtime)):
             self.real.update(images.to(self.device))

@@ -8,17 +8,13 @@ in a reduction that another one never reaches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from utils.distributed import Runtime
-from utils.images import save_image
-from utils.rng import Stream, numpy_generator
+from utils.real_images import RealSets
 
 Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
 Batches = Iterable[tuple[Tensor, "list[int] | None", Any]]  # as `sample.generate` yields them
@@ -29,48 +25,13 @@ def entry(status: str, value: Any = None, reason: str | None = None, **details: 
     return {"status": status, "value": value, "reason": reason, **details}
 
 
-@dataclass(frozen=True)
-class RealImages:
-    """Real images by index, wherever they come from.
-
-    Attributes:
-        labels: (N,) int64; all 0 when unlabelled.
-        indices: those to compare with, sorted; normally all N.
-        fetch: indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
-    """
-
-    labels: Tensor
-    indices: Sequence[int]
-    fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
-    num_classes: int
-    fingerprint: str
-    split: str = "train"
-    class_names: tuple[str, ...] = ()
-
-    def share(self, runtime: Runtime) -> Sequence[int]:
-        part = runtime.share(len(self.indices))
-        return self.indices[part.start : part.stop]
-
-    def load(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (len(indices), C, H, W), all in memory."""
-        return torch.cat([images for images, _ in self.fetch(indices)])
-
-
-def choose_indices(num_images: int, limit: int | None) -> Sequence[int]:
-    """All indices, or `limit` drawn with a fixed seed: data sets are often sorted by class."""
-    if limit is None or limit >= num_images:
-        return range(num_images)
-    order = numpy_generator(0, Stream.EVALUATION, 4).permutation(num_images)
-    return sorted(order[:limit].tolist())
-
-
 class Scorer(Protocol):
     """One network and the metrics that it gives. Called in the order of the methods below; after
     `clear`, from `see_generated` on, for other generated images."""
 
     names: tuple[str, ...]
 
-    def see_real(self, real: RealImages | None, runtime: Runtime) -> None:
+    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
         """Local work on real images. May raise; must not communicate."""
         ...
 
@@ -95,30 +56,10 @@ class Scorer(Protocol):
         ...
 
 
-def save_batches(
-    batches: Batches, folder: Path, start: int, warn: Callable[[str], None]
-) -> Iterator[tuple[Tensor, list[int] | None, Any]]:
-    """Pass `batches` on, writing image `start + i` of them as `folder`/000000.png ...
-
-    A disk that refuses is told about once; the images still go on.
-    """
-    writable = True
-    for images, labels, seeds in batches:
-        for i, image in enumerate(images, start):
-            try:
-                if writable:
-                    save_image(folder / f"{i:06d}.png", image)
-            except OSError as error:
-                writable = False
-                warn(f"images from {i:06d}.png on are not saved: {error}")
-        start += len(images)
-        yield images, labels, seeds
-
-
 def run_scorers(
     scorers: Sequence[Scorer],
     *,
-    real: RealImages | None,
+    real: RealSets | None,
     batches: Batches,
     num_images: int,
     runtime: Runtime,
@@ -152,8 +93,9 @@ class Scoring:
         self.errors: dict[int, str] = {}
         self.seconds = {id(scorer): 0.0 for scorer in scorers}
 
-    def see_real(self, real: RealImages | None) -> None:
+    def see_real(self, real: RealSets | None) -> None:
         self.each(lambda scorer: scorer.see_real(real, self.runtime))
+        self.runtime.patient_barrier()  # a classifier may be trained
         self.agree()
         for scorer in self.alive:
             scorer.reduce_real(self.runtime)
@@ -168,21 +110,21 @@ class Scoring:
 
         Returns:
             metric name -> entry, complete on the main process only.
+
+        Raises:
+            Exception: whatever `batches` raises on one process, a RuntimeError on the others.
         """
         for scorer in self.alive:
             scorer.clear()
         if any(scorer.names for scorer in self.alive) or always_sample:
-            start = self.runtime.share(num_images).start
-            for images, labels, _ in batches:
-                indices = range(start, start + len(images))
-                self.each(lambda s, x=images, y=labels, i=indices: s.see_generated(x, y, i))
-                start = indices.stop
+            self._see_generated(batches, self.runtime.share(num_images).start)
         self.agree()
         for scorer in self.alive:
             scorer.reduce_generated(self.runtime)
         entries: dict[str, Entry] = {}
         if self.runtime.is_main:
             self.each(lambda scorer: entries.update(scorer.results()))
+        self.runtime.patient_barrier()
         for scorer in self.scorers:
             for name in scorer.names:
                 if id(scorer) in self.errors:
@@ -191,6 +133,18 @@ class Scoring:
                     entries[name]["seconds"] = round(self.seconds[id(scorer)], 3)
             self.seconds[id(scorer)] = 0.0
         return entries
+
+    def _see_generated(self, batches: Batches, start: int) -> None:
+        error = None
+        try:
+            for images, labels, _ in batches:
+                indices = range(start, start + len(images))
+                self.each(lambda s, x=images, y=labels, i=indices: s.see_generated(x, y, i))
+                start = indices.stop
+        except Exception as failure:
+            error = failure
+        if self.runtime.any(error is not None):  # nobody may wait for a process that has given up
+            raise error or RuntimeError("no images from another process, see its output")
 
     def each(self, call: Callable[[Scorer], None]) -> None:
         for scorer in self.alive:

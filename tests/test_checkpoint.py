@@ -31,7 +31,7 @@ from utils.checkpoint import (
 )
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.resume import prepare_run_dir
+from utils.run_dir import prepare_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,13 +169,13 @@ def test_keep_last_counts_epochs_not_names(tmp_path):
 
 def test_leftovers_of_dead_processes_are_swept(tmp_path):
     config = Config(save_dir=str(tmp_path), experiment_name="run", image_size=8)
-    prepare_run_dir(config)
+    prepare_run_dir(config.run_dir)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     kept = [f"{CURRENT}.tmp-{os.getpid()}", f"{CURRENT}.tmp-abc", f"{CURRENT}.tmp-"]
     for name in (*kept, f"{CURRENT}.tmp-{dead.pid}", f"{CURRENT}.tmp-{10**30}"):
         (config.run_dir / name).touch()
-    prepare_run_dir(config)
+    prepare_run_dir(config.run_dir)
     assert names_in(config.run_dir) == sorted(kept)
 
 

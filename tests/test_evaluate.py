@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 import train
+from datasets import real
 from metrics import METRICS, classifier, inception, plan, scoring
 from metrics.inception import Extractor
 from metrics.reference import read_reference
@@ -99,7 +100,8 @@ def test_all_metrics_end_in_a_report(run_dir, tiny_networks, quick_classifier, t
     assert made["label_mode"] == "balanced"
     assert len(made["sha256"]) == 64
     assert made["dataset"]["name"] == "digits"
-    pictures = sorted((tmp_path / "png").iterdir())
+    assert read(tmp_path / "png/labels.json")["000013.png"] == 3
+    pictures = sorted((tmp_path / "png").glob("*.png"))
     assert [p.name for p in pictures] == [f"{i:06d}.png" for i in range(23)]
     assert Image.open(pictures[0]).size == (8, 8)
     printed = capsys.readouterr().out
@@ -325,7 +327,7 @@ def test_missing_data_leaves_what_needs_none(run_dir, tiny_networks, tmp_path, m
     def absent(*_):
         raise evaluate.DataError("no data here")
 
-    monkeypatch.setattr(evaluate.datasets, "build_dataset", absent)
+    monkeypatch.setattr(real, "build_dataset", absent)
     path = tmp_path / "report.json"
     command = ["--checkpoint", str(run_dir), "--n", "4", "--output", str(path), *FAST]
     assert evaluate.main([*command, *tiny_networks]) == 0

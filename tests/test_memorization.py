@@ -17,10 +17,18 @@ from torch import Tensor
 
 from metrics.memorization import MemorizationScorer, chance_of_hits, choose, compare, nearest_images
 from metrics.sanity import SanityScorer
-from metrics.scoring import RealImages, Scoring, run_scorers
-from tests.test_metrics import SINGLE, batches_of, pixel_distance, random_images, real_images_of
+from metrics.scoring import Scoring, run_scorers
+from tests.test_metrics import (
+    SINGLE,
+    batches_of,
+    pixel_distance,
+    random_images,
+    real_images_of,
+    real_sets,
+)
 from tests.test_sanity import score, with_real
 from utils.distributed import distributed_runtime
+from utils.real_images import RealImages
 
 CPU = torch.device("cpu")
 
@@ -116,11 +124,9 @@ def digits() -> tuple[RealImages, RealImages, Tensor, Tensor]:
     return with_real(train), test_split, train, rest
 
 
-def scorer_of(
-    images: Tensor, test: RealImages | None, **options
-) -> Callable[[], MemorizationScorer]:
+def scorer_of(images: Tensor, **options) -> Callable[[], MemorizationScorer]:
     return lambda: MemorizationScorer(
-        CPU, num_images=len(images), shape=tuple(images.shape[1:]), test=test, **options
+        CPU, num_images=len(images), shape=tuple(images.shape[1:]), **options
     )
 
 
@@ -128,7 +134,7 @@ def scorer_of(
 def test_copies_are_flagged_and_held_out_images_are_not(digits, with_test_split):
     real, test, train, rest = digits
     test = test if with_test_split else None
-    found = score(scorer_of(rest, test), rest, real)
+    found = score(scorer_of(rest), rest, real_sets(real, test))
     assert found["status"] == "ok"
     assert found["value"] == found["generated"]["share_close"] <= 0.03
     assert found["held_out"]["share_close"] == pytest.approx(0.01, abs=0.001)
@@ -143,7 +149,7 @@ def test_copies_are_flagged_and_held_out_images_are_not(digits, with_test_split)
     assert found["better"] == "lower"
 
     copies = train[::4]
-    found = score(scorer_of(copies, test), copies, real)
+    found = score(scorer_of(copies), copies, real_sets(real, test))
     assert found["value"] == 1.0
     assert found["flagged"] is True
     assert found["generated"]["num_copies"] == len(copies) == 300
@@ -156,7 +162,7 @@ def test_a_few_noisy_copies_are_enough(digits):
     images = rest.clone()
     noise = random_images(30, (1, 8, 8)) // 32
     images[::10] = train[:30].clamp(max=240) + noise
-    found = score(scorer_of(images, test), images, real)
+    found = score(scorer_of(images), images, real_sets(real, test))
     assert found["flagged"]
     assert 0.09 < found["value"] < 0.14
     assert found["generated"]["num_copies"] == 0
@@ -165,7 +171,7 @@ def test_a_few_noisy_copies_are_enough(digits):
 def test_entry_is_what_brute_force_gives(digits):
     real, test, train, rest = digits
     images = rest[:120]
-    found = score(scorer_of(images, test), images, real)
+    found = score(scorer_of(images), images, real_sets(real, test))
     squared = {
         kind: brute_force(queries, train).sort(1).values.double().numpy()
         for kind, queries in {"generated": images, "held_out": test.load(test.indices)}.items()
@@ -192,9 +198,13 @@ def test_pairs_are_the_pictures_of_the_closest(channels):
     train, images = random_images(40, (channels, 6, 5)), random_images(12, (channels, 6, 5), seed=1)
     images[7] = train[33]
     real = with_real(train)
-    scorer = scorer_of(images, None)()
+    scorer = scorer_of(images)()
     found = run_scorers(
-        [scorer], real=real, batches=batches_of(images, None), num_images=12, runtime=SINGLE
+        [scorer],
+        real=real_sets(real),
+        batches=batches_of(images, None),
+        num_images=12,
+        runtime=SINGLE,
     )["memorization"]
     assert len(scorer.pairs) == len(found["closest"]) == 8
     assert found["closest"][0] == {"index": 7, "train_index": 33, "distance": 0.0}
@@ -212,21 +222,21 @@ def test_any_number_of_processes_gives_the_same(world_size, count, num_checked):
     """Also with ranks that have no image, or none that is checked."""
     train, images = random_images(60, (3, 6, 6)), random_images(count, (3, 6, 6), seed=1)
     images[2] = train[17]
-    make = scorer_of(images, None, num_checked=num_checked)
-    single = score(make, images, with_real(train))
-    assert score(make, images, with_real(train), world_size=world_size, size=3) == single
+    make = scorer_of(images, num_checked=num_checked)
+    single = score(make, images, real_sets(with_real(train)))
+    assert score(make, images, real_sets(with_real(train)), world_size=world_size, size=3) == single
     assert single["n_checked"] == min(count, num_checked)
 
 
 def test_a_second_set_of_images_is_scored_by_itself():
     train, real = random_images(60), with_real(random_images(60))
     sets = [random_images(12, seed=1), train[:12]]
-    scorer = scorer_of(sets[0], None)()
+    scorer = scorer_of(sets[0])()
     scoring = Scoring([scorer], runtime=SINGLE)
-    scoring.see_real(real)
+    scoring.see_real(real_sets(real))
     for images in sets:
         found = scoring.score(batches_of(images, None), 12)["memorization"]
-        alone = score(scorer_of(images, None), images, real)
+        alone = score(scorer_of(images), images, real_sets(real))
         assert {**found, "seconds": 0} == {**alone, "seconds": 0}
         assert len(scorer.pairs) == 8
     assert found["value"] == 1.0
@@ -246,12 +256,12 @@ def test_equal_images_in_both_splits_are_no_alarm():
     train, test, images = (random_images(300, seed=seed) for seed in range(3))
     test[::10] = train[:30]
     images[::10] = train[30:60]
-    found = score(scorer_of(images, with_real(test)), images, with_real(train))
+    found = score(scorer_of(images), images, real_sets(with_real(train), with_real(test)))
     assert found["threshold"] == 0
     assert found["value"] == found["held_out"]["share_close"] == 0.1
     assert found["held_out"]["num_copies"] == 30
     assert not found["flagged"]
-    found = score(scorer_of(train, with_real(test)), train, with_real(train))
+    found = score(scorer_of(train), train, real_sets(with_real(train), with_real(test)))
     assert found["value"] == 1.0
     assert found["flagged"]
 
@@ -259,26 +269,26 @@ def test_equal_images_in_both_splits_are_no_alarm():
 def test_few_images_or_a_partial_search_are_unreliable():
     train, images = random_images(200), random_images(99, seed=1)
     real = with_real(train)
-    found = score(scorer_of(images, None), images, real)
+    found = score(scorer_of(images), images, real_sets(real))
     assert found["status"] == "unreliable"
     assert found["reason"] == "only 99 generated images are checked"
     images = random_images(100, seed=1)
-    assert score(scorer_of(images, None), images, real)["status"] == "ok"
-    found = score(scorer_of(images, with_real(random_images(50, seed=2))), images, real)
+    assert score(scorer_of(images), images, real_sets(real))["status"] == "ok"
+    found = score(scorer_of(images), images, real_sets(real, with_real(random_images(50, seed=2))))
     assert "only 50 held-out real images" in found["reason"]
     part = dataclasses.replace(real, indices=range(0, 200, 2))
-    found = score(scorer_of(images, None), images, part)
+    found = score(scorer_of(images), images, real_sets(part))
     assert found["reason"].startswith("100 of 200 train images are searched")
     assert all(pair["train_index"] % 2 == 0 for pair in found["closest"])
 
 
 def test_without_real_images_it_fails_and_says_so():
     images = random_images(4)
-    for real in (None, with_real(images[:1])):
-        found = score(scorer_of(images, None), images, real)
+    for real in (None, real_sets(with_real(images[:1]))):
+        found = score(scorer_of(images), images, real)
         assert found["status"] == "failed"
         assert "at least 2 real train images" in found["reason"]
-    found = score(scorer_of(images, None), images, with_real(random_images(2, seed=1)))
+    found = score(scorer_of(images), images, real_sets(with_real(random_images(2, seed=1))))
     assert found["held_out"]["median_ratio"] is None  # one neighbour: there is no second
 
 
@@ -289,9 +299,9 @@ def brightness_distance(a: Tensor, b: Tensor) -> Tensor:
 def test_another_distance_ranks_the_ten_nearest_again():
     train, images = random_images(120, (1, 64, 64)), random_images(30, (1, 64, 64), seed=1)
     train, images = train // 8 + random_images(120, (1, 1, 1), seed=2) // 2, images // 8
-    scorer = scorer_of(images, None, distance=brightness_distance)()
+    scorer = scorer_of(images, distance=brightness_distance)()
     found = run_scorers(
-        [scorer], real=with_real(train), batches=batches_of(images, None),
+        [scorer], real=real_sets(with_real(train)), batches=batches_of(images, None),
         num_images=len(images), runtime=SINGLE,
     )["memorization"]  # fmt: skip
     near = brute_force(images, train).sort(dim=1, stable=True).indices[:, :10]
@@ -304,14 +314,14 @@ def test_another_distance_ranks_the_ten_nearest_again():
         assert np.array_equal(by_pixels, train[pair["train_index"], 0].numpy())
         best = near[pair["index"], table[pair["index"]].argmin()]
         assert np.array_equal(by_distance, train[best, 0].numpy())
-    plain = score(scorer_of(images, None), images, with_real(train))
+    plain = score(scorer_of(images), images, real_sets(with_real(train)))
     assert plain["lpips"] is None
     assert plain["value"] == found["value"]
 
 
 def test_small_images_are_enlarged_for_another_distance():
     train, images = random_images(20, (3, 8, 8)), random_images(5, (3, 8, 8), seed=1)
-    found = score(scorer_of(images, None, distance=pixel_distance), images, with_real(train))
+    found = score(scorer_of(images, distance=pixel_distance), images, real_sets(with_real(train)))
     assert found["lpips"]["generated"]["num_copies"] == 0
 
 
@@ -330,9 +340,9 @@ def _entries(runtime) -> dict:
     train, images = random_images(30), random_images(5, seed=1)
     images[4] = images[0]
     images[3] = train[7]
-    scorers = [scorer_of(images, None)(), SanityScorer(CPU, num_images=5, shape=(1, 16, 16))]
+    scorers = [scorer_of(images)(), SanityScorer(CPU, num_images=5, shape=(1, 16, 16))]
     entries = run_scorers(
-        scorers, real=real_images_of(train, torch.arange(30) % 2),
+        scorers, real=real_sets(real_images_of(train, torch.arange(30) % 2)),
         batches=batches_of(images, None, runtime, size=2), num_images=5, runtime=runtime,
     )  # fmt: skip
     return {name: {**entry, "seconds": 0} for name, entry in entries.items()}

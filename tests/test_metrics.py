@@ -16,16 +16,20 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from metrics import METRICS, check_metric_names, classifier, fid, inception, lpips_score, weights
-from metrics.classifier import ClassifierSpec, ClassScorer, ClassTotals, wilson_interval
+from metrics.class_accuracy import ClassScorer, ClassTotals, wilson_interval
+from metrics.classifier import ClassifierSpec
 from metrics.inception import Extractor, InceptionScorer
 from metrics.inception_score import InceptionScoreSums, split_of_index
 from metrics.lpips_score import LpipsScorer
 from metrics.moments import FeatureMoments
 from metrics.plan import build_scorers, plan_metrics
 from metrics.report import build_report, count_warnings, report_path, save_report, summary
-from metrics.scoring import RealImages, choose_indices, entry, run_scorers, save_batches
+from metrics.samples import save_batches
+from metrics.scoring import entry, run_scorers
 from utils.distributed import Runtime, distributed_runtime
 from utils.errors import ConfigError, MissingWeightsError
+from utils.images import ImageSpec
+from utils.real_images import RealImages, RealSets, choose_indices
 
 CPU = torch.device("cpu")
 SINGLE = Runtime(CPU)
@@ -68,8 +72,12 @@ def real_images_of(images: Tensor, labels: Tensor, *, split: str = "train") -> R
         for part in rows.split(50):
             yield images[part], labels[part]
 
-    num_classes = int(labels.max()) + 1
-    return RealImages(labels, range(len(images)), fetch, num_classes, f"data-{split}", split)
+    spec = ImageSpec(*images.shape[1:], int(labels.max()) + 1)
+    return RealImages(labels, range(len(images)), fetch, spec, f"data-{split}", split)
+
+
+def real_sets(train: RealImages, test: RealImages | None = None) -> RealSets:
+    return RealSets(train, train, test)
 
 
 def batches_of(images: Tensor, labels: list[int] | None, runtime: Runtime = SINGLE, size: int = 8):
@@ -135,10 +143,10 @@ def test_count_name_tells_counts_apart():
 # --- streaming sums
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 200])
-def test_moments_equal_numpy_for_any_batching(size):
-    features = torch.randn(150, 6, generator=rng()) * 0.01 + 50
-    sums = FeatureMoments(6)
+@pytest.mark.parametrize(("size", "dim"), [(1, 6), (7, 6), (64, 6), (200, 6), (64, 600)])
+def test_moments_equal_numpy_for_any_batching(size, dim):
+    features = torch.randn(150, dim, generator=rng()) * 0.01 + 50
+    sums = FeatureMoments(dim)
     for part in features.split(size):
         sums.update(part)
     sums.update(features[:0])
@@ -192,7 +200,7 @@ def test_shards_add_up_to_a_single_process(world_size):
     """Also with ranks that have no image: 3 generated images over 5 ranks."""
     images, labels = random_images(3 if world_size == 5 else 21), None
     labels = [i % 3 for i in range(len(images))]
-    real = real_images_of(random_images(40, seed=5) // 2, torch.arange(40) % 4)
+    real = real_sets(real_images_of(random_images(40, seed=5) // 2, torch.arange(40) % 4))
 
     def scorers():
         return [
@@ -236,11 +244,12 @@ def _score_on_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     images, labels = random_images(5), [0, 1, 0, 1, 0]
     real = real_images_of(random_images(20, seed=5), torch.arange(20) % 2)
+    real = real_sets(real, real)
     with distributed_runtime("cpu", timeout_minutes=1) as runtime:
         scorers = [
             InceptionScorer(("fid", "is"), tiny_extractor(), CPU, num_images=5),
             Failing(on_rank=1),
-            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, test=real, num_steps=2),
+            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, num_steps=2),
         ]
         entries = run_scorers(
             scorers, real=real, batches=batches_of(images, labels, runtime), num_images=5,
@@ -285,10 +294,11 @@ def test_two_processes_agree_with_one_and_survive_a_failure_on_one(tmp_path):
     mp.spawn(_score_on_rank, args=(port, str(tmp_path)), nprocs=2)
     found = json.loads((tmp_path / "entries.json").read_text())
     real = real_images_of(random_images(20, seed=5), torch.arange(20) % 2)
+    real = real_sets(real, real)
     single = run_scorers(
         [
             InceptionScorer(("fid", "is"), tiny_extractor(), CPU, num_images=5),
-            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, test=real, num_steps=2),
+            ClassScorer(CPU, shape=(1, 16, 16), num_classes=2, num_steps=2),
         ],
         real=real,
         batches=batches_of(random_images(5), [0, 1, 0, 1, 0]),
@@ -322,7 +332,7 @@ def test_fid_of_real_halves_is_small_and_of_noise_large():
     for name, images in {"half": real[100:], "noise": random_images(100, seed=4)}.items():
         found[name] = run_scorers(
             [InceptionScorer(("fid",), tiny_extractor(), CPU, num_images=100)],
-            real=real_images_of(real[:100], torch.zeros(100, dtype=torch.int64)),
+            real=real_sets(real_images_of(real[:100], torch.zeros(100, dtype=torch.int64))),
             batches=batches_of(images, None),
             num_images=100,
             runtime=SINGLE,
@@ -469,7 +479,7 @@ def test_lpips_diversity_of_grey_28_pixel_images(alexnet_path):
     )  # fmt: skip
     real = real_images_of(random_images(8, (1, 28, 28), seed=2), torch.tensor(labels))
     found = run_scorers(
-        [scorer], real=real, batches=batches_of(images, labels, size=3), num_images=8,
+        [scorer], real=real_sets(real), batches=batches_of(images, labels, size=3), num_images=8,
         runtime=SINGLE,
     )["lpips"]  # fmt: skip
     assert found["lpips_intra"]["value"] < found["lpips_inter"]["value"]
@@ -526,11 +536,12 @@ def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path):
 
     def score(asked: Tensor) -> dict:
         scorer = ClassScorer(
-            CPU, shape=(1, 8, 8), num_classes=10, test=test, cache_dir=tmp_path, num_steps=150,
+            CPU, shape=(1, 8, 8), num_classes=10, cache_dir=tmp_path, num_steps=150,
             log=spoken.append,
         )  # fmt: skip
         return run_scorers(
-            [scorer], real=train, batches=batches_of(images[1438:], asked.tolist(), size=100),
+            [scorer], real=real_sets(train, test),
+            batches=batches_of(images[1438:], asked.tolist(), size=100),
             num_images=len(images) - 1438, runtime=SINGLE,
         )["class_acc"]  # fmt: skip
 
@@ -567,9 +578,9 @@ def test_training_is_a_function_of_its_arguments(digits):
 
 def test_a_weak_classifier_makes_the_accuracy_unreliable(digits):
     train, _, images, labels = digits
-    scorer = ClassScorer(CPU, shape=(1, 8, 8), num_classes=10, test=None, num_steps=1)
+    scorer = ClassScorer(CPU, shape=(1, 8, 8), num_classes=10, num_steps=1)
     found = run_scorers(
-        [scorer], real=train, batches=batches_of(images[:20], labels[:20].tolist()),
+        [scorer], real=real_sets(train), batches=batches_of(images[:20], labels[:20].tolist()),
         num_images=20, runtime=SINGLE,
     )["class_acc"]  # fmt: skip
     assert found["status"] == "unreliable"
@@ -679,60 +690,3 @@ def test_images_are_saved_by_index_until_the_disk_refuses(tmp_path):
     passed = list(save_batches(batches_of(images, None), tmp_path / "file", 0, told.append))
     assert len(passed) == 1
     assert len(told) == 1
-
-
-# --- the whole Inception against torch-fidelity
-
-
-def random_inception(path: Path) -> None:
-    """Write weights of the right shapes, Kaiming-initialised (no download)."""
-    import torch_fidelity.feature_extractor_inceptionv3 as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight)
-    torch.save(network.state_dict(), path)
-
-
-class Pictures(torch.utils.data.Dataset):
-    """What torch-fidelity takes for input: uint8 (3, H, W) per item."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index].expand(3, -1, -1)
-
-
-@pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.timeout(900)
-def test_fid_and_is_equal_torch_fidelity(tmp_path):
-    import torch_fidelity
-
-    path = tmp_path / "inception.pth"
-    random_inception(path)
-    generated, real = random_images(32, (1, 28, 28)), random_images(24, (1, 28, 28), seed=1) // 2
-    scorer = InceptionScorer(
-        ("fid", "is"), inception.load_inception(path, CPU, layer="64"), CPU, num_images=32
-    )
-    found = run_scorers(
-        [scorer], real=real_images_of(real, torch.zeros(24, dtype=torch.int64)),
-        batches=batches_of(generated, None, size=7), num_images=32, runtime=SINGLE,
-    )  # fmt: skip
-    expected = torch_fidelity.calculate_metrics(
-        input1=Pictures(generated), input2=Pictures(real), fid=True, isc=True, cuda=False,
-        batch_size=8, feature_layer_fid="64", feature_extractor_weights_path=str(path),
-        verbose=False, cache=False, save_cpu_ram=True,
-    )  # fmt: skip
-    assert found["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert found["is"]["value"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert found["is"]["std"] == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-9)

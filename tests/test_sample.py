@@ -1,5 +1,6 @@
 """sample.py: images are a function of seed and label; every output file is what it says."""
 
+import json
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -96,6 +97,9 @@ def test_every_output_is_written(trained):
     durations = [iio.immeta(out / "digits.gif", index=i)["duration"] for i in range(7)]
     assert durations == [100] * 6 + [3000]
     assert len(list((out / "digits_steps").iterdir())) == 7
+    named = json.loads((out / "images/labels.json").read_text())
+    assert list(named.items())[:3] == [("000000.png", 0), ("000001.png", 0), ("000002.png", 1)]
+    assert sorted(named) == sorted(path.name for path in (out / "images").glob("*.png"))
     last_step = iio.imread(sorted((out / "digits_steps").iterdir())[-1])
     assert (last_step == grid).all()
     files = sorted((out / "images").iterdir())

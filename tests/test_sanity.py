@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from metrics.sanity import PixelCounts, SanityScorer, image_hash
-from metrics.scoring import RealImages, Scorer, Scoring, run_scorers
-from tests.test_metrics import CPU, batches_of, random_images, real_images_of
+from metrics.scoring import Scorer, Scoring, run_scorers
+from tests.test_metrics import CPU, batches_of, random_images, real_images_of, real_sets
 from utils.distributed import Runtime
+from utils.real_images import RealImages, RealSets
 
 
 class Board:
@@ -47,7 +48,7 @@ class ThreadRuntime(Runtime):
 def score(
     make_scorer: Callable[[], Scorer],
     images: Tensor,
-    real: RealImages | None,
+    real: RealSets | None,
     *,
     world_size: int = 1,
     size: int = 8,
@@ -124,7 +125,7 @@ def test_all_equal_and_all_different():
 
 def test_real_images_stand_beside_the_generated_ones():
     images, real = random_images(6, seed=1), random_images(9, seed=2) // 2
-    found = score(scorer_of(images), images, with_real(real))
+    found = score(scorer_of(images), images, real_sets(with_real(real)))
     counts = PixelCounts(1)
     counts.update(real)
     assert found["real"] == counts.summary()
@@ -135,7 +136,7 @@ def test_real_images_stand_beside_the_generated_ones():
 def test_a_second_set_of_images_is_scored_by_itself():
     first, second = random_images(6, seed=1), random_images(6, seed=2)
     first[1] = first[0]
-    real = with_real(random_images(9, seed=3))
+    real = real_sets(with_real(random_images(9, seed=3)))
     scoring = Scoring([scorer_of(first)()], runtime=Runtime(CPU))
     scoring.see_real(real)
     for images in (first, second):
@@ -150,8 +151,10 @@ def test_any_number_of_processes_gives_the_same(world_size, count):
     images, real = random_images(count, (3, 6, 6)), random_images(11, (3, 6, 6), seed=5)
     images[-1] = images[0]  # on another rank
     images[1] = 255
-    single = score(scorer_of(images), images, with_real(real))
-    many = score(scorer_of(images), images, with_real(real), world_size=world_size, size=3)
+    single = score(scorer_of(images), images, real_sets(with_real(real)))
+    many = score(
+        scorer_of(images), images, real_sets(with_real(real)), world_size=world_size, size=3
+    )
     assert many == single
     assert many["num_repeats"] == 1
 

@@ -23,10 +23,11 @@ from utils.errors import (
     ConfigError,
     UserError,
 )
+from utils.nonfinite import NonFiniteError
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
 from utils.resume import check_backend, find_resume, plan_steps
 from utils.schedule import Schedule
-from utils.trainer import NonFiniteError, Trainer
+from utils.trainer import Trainer
 
 
 def run(config, name, *overrides):
@@ -331,10 +332,24 @@ def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
 
     monkeypatch.setattr(Trainer, "train", remember)
     if not on_cpu:
-        monkeypatch.setattr(Trainer, "_defers_check", property(lambda self: True))
+        make_guard = train.make_guard
+
+        def deferred(*arguments):
+            guard = make_guard(*arguments)
+            guard.on_host = False
+            return guard
+
+        monkeypatch.setattr(train, "make_guard", deferred)
     with pytest.raises(NonFiniteError, match="not finite") as error:
         run(tiny, "bad", "max_steps=20", "log_interval=12")
     assert error.value.exit_code == EXIT_NON_FINITE
+    batch = json.loads(Path("checkpoints/bad/nonfinite_step_0000009.json").read_text())
+    assert batch["step"] == 9
+    assert len(set(batch["indices"])) == 64
+    status = json.loads(Path("checkpoints/bad/status.json").read_text())
+    assert status["state"] == "non_finite"
+    assert status["exit_code"] == EXIT_NON_FINITE
+    assert "step 9" in status["reason"]
     monkeypatch.undo()
     monkeypatch.chdir(tiny.parent)
     run(tiny, "good", "max_steps=8")
@@ -347,7 +362,7 @@ def test_a_full_disk_is_a_warning_and_then_an_error(tiny, monkeypatch, capsys):
     def refuse(path, state):
         raise RuntimeError("unexpected pos")
 
-    monkeypatch.setattr("utils.trainer.files.save_checkpoint", refuse)
+    monkeypatch.setattr("utils.saving.files.save_checkpoint", refuse)
     with pytest.raises(UserError, match="3 checkpoints in a row"):
         run(tiny, "a", "epochs=5", "save_interval=1")
     assert capsys.readouterr().out.count("no checkpoint at step") == 3

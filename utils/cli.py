@@ -33,12 +33,12 @@ def add_sampling_options(
 ) -> None:
     """What sample.py and evaluate.py both take: which weights, and how to sample from them.
 
-    With `sweep`, steps and cfg_scale are lists of values.
+    With `sweep`, steps and cfg_scale are lists of values, and a checkpoint is not needed.
     """
     add = parser.add_argument
     steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
     several = "; a list such as %s makes a sweep" if sweep else "%.0s"
-    add("--checkpoint", "--ckpt", required=True, help="a .pth file or a run directory")
+    add("--checkpoint", "--ckpt", required=not sweep, help="a .pth file or a run directory")
     add("--config", help="config file laid over the one in the checkpoint")
     add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
     add("--no_ema", action="store_false", dest="use_ema", help="raw weights")

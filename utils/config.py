@@ -303,6 +303,7 @@ def warnings_of(config: Config) -> list[str]:
         "cfg_interval": (config.guidance_scale in (0, 1), "cfg_scale above 1"),
         "use_subdirs": (config.dataset != "custom", "dataset='custom'"),
         "swanlab_mode": (not config.use_swanlab, "use_swanlab=True"),
+        "max_nonfinite_steps": (config.on_nonfinite == "stop", "on_nonfinite='skip'"),
     }
     for key, (unused, needed) in without_effect.items():
         if unused and key in given:

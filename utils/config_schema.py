@@ -94,6 +94,9 @@ class Config(BaseModel):
     port: Annotated[Int, Field(ge=1, le=65535)] | None = Field(
         None, description="rendezvous port, where the launcher sets no MASTER_PORT"
     )
+    timeout_minutes: PositiveFloat = Field(
+        10.0, description="processes that wait longer for another one give up"
+    )
 
     # --- model
     model_type: str = Field("unet", description="backbone, see the table of backbones")
@@ -119,6 +122,11 @@ class Config(BaseModel):
     )
     label_file: str | None = Field(
         None, description='`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled'
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error",
+        description="image files that cannot be decoded: stop, or let the next good image take "
+        "their place (at most 1 %), for which all are decoded once at the start",
     )
     horizontal_flip: Bool | None = Field(
         None, description="random mirroring; default: on, except for digits and shapes"
@@ -185,6 +193,12 @@ class Config(BaseModel):
     grad_clip: PositiveFloat | None = Field(
         1.0, description="largest gradient norm; None: no limit"
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="where loss or gradient is not finite: end the run, or skip the step"
+    )
+    max_nonfinite_steps: PositiveInt = Field(
+        10, description="`on_nonfinite=skip`: so many in a run, then it ends"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on GPUs that have it, else fp32"
     )
@@ -221,9 +235,15 @@ class Config(BaseModel):
     # --- evaluation
     eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = Field(
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity"),
-        description="what evaluate.py computes; `all`: everything",
+        description="what evaluations compute; `all`: everything",
     )
-    eval_num_samples: PositiveInt = Field(50_000, description="images evaluate.py draws")
+    eval_num_samples: PositiveInt = Field(50_000, description="images an evaluation draws")
+    eval_interval: NonNegativeInt = Field(
+        0, description="epochs between evaluations during training; 0: none"
+    )
+    eval_best_metric: str | None = Field(
+        None, description="metric that chooses best_model.pth; None: the training loss"
+    )
 
     # --- tracking
     log_interval: PositiveInt = Field(50, description="optimizer steps between two log lines")

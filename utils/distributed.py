@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from utils.config import Config, Problem
 from utils.errors import ConfigError
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
-PATIENCE_HOURS = 12  # longest download
+PATIENCE_HOURS = 12  # longest download, longest work of one process alone
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,33 @@ class Runtime:
             yield
             return
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
-        for _ in range(turn):
-            dist.barrier(patient)
-        try:
-            yield
-        finally:
-            for _ in range(2 - turn):
-                dist.barrier(patient)
-            dist.destroy_process_group(patient)
+        with _patient_group() as group:
+            for _ in range(turn):
+                dist.barrier(group)
+            try:
+                yield
+            finally:
+                for _ in range(2 - turn):
+                    dist.barrier(group)
+
+    def patient_barrier(self) -> None:
+        """Wait for hours, where one process alone works: the others' time-out does not run."""
+        if self.world_size > 1:
+            with _patient_group() as group:
+                dist.barrier(group)
 
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def _patient_group() -> Iterator[dist.ProcessGroup]:
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
 
 
 def choose_device(name: str | None, index: int = 0) -> torch.device:
@@ -232,8 +247,11 @@ def wrap_for_training(model: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return model
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    # Buffers are constants. Since torch 2.13 the argument has another name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
     )
 
 

@@ -1,3 +1,60 @@
-"""The one label that is not a class."""
+"""The one label that is not a class, and which classes to ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.errors import ConfigError
+from utils.rng import Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
+LABELS_FILE = "labels.json"  # in a flat folder of pictures: {"000000.png": 3, ...}
+LABEL_MODES = ("balanced", "train", "uniform")
+
+
+def requested_labels(
+    mode: str, count: int, num_classes: int, train_labels: Tensor | None = None
+) -> list[int]:
+    """The class of image 0, 1, ... `count` - 1; each a function of the mode and its index alone.
+
+    Args:
+        mode: "balanced" (i mod K), "uniform" (drawn), "train" (drawn as often as in the train
+            images) or a class number.
+        train_labels: int64 (N,), for "train".
+
+    Raises:
+        ConfigError: another mode, no such class, or no train images to count.
+    """
+    if mode == "balanced":
+        return [i % num_classes for i in range(count)]
+    if mode.isdecimal():
+        if int(mode) < num_classes:
+            return [int(mode)] * count
+        raise ConfigError(f"--label_mode {mode}: classes are 0..{num_classes - 1}")
+    if mode not in LABEL_MODES:
+        raise ConfigError(f"--label_mode {mode!r}: use {', '.join(LABEL_MODES)} or a class number")
+    counts = torch.ones(num_classes)
+    if mode == "train":
+        if train_labels is None:
+            raise ConfigError("--label_mode train: there are no train images to count classes in")
+        counts = train_labels.bincount(minlength=num_classes)
+    # Doubles, one an image: the classes of the first images do not depend on `count`.
+    drawn = numpy_generator(0, Stream.EVALUATION, 8).random(count)
+    edges = counts.double().cumsum(0) / counts.sum()
+    return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
+
+
+def save_labels(folder: Path, labels: Sequence[int]) -> None:
+    """The classes of 000000.png ... in `folder`, so that it can be evaluated or trained on again.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LABELS_FILE).write_text(json.dumps(named), encoding="utf-8")

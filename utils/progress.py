@@ -32,11 +32,12 @@ class LossStats:
         self.values = torch.zeros(4, dtype=dtype, device=device)
 
     def add(self, loss: Tensor) -> None:
-        """Take in one step's mean loss, a scalar on the device."""
+        """Take in one step's mean loss, a scalar on the device; one that is not finite is none."""
         keep = LOSS_SMOOTHING
-        one = torch.ones_like(loss)
-        self.values[:2].mul_(keep).add_(torch.stack([loss, one]) * (1 - keep))
-        self.values[2:].add_(torch.stack([loss, one]))
+        is_finite = torch.isfinite(loss)
+        new = torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
+        self.values[:2].mul_(torch.where(is_finite, keep, 1.0)).add_(new * (1 - keep))
+        self.values[2:].add_(new)
 
     def share(self, runtime: Runtime) -> None:
         """Replace every rank's values by their mean, which is what a checkpoint holds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +57,7 @@ MAY_DIFFER = [
     "dataset",
     "image_size",
     "horizontal_flip",
+    "on_bad_image",
 ]
 
 log = logging.getLogger("diffusion")
@@ -256,35 +256,3 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
                 return None
             raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")
     return Schedule(num_images, config.batch_size, total, is_extension)
-
-
-def prepare_run_dir(config: Config) -> None:
-    """Make the run's folder and make sure that it can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    folder = config.run_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); set save_dir") from error
-    for leftover in folder.glob("*.tmp-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            leftover.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    except OverflowError:
-        return False
-    return True

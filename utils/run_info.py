@@ -83,6 +83,10 @@ def log_start(
 def log_end(config: Config) -> None:
     """The last lines of a run: where everything is, and what to do next."""
     folder = config.run_dir
-    log.info("done. best (lowest smoothed loss): %s, last: %s", folder / BEST, folder / CURRENT)
+    by = config.eval_best_metric or "lowest smoothed loss"
+    if (folder / BEST).is_file():
+        log.info("done. best (%s): %s, last: %s", by, folder / BEST, folder / CURRENT)
+    else:
+        log.info("done. %s; no best model: %s had no value yet", folder / CURRENT, by)
     log.info("next:   python sample.py --checkpoint %s", folder)
     log.info("        python evaluate.py --checkpoint %s", folder)

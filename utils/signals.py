@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the training loop reads."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a flag that the training loop reads."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import signal
 import time
 from types import FrameType
 
-REPEAT_SECONDS = 1.0  # torchrun and the terminal may both deliver the same Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by the last one
+REPEAT_SECONDS = 1.0  # torchrun and the terminal may both deliver the same signal
 
 
 class StopSignal:
-    """Context manager: `.requested` becomes True at SIGINT or SIGTERM.
+    """Context manager: `.name` becomes the name of the first of `SIGNALS` that arrives.
 
-    A second Ctrl-C, more than a second later, ends the process at once.
+    A second SIGINT, or a second SIGTERM, more than a second after the first of its kind, ends the
+    process at once. A warning by SIGUSR1 may be followed by a SIGTERM: that is no second one.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._first_time = 0.0
+        self.name: str | None = None
+        self._first_time: dict[int, float] = {}
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -32,7 +34,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.requested:
-            self.requested, self._first_time = True, now
-        elif number == signal.SIGINT and now - self._first_time > REPEAT_SECONDS:
+        first = self._first_time.setdefault(number, now)
+        if self.name is None:
+            self.name = signal.Signals(number).name
+        elif number != signal.SIGUSR1 and now - first > REPEAT_SECONDS:
             os._exit(128 + number)

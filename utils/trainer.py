@@ -11,29 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint as files
 from utils.config import Config
 from utils.distributed import Runtime, no_gradient_sync
 from utils.ema import EMA
-from utils.errors import EXIT_FAILURE, EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED, UserError
+from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
+from utils.nonfinite import NonFiniteGuard
 from utils.precision import autocast
 from utils.progress import LossStats, Progress
 from utils.rng import Stream, derive_seed
+from utils.run_dir import Status
+from utils.saving import LOSS, BestScore, Saver
 from utils.schedule import Action, Schedule
 from utils.signals import StopSignal
 from utils.tracking import TrackerGroup
 
-MAX_FAILED_SAVES = 3
-
 log = logging.getLogger("diffusion")
 
 LossFn = Callable[[nn.Module, tuple[Tensor | None, ...]], Tensor]
-
-
-class NonFiniteError(UserError):
-    """Loss or gradients became infinite or NaN; the weights are those from before that step."""
-
-    exit_code = EXIT_NON_FINITE
 
 
 class Trainer:
@@ -48,6 +42,11 @@ class Trainer:
         ema: None for none.
         precision: resolved: fp32, bf16 or fp16.
         extra_state: plain values that every checkpoint carries (config, spec, versions).
+        status: told of every checkpoint.
+        guard: keeps steps that are not finite from the weights.
+        best: which model becomes best_model.pth.
+        evaluate: (epoch, step) -> metric name -> value, the same on every rank; every
+            `eval_interval` epochs.
         actions: run at epoch ends. One that raises is a warning.
     """
 
@@ -67,30 +66,28 @@ class Trainer:
         tracker: TrackerGroup,
         config: Config,
         extra_state: dict[str, Any],
+        status: Status,
+        guard: NonFiniteGuard,
+        best: BestScore,
+        evaluate: Callable[[int, int], dict[str, float | None]] | None = None,
         actions: Sequence[Action] = (),
     ) -> None:
         self.model, self.network, self.loss_fn, self.batches = model, network, loss_fn, batches
         self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
         self.precision, self.schedule, self.runtime = precision, schedule, runtime
         self.tracker, self.config, self.actions = tracker, config, actions
-        self.extra_state = extra_state
+        self.extra_state, self.evaluate = extra_state, evaluate
+        self.status, self.guard, self.best = status, guard, best
+        self.saver = Saver(config.run_dir, config.keep_last, runtime)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step = 0
         self.best_loss = math.inf
-        self.last_saved_step: int | None = None
-        self._failed_saves = 0
         self._loss = LossStats(runtime.device)
-        self._bad = torch.zeros((), device=runtime.device)  # 1 after a non-finite step, for good
         self._grad_norm = torch.zeros((), device=runtime.device)
 
-    @property
-    def _defers_check(self) -> bool:
-        """On CUDA the host does not wait for each step's loss; elsewhere reading it is free."""
-        return self.runtime.device.type == "cuda"
-
     def train(self) -> int:
-        """Train to the end, or to a SIGINT or SIGTERM. Returns the exit code.
+        """Train to the end, or to a signal that asks to stop. Returns the exit code.
 
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
@@ -100,8 +97,8 @@ class Trainer:
         progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main)
         with StopSignal() as stop, contextlib.closing(progress):
             while self.step < self.schedule.total_steps:
-                if self.runtime.any(stop.requested):
-                    return self._stop_early()
+                if self.runtime.any(stop.name is not None):
+                    return self._stop_early(stop.name)
                 self._train_step(next(batches))
                 self.step += 1
                 progress.advance()
@@ -109,13 +106,11 @@ class Trainer:
                     self._log(progress)
                 with progress.pause():
                     self._end_of_step()
-        if self.last_saved_step != self.step:
-            self.save()
-            if self.last_saved_step != self.step:
-                raise UserError(
-                    f"trained to step {self.step}, but it could not be saved in "
-                    f"{self.config.run_dir}; the last checkpoint is of step {self.last_saved_step}"
-                )
+        if self.saver.last_step != self.step and not self.save():
+            raise UserError(
+                f"trained to step {self.step}, but it could not be saved; last checkpoint: "
+                f"{self.saver.describe_last()}"
+            )
         return EXIT_OK
 
     def _train_step(self, example: tuple[Tensor | None, ...]) -> None:
@@ -134,7 +129,9 @@ class Trainer:
             with contextlib.nullcontext() if is_last else no_gradient_sync(self.network):
                 with autocast(self.precision, device):
                     loss = self.loss_fn(self.network, part).mean() / num_parts
-                self.scaler.scale(loss).backward()
+                # A loss that is not finite makes all gradients NaN, so every rank hears of it.
+                seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+                self.scaler.scale(loss).backward(seed)
             loss_sum += loss.detach()
         self._optimizer_step(loss_sum)
 
@@ -144,35 +141,26 @@ class Trainer:
         self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
         # the scaler's business; there only the loss counts.
-        watched = loss if self.scaler.is_enabled() else self._grad_norm + loss
-        self._bad = torch.maximum(self._bad, (~torch.isfinite(watched)).float())
-        if not self._defers_check:
-            self._raise_if_bad()
-        elif not self.scaler.is_enabled():
-            self.optimizer.found_inf = self._bad  # fused kernels skip the update on the device
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        watched = loss if self.scaler.is_enabled() else self._grad_norm
+        skip = self.guard.add(torch.isfinite(watched), self.step)
+        if self.guard.on_host:
+            self.guard.read(self.saver.describe_last())
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # leaves out what overflowed
+            self.scaler.update()
+        elif not self.guard.on_host:
+            self.optimizer.found_inf = skip  # fused kernels leave out the step on the device
+            self.optimizer.step()
+        elif not skip:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.update(self.model)
         self._loss.add(loss)
 
-    def _raise_if_bad(self) -> None:
-        """Stop all ranks if one saw a non-finite value (a host read, so only when due)."""
-        if self.runtime.any(bool(self._bad)):
-            last = (
-                f"step {self.last_saved_step}" if self.last_saved_step is not None else "none yet"
-            )
-            raise NonFiniteError(
-                f"loss or gradient is not finite near step {self.step + 1} (epoch "
-                f"{self.schedule.epochs_done(self.step) + 1}); the step was not taken, last good "
-                f"checkpoint: {last} in {self.config.run_dir}. Lower learning_rate, set grad_clip, "
-                "or use precision=fp32"
-            )
-
     def _log(self, progress: Progress) -> None:
-        self._raise_if_bad()
+        self.guard.read(self.saver.describe_last())
         smoothed, loss = self._loss.read(self.runtime)
         self._loss.start_window()
         scalars = {
@@ -187,10 +175,14 @@ class Trainer:
         progress.report(self.step, scalars)
 
     def _end_of_step(self) -> None:
-        """Checkpoints and actions of the epochs this step completed."""
-        epoch = self.schedule.epochs_done(self.step)
-        if self.schedule.is_due(self.step, self.config.save_interval, self.config.save_interval):
-            self.save(epoch)
+        """Evaluation, checkpoint and actions of the epochs this step completed."""
+        epoch, config = self.schedule.epochs_done(self.step), self.config
+        score = None
+        if self.evaluate is not None and self._is_due(config.eval_interval):
+            score = self._evaluate(epoch)
+        is_due = self._is_due(config.save_interval)
+        if is_due or self.best.is_beaten_by(score):
+            self.save(epoch if is_due else None, score=score)
         for action in self.actions:
             if self.schedule.is_due(self.step, action.interval, action.start):
                 try:
@@ -199,50 +191,53 @@ class Trainer:
                     log.warning("%s failed after epoch %d: %s", action.name, epoch, error)
                 self.network.train()
 
-    def _stop_early(self) -> int:
-        log.info("stopping at step %d: saving", self.step)
-        self.save()
-        if self.last_saved_step != self.step:
+    def _is_due(self, interval: int) -> bool:
+        return self.schedule.is_due(self.step, interval, interval)
+
+    def _evaluate(self, epoch: int) -> float | None:
+        """Log the values; returns the one that chooses the best model."""
+        self.guard.read(self.saver.describe_last())
+        values: dict[str, float | None] = {}
+        try:
+            values = self.evaluate(epoch, self.step)
+        except Exception as error:
+            log.warning("evaluation failed after epoch %d: %s", epoch, error)
+        finally:
+            self.network.train()
+        known = {f"eval/{name}": value for name, value in values.items() if value is not None}
+        self.tracker.log_scalars(known, self.step)
+        return values.get(self.best.metric)
+
+    def _stop_early(self, signal_name: str | None) -> int:
+        why = signal_name or "another process's signal"
+        log.info("%s: stopping at step %d: saving", why, self.step)
+        if not self.save():
             return EXIT_FAILURE
+        self.status.update(signal=signal_name)
         log.info("saved; go on with resume_path=auto")
         return EXIT_PREEMPTED
 
-    def save(self, epoch: int | None = None) -> None:
-        """Write current_model.pth; best_model.pth if it is; model_epoch_*.pth for an `epoch`.
+    def save(self, epoch: int | None = None, *, score: float | None = None) -> bool:
+        """Write a checkpoint, see `Saver.save`; returns whether it is on disk.
 
-        A disk that refuses is a warning, three times in a row an error.
+        Args:
+            score: of this model, where a metric chooses the best one; else the loss does.
         """
-        self._raise_if_bad()
+        self.guard.read(self.saver.describe_last())
         self._loss.share(self.runtime)
         smoothed, _ = self._loss.read(self.runtime)
-        is_best, best_before = smoothed < self.best_loss, self.best_loss
-        self.best_loss = min(smoothed, self.best_loss)
-        error = None
-        if self.runtime.is_main:
-            try:
-                self._write(epoch, is_best)
-            except (OSError, RuntimeError) as failure:
-                error = " ".join(str(failure).split())
-        error = self.runtime.broadcast_object(error)
-        if error is None:
-            self.last_saved_step, self._failed_saves = self.step, 0
-            return
-        self.best_loss = best_before
-        self._failed_saves += 1
-        log.warning("no checkpoint at step %d in %s: %s", self.step, self.config.run_dir, error)
-        if self._failed_saves >= MAX_FAILED_SAVES:
-            raise UserError(
-                f"{self._failed_saves} checkpoints in a row could not be written: {error}"
-            )
-
-    def _write(self, epoch: int | None, is_best: bool) -> None:
-        folder = self.config.run_dir
-        files.save_checkpoint(folder / files.CURRENT, self.state_dict())
+        if self.best.metric == LOSS:
+            score = smoothed
+        before = self.best.value, self.best_loss
+        is_best = self.best.is_beaten_by(score)
         if is_best:
-            files.link_checkpoint(folder / files.CURRENT, folder / files.BEST)
-        if epoch is not None:
-            files.link_checkpoint(folder / files.CURRENT, folder / files.epoch_name(epoch))
-            files.remove_old_checkpoints(folder, self.config.keep_last)
+            self.best.value = score
+        self.best_loss = min(smoothed, self.best_loss)
+        if not self.saver.save(self.state_dict(), epoch=epoch, is_best=is_best):
+            self.best.value, self.best_loss = before
+            return False
+        self.status.update(step=self.step, epoch=self.schedule.epochs_done(self.step))
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; data order and noise follow from `step`."""
@@ -251,6 +246,8 @@ class Trainer:
             "epoch": self.schedule.epochs_done(self.step),
             "step": self.step,
             "best_loss": self.best_loss,
+            "best": self.best.state_dict(),
+            "nonfinite_steps": list(self.guard.seen),
             "loss_stats": self._loss.values.cpu(),
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -276,8 +273,10 @@ class Trainer:
         if state["scaler_state_dict"]:  # empty unless that run was in fp16
             self.scaler.load_state_dict(state["scaler_state_dict"])
         self.step, self.best_loss = state["step"], state["best_loss"]
+        self.best.load_state_dict(state.get("best", {"metric": LOSS, "value": self.best_loss}))
+        self.guard.restore(state.get("nonfinite_steps", []))
         self._loss.values.copy_(state["loss_stats"])
-        self.last_saved_step = self.step
+        self.saver.last_step = self.step
         self.lr_scheduler.last_epoch = self.step
         factor = self.lr_scheduler.lr_lambdas[0](self.step)
         for group in self.optimizer.param_groups:

@@ -1,0 +1,305 @@
+"""FID, KID and IS from images on: equal to torch-fidelity's, and in the right order on digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metrics.inception import Extractor, InceptionScorer, load_inception
+from metrics.scoring import Entry
+from utils.distributed import Runtime
+from utils.images import ImageSpec, to_rgb
+from utils.real_images import RealImages, RealSets
+
+CPU = torch.device("cpu")
+ALL = ("fid", "kid", "is")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- several processes, played one after another
+
+
+@dataclass(frozen=True)
+class Rank(Runtime):
+    """A process that keeps what it would have summed with the others."""
+
+    reduced: list[Tensor] = field(default_factory=list)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        self.reduced.append(tensor)
+        return tensor
+
+
+def cut(share: Sequence[int], sizes: Sequence[int]) -> Iterator[range]:
+    """`share`, which is a range, in batches of these sizes in turn; the last has what is left."""
+    start = share.start
+    for size in itertools.cycle(sizes):
+        if start >= share.stop:
+            return
+        yield range(start, min(start + size, share.stop))
+        start += size
+
+
+def real_sets_of(images: Tensor, sizes: Sequence[int]) -> RealSets:
+    labels = torch.zeros(len(images), dtype=torch.int64)
+
+    def fetch(indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in cut(indices, sizes):
+            yield images[part.start : part.stop], labels[part.start : part.stop]
+
+    spec = ImageSpec(*images.shape[1:], num_classes=1)
+    real = RealImages(labels, range(len(images)), fetch, spec, "data")
+    return RealSets(reference=real, train=real)
+
+
+def score(
+    extractor: Extractor,
+    generated: Tensor,
+    real: Tensor,
+    *,
+    names: tuple[str, ...] = ("fid",),
+    folder: Path | None = None,
+    world_size: int = 1,
+    sizes: Sequence[int] = (64,),
+) -> dict[str, Entry]:
+    """What the main one of `world_size` processes reports, each with batches of `sizes`."""
+    ranks = [Rank(CPU, rank, world_size) for rank in range(world_size)]
+    scorers = [
+        InceptionScorer(names, extractor, CPU, num_images=len(generated), features_dir=folder)
+        for _ in ranks
+    ]
+    for scorer, rank in zip(scorers, ranks, strict=True):
+        scorer.see_real(real_sets_of(real, sizes), rank)
+        for part in cut(rank.share(len(generated)), sizes):
+            scorer.see_generated(generated[part.start : part.stop], None, part)
+        scorer.reduce_real(rank)
+        scorer.reduce_generated(rank)
+    for of_all in zip(*(rank.reduced for rank in ranks), strict=True):
+        of_all[0].copy_(torch.stack(of_all).sum(0))
+    return scorers[0].results()
+
+
+# --- torch-fidelity
+
+
+def random_inception(path: Path) -> None:
+    """Write weights of the right shapes, drawn with a fixed seed (no download)."""
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    generator = rng()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, generator=generator)
+    # Logits far enough apart for a score well above 1, to which weak ones always come near.
+    torch.nn.init.normal_(network.fc.weight, generator=generator)
+    torch.nn.init.zeros_(network.fc.bias)
+    torch.save(network.state_dict(), path)
+
+
+@pytest.fixture(scope="module")
+def weights_path(tmp_path_factory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    random_inception(path)
+    yield path
+    path.unlink()  # 96 MB
+
+
+def patches(count: int, shape: tuple[int, int, int], *, contrast: float, seed: int) -> Tensor:
+    """uint8 (count, *shape): random 4 x 4 patches, each picture with a contrast of its own."""
+    channels, *size = shape
+    colours = torch.rand(count, channels, 4, 4, generator=rng(seed)) - 0.5
+    contrasts = contrast * torch.rand(count, 1, 1, 1, generator=rng(seed + 1))
+    return (255 * (0.5 + contrasts * F.interpolate(colours, size))).to(torch.uint8)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """What torch-fidelity takes for input: uint8 (3, H, W) per item."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].expand(3, -1, -1)
+
+
+def torch_fidelity_metrics(
+    path: Path, layer: str, generated: Tensor, real: Tensor
+) -> dict[str, float]:
+    import torch_fidelity
+
+    return torch_fidelity.calculate_metrics(
+        input1=Pictures(generated), input2=Pictures(real), fid=True, kid=True, isc=True,
+        feature_layer_fid=layer, feature_layer_kid=layer,
+        kid_subset_size=min(len(generated), len(real)), feature_extractor_weights_path=str(path),
+        cuda=False, batch_size=8, verbose=False, cache=False, save_cpu_ram=True,
+    )  # fmt: skip
+
+
+def remembering(extractor: Extractor, *sets: Tensor) -> Extractor:
+    """What it says of these images, for which it runs only once."""
+    known: dict[bytes, tuple[Tensor, ...]] = {}
+    for batch in itertools.chain(*(images.split(7) for images in sets)):
+        rows = zip(*extractor(batch), strict=True)
+        known.update(zip(map(key, to_rgb(batch)), rows, strict=True))
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = zip(*(known[key(image)] for image in images), strict=True)
+        return torch.stack(features), torch.stack(logits)
+
+    return dataclasses.replace(extractor, extract=extract)
+
+
+def key(image: Tensor) -> bytes:
+    return image.numpy().tobytes()
+
+
+class Pair(NamedTuple):
+    """The same images and weights for both sides."""
+
+    extractor: Extractor
+    generated: Tensor
+    real: Tensor
+    expected: dict[str, float]  # of torch-fidelity
+
+
+def make_pair(
+    path: Path, layer: str, *, shape: tuple[int, int, int], counts: tuple[int, int]
+) -> Pair:
+    generated = patches(counts[0], shape, contrast=1.0, seed=1)
+    real = patches(counts[1], shape, contrast=0.3, seed=3)
+    expected = torch_fidelity_metrics(path, layer, generated, real)
+    extractor = remembering(load_inception(path, CPU, layer=layer), generated, real)
+    return Pair(extractor, generated, real, expected)
+
+
+def check_equal(pair: Pair, folder: Path, world_size: int, sizes: Sequence[int]) -> None:
+    found = score(
+        pair.extractor, pair.generated, pair.real, names=ALL, folder=folder,
+        world_size=world_size, sizes=sizes,
+    )  # fmt: skip
+    expected = pair.expected
+    assert found["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert found["fid"]["value"] > 0.1
+    for name, key, smallest in (
+        ("kid", "kernel_inception_distance", 0),
+        ("is", "inception_score", 1),
+    ):
+        above = found[name]["value"] - smallest
+        assert above == pytest.approx(expected[f"{key}_mean"] - smallest, rel=1e-4)
+        assert above > 1e-3
+        assert found[name]["std"] == pytest.approx(expected[f"{key}_std"], rel=1e-4)
+        assert found[name]["std"] > 1e-3
+
+
+# At 75 pixels the network takes a fifteenth of the time, so there the covariances have full rank.
+@pytest.fixture(scope="module", params=[(299, (12, 9)), (75, (90, 70))], ids=["few", "many"])
+def pair(request, weights_path) -> Pair:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    size, counts = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", size)
+        return make_pair(weights_path, "64", shape=(3, 32, 32), counts=counts)
+
+
+# Of 16 processes some see none of the 12 or 9 images.
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, [64]), (3, [1, 5, 2]), (16, [3])])
+def test_all_equal_torch_fidelity_on_64_features(pair, tmp_path, world_size, sizes):
+    check_equal(pair, tmp_path, world_size, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(900)
+def test_all_equal_torch_fidelity_on_grey_images_and_the_2048_features(weights_path, tmp_path):
+    pair = make_pair(weights_path, "2048", shape=(1, 28, 28), counts=(32, 24))
+    for world_size, sizes in ((1, [16]), (3, [1, 5, 2])):
+        check_equal(pair, tmp_path / str(world_size), world_size, sizes)
+
+
+def test_fid_of_a_set_with_itself_is_zero_and_never_below(pair):
+    """Exactly so up to the root of the rounding error; see `Frechet`."""
+    same = score(pair.extractor, pair.real, pair.real, world_size=2, sizes=[4, 3])["fid"]
+    assert same["value"] == max(0, same["raw"])
+    assert abs(same["raw"]) < 1e-5 * pair.expected["frechet_inception_distance"]
+
+
+# --- real digits through a small random network
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    """uint8 (1797, 1, 8, 8) in random order."""
+    from sklearn.datasets import load_digits
+
+    images = (torch.tensor(load_digits().images) * 15.9).round().to(torch.uint8)
+    return images[torch.randperm(len(images), generator=rng())][:, None]
+
+
+def small_network(dim: int = 32) -> Extractor:
+    """Two random convolutions with ReLU and the mean over the pixels."""
+    first = torch.randn(16, 3, 3, 3, generator=rng(1)) * (2 / 27) ** 0.5
+    second = torch.randn(dim, 16, 3, 3, generator=rng(2)) * (2 / 144) ** 0.5
+
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = (images.float() - 128) / 128
+        x = F.conv2d(F.conv2d(x, first).relu(), second).relu().mean((2, 3))
+        return x, x
+
+    return Extractor(extract, dim, dim)
+
+
+def fid_of(generated: Tensor, real: Tensor) -> float:
+    return score(small_network(), generated, real)["fid"]["value"]
+
+
+def test_fid_of_two_halves_of_real_digits_is_far_below_that_of_noise(digits):
+    one, other = digits[:898], digits[898:]
+    noise = torch.randint(0, 256, one.shape, generator=rng(), dtype=torch.uint8)
+    order = torch.rand(len(other), 64, generator=rng()).argsort(1)
+    shuffled = other.flatten(1).gather(1, order).view_as(other)  # the very same pixel values
+    halves = fid_of(other, one)
+    assert 0 < halves < fid_of(shuffled, one) / 100
+    assert halves < fid_of(noise, one) / 100
+
+
+def test_fid_grows_with_the_share_of_noise(digits):
+    one, other = digits[:898], digits[898:].float()
+    noise = 255 * torch.rand(other.shape, generator=rng())
+    shares = (0, 0.1, 0.2, 0.4, 0.8)
+    distances = [fid_of(torch.lerp(other, noise, s).to(torch.uint8), one) for s in shares]
+    assert distances == sorted(distances)
+    assert distances[1] > 2 * distances[0]
+
+
+def test_fid_of_equal_sources_falls_with_the_number_of_images(digits):
+    """Its bias goes as 1 / N: why counts stand in the metric's name."""
+    few, more = (fid_of(digits[:n], digits[n : 2 * n]) for n in (100, 800))
+    assert 4 < few / more < 12
