@@ -102,7 +102,7 @@ def test_every_output_is_written(trained):
     assert sorted(named) == sorted(path.name for path in (out / "images").glob("*.png"))
     last_step = iio.imread(sorted((out / "digits_steps").iterdir())[-1])
     assert (last_step == grid).all()
-    files = sorted((out / "images").iterdir())
+    files = sorted((out / "images").glob("*.png"))
     assert [p.name for p in files] == [f"{i:06d}.png" for i in range(20)]
     assert (np.stack([iio.imread(p) for p in files]) == images[..., 0]).all()
 

@@ -6,13 +6,23 @@ import json
 import logging
 import math
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from utils import tracking
 from utils.config import Config
-from utils.tracking import JsonlTracker, SwanlabTracker, TrackerGroup, start_trackers
+from utils.tracking import (
+    BackgroundLane,
+    JsonlTracker,
+    Lane,
+    SwanlabTracker,
+    TrackerGroup,
+    start_trackers,
+)
 
 
 @pytest.fixture
@@ -110,7 +120,7 @@ def test_a_tracker_that_cannot_start_is_a_warning(warnings, error):
         raise error
 
     group = TrackerGroup()
-    group.add(make, "SwanLab")
+    group.add(Lane(make, "SwanLab"))
     group.log_scalars({"x": 1.0}, 1)
     group.finish()
     assert len(warnings()) == 1
@@ -122,8 +132,8 @@ def test_a_tracker_that_cannot_start_is_a_warning(warnings, error):
 def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
     bad, good = Failing("log_scalars", error=error), Failing()
     group = TrackerGroup()
-    group.add(lambda: bad, "bad")
-    group.add(lambda: good, "good")
+    group.add(Lane(lambda: bad, "bad"))
+    group.add(BackgroundLane(lambda: good, "good"))
     for step in range(10):
         group.log_scalars({"x": 1.0}, step)
     group.finish()
@@ -137,7 +147,7 @@ def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
 def test_now_and_then_a_failure_warns_once_and_drops_nothing(warnings):
     flaky = Failing("log_scalars")
     group = TrackerGroup()
-    group.add(lambda: flaky, "flaky")
+    group.add(Lane(lambda: flaky, "flaky"))
     for step in range(8):
         group.log_scalars({"x": 1.0}, step)
         group.log_image("samples", IMAGE, step)
@@ -148,7 +158,7 @@ def test_now_and_then_a_failure_warns_once_and_drops_nothing(warnings):
 @pytest.mark.parametrize("method", ["log_scalars", "log_image", "finish"])
 def test_no_failure_gets_out(warnings, method):
     group = TrackerGroup()
-    group.add(lambda: Failing(method), "bad")
+    group.add(Lane(lambda: Failing(method), "bad"))
     group.log_scalars({"x": 1.0}, 1)
     group.log_image("samples", IMAGE, 1)
     group.finish()
@@ -172,6 +182,65 @@ def test_other_ranks_track_nothing(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+# --- a tracker in the background
+
+
+class Hanging(Failing):
+    """Waits in what is named until it is let go."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.let_go = threading.Event()
+
+    def _maybe(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.names:
+            self.let_go.wait()
+
+
+@pytest.mark.parametrize("where", ["log_scalars", "log_image", "finish", "start"])
+def test_a_tracker_that_hangs_costs_the_training_nothing(tmp_path, warnings, monkeypatch, where):
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "MAX_QUEUED", 20)
+    tracker = Hanging(where)
+
+    def make():
+        tracker._maybe("start")
+        return tracker
+
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id="before")
+    group.add(BackgroundLane(make, "SwanLab"))
+    began = time.monotonic()
+    for step in range(30):
+        group.log_scalars({"x": 1.0}, step)
+        group.log_image("samples", IMAGE, step)
+    assert group.run_id == "before"
+    group.finish()
+    assert time.monotonic() - began < 5
+    assert steps_in(tmp_path / "run" / "metrics.jsonl") == list(range(30))
+    told = warnings()
+    assert "SwanLab does not answer" in told[-1]
+    if where != "finish":
+        assert "SwanLab does not keep up" in told[0]
+        assert len(told) == 2
+    tracker.let_go.set()
+
+
+def test_the_background_keeps_the_order(monkeypatch):
+    seen = []
+
+    class Recorder(Failing):
+        def log_scalars(self, scalars, step):
+            seen.append(step)
+
+    group = TrackerGroup()
+    group.add(BackgroundLane(Recorder, "recorder"))
+    for step in range(500):
+        group.log_scalars({"x": 1.0}, step)
+    group.finish()
+    assert seen == list(range(500))
+
+
 # --- SwanLab
 
 
@@ -191,6 +260,9 @@ class FakeSwanlab:
         if arguments["mode"] in self.failing_modes:
             raise ConnectionError("no route\nto host")
         return type("Run", (), {"id": arguments.get("id", "new id")})()
+
+    def finish(self):
+        pass
 
 
 @pytest.fixture
@@ -232,15 +304,19 @@ def test_a_run_goes_on_under_its_id(tmp_path, fake, warnings):
     module = fake(api_key="key")
     config = config_in(tmp_path, use_swanlab=True)
     group = start_trackers(config, is_main=True, start_step=3, run_id="a" * 21)
+    group.finish()
     assert group.run_id == "a" * 21
     assert (module.inits[0]["id"], module.inits[0]["resume"]) == ("a" * 21, "allow")
-    assert start_trackers(config, is_main=True, start_step=0, run_id=None).run_id == "new id"
+    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    group.finish()
+    assert group.run_id == "new id"
 
 
 def test_the_id_survives_a_tracker_that_does_not_start(tmp_path, fake, warnings):
     fake(api_key="key", failing_modes=("online", "offline"))
     config = config_in(tmp_path, use_swanlab=True)
     group = start_trackers(config, is_main=True, start_step=3, run_id="known")
+    group.finish()
     assert group.run_id == "known"
     assert "not started, the run goes on" in warnings()[-1]
 
@@ -270,11 +346,11 @@ def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr("getpass.getpass", ask)
     config = config_in(tmp_path, use_swanlab=True, learning_rate=0.0123)
     group = start_trackers(config, is_main=True, start_step=0, run_id=None)
-    assert group.run_id
     group.log_scalars({"train/loss": 0.5}, 1)
     group.log_image("samples", torch.zeros(1, 8, 8, dtype=torch.uint8), 1)
     group.log_image("samples", torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
     group.finish()
+    assert group.run_id
     (folder,) = (tmp_path / "run" / "swanlog").glob("run-*")
     assert "0.0123" in (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     assert b"train/loss" in next(folder.glob("*.swanlab")).read_bytes()

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,8 @@ from utils.config import Config
 from utils.images import to_array
 
 MAX_FAILURES = 3
+MAX_QUEUED = 1000  # calls that a slow tracker may lag behind
+FINISH_SECONDS = 30
 SWANLAB_MODES = {"cloud": "online", "local": "local", "offline": "offline", "disabled": "disabled"}
 
 log = logging.getLogger("diffusion")
@@ -103,68 +107,134 @@ class SwanlabTracker:
         self._swanlab.finish()
 
 
+class Lane:
+    """One tracker, and what happens when it raises: a warning once, after three in a row the end.
+
+    Args:
+        make: starts the tracker; one that cannot start is a warning.
+    """
+
+    def __init__(self, make: Callable[[], Tracker], name: str) -> None:
+        self.name = name
+        self.tracker: Tracker | None = None
+        self._num_failed, self._has_warned = 0, False
+        self._start(make)
+
+    def call(self, action: Callable[[Tracker], None]) -> None:
+        self._run(action)
+
+    def finish(self) -> None:
+        self._run(lambda tracker: tracker.finish())
+
+    @property
+    def run_id(self) -> str | None:
+        return getattr(self.tracker, "run_id", None)
+
+    def _start(self, make: Callable[[], Tracker]) -> None:
+        try:
+            self.tracker = make()
+        except (Exception, SystemExit) as error:
+            reason = _first_line(error)
+            log.warning("%s: not started, the run goes on without it (%s)", self.name, reason)
+
+    def _run(self, action: Callable[[Tracker], None]) -> None:
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+            self._num_failed = 0
+        except (Exception, SystemExit) as error:
+            self._num_failed += 1
+            if not self._has_warned:
+                log.warning("%s failed: %s; the run goes on", self.name, _first_line(error))
+            self._has_warned = True
+            if self._num_failed >= MAX_FAILURES:
+                log.warning("%s failed %d times in a row: dropped", self.name, MAX_FAILURES)
+                self.tracker = None
+
+
+class BackgroundLane(Lane):
+    """A tracker in a thread of its own: one that hangs costs the training nothing.
+
+    What finds the queue full is left out of this tracker, never out of metrics.jsonl.
+    """
+
+    def __init__(self, make: Callable[[], Tracker], name: str) -> None:
+        self._actions: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
+        self._is_full = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+        super().__init__(make, name)
+
+    def call(self, action: Callable[[Tracker], None]) -> None:
+        self._put(lambda: self._run(action))
+
+    def finish(self) -> None:
+        self._put(lambda: self._run(lambda tracker: tracker.finish()))
+        self._put(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            log.warning("%s does not answer: left behind after %d s", self.name, FINISH_SECONDS)
+
+    def _start(self, make: Callable[[], Tracker]) -> None:
+        self._put(lambda: super(BackgroundLane, self)._start(make))
+
+    def _put(self, action: Callable[[], None] | None) -> None:
+        try:
+            self._actions.put_nowait(action)
+        except queue.Full:
+            if not self._is_full:
+                log.warning("%s does not keep up: some values stay out of it", self.name)
+            self._is_full = True
+
+    def _work(self) -> None:
+        while (action := self._actions.get()) is not None:
+            action()
+
+
 class TrackerGroup:
     """Several trackers behind one interface; none on ranks other than 0.
 
-    A tracker that raises is warned about once, and dropped after three failures in a row.
+    Args:
+        run_id: of the run that goes on, until its tracker says another.
     """
 
-    def __init__(self) -> None:
-        self._trackers: list[Tracker] = []
-        self._failures: dict[int, int] = {}
-        self._warned: set[str] = set()
-        self.run_id: str | None = None
+    def __init__(self, run_id: str | None = None) -> None:
+        self._lanes: list[Lane] = []
+        self._run_id = run_id
 
-    def add(self, make: Callable[[], Tracker], name: str) -> None:
-        """Start a tracker; one that cannot start is a warning."""
-        try:
-            tracker = make()
-        except (Exception, SystemExit) as error:
-            log.warning(
-                "%s: not started, the run goes on without it (%s)", name, _first_line(error)
-            )
-            return
-        self._trackers.append(tracker)
-        self.run_id = getattr(tracker, "run_id", None) or self.run_id
+    def add(self, lane: Lane) -> None:
+        self._lanes.append(lane)
+
+    @property
+    def run_id(self) -> str | None:
+        return next((lane.run_id for lane in self._lanes if lane.run_id), self._run_id)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         finite = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
-        self._call(lambda tracker: tracker.log_scalars(finite, step))
+        for lane in self._lanes:
+            lane.call(lambda tracker: tracker.log_scalars(finite, step))
 
     def log_image(self, name: str, image: Tensor, step: int) -> None:
-        self._call(lambda tracker: tracker.log_image(name, image, step))
+        for lane in self._lanes:
+            lane.call(lambda tracker: tracker.log_image(name, image, step))
 
     def finish(self) -> None:
-        self._call(lambda tracker: tracker.finish())
-
-    def _call(self, action: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                action(tracker)
-                self._failures[id(tracker)] = 0
-            except (Exception, SystemExit) as error:
-                failures = self._failures.get(id(tracker), 0) + 1
-                self._failures[id(tracker)] = failures
-                name = type(tracker).__name__
-                if name not in self._warned:
-                    self._warned.add(name)
-                    log.warning("%s failed: %s; the run goes on", name, _first_line(error))
-                if failures >= MAX_FAILURES:
-                    log.warning("%s failed %d times in a row: dropped", name, failures)
-                    self._trackers.remove(tracker)
+        for lane in self._lanes:
+            lane.finish()
 
 
 def start_trackers(
     config: Config, *, is_main: bool, start_step: int, run_id: str | None
 ) -> TrackerGroup:
     """metrics.jsonl always, SwanLab if asked for; nothing on other ranks."""
-    group = TrackerGroup()
+    group = TrackerGroup(run_id)
     if not is_main:
         return group
-    group.add(lambda: JsonlTracker(config.run_dir / "metrics.jsonl", start_step), "metrics.jsonl")
+    path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
+    group.add(Lane(lambda: JsonlTracker(path, start_step), path.name))
     if config.use_swanlab:
-        group.run_id = run_id
-        group.add(lambda: SwanlabTracker(config, config.run_dir / "swanlog", run_id), "SwanLab")
+        group.add(BackgroundLane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
     return group
 
 

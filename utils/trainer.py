@@ -205,7 +205,8 @@ class Trainer:
         finally:
             self.network.train()
         known = {f"eval/{name}": value for name, value in values.items() if value is not None}
-        self.tracker.log_scalars(known, self.step)
+        if known:
+            self.tracker.log_scalars(known, self.step)
         return values.get(self.best.metric)
 
     def _stop_early(self, signal_name: str | None) -> int:
