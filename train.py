@@ -52,6 +52,7 @@ from utils.resume import (
     check_data,
     check_same_step,
     find_resume,
+    load_initial_weights,
     plan_steps,
 )
 from utils.rng import seed_everything
@@ -117,6 +118,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
 
     seed_everything(config.seed)
     model = models.build_model(config, dataset.spec, device)
+    if config.init_from is not None and resume is None:
+        load_initial_weights(model, config)
     backend = models.backend_of(model)
     check_backend(resume, backend, runtime)
     process = diffusion.build_diffusion(config)

@@ -254,6 +254,29 @@ def test_changed_images_are_refused(tiny):
         run(tiny, "a", "resume_path=auto", "image_size=16")
 
 
+def test_weights_of_another_run_are_a_start_and_nothing_more(tiny, capsys):
+    assert run(tiny, "source", "max_steps=5") == EXIT_OK
+    options = ["init_from=checkpoints/source", "max_steps=1", "learning_rate=1e-30", "seed=7"]
+    assert run(tiny, "child", *options, "resume_path=auto") == EXIT_OK
+    assert "weights of checkpoints/source/best_model.pth, step 5" in capsys.readouterr().out
+    source, child = state_of("source"), state_of("child")
+    assert child["step"] == child["ema_num_updates"] == 1
+    for name, value in source["ema_model_state_dict"].items():
+        assert torch.allclose(child["model_state_dict"][name], value, atol=1e-6)
+    assert run(tiny, "child", *options, "max_steps=2", "resume_path=auto") == EXIT_OK
+    assert "weights of" not in capsys.readouterr().out  # it goes on instead
+
+
+def test_weights_of_another_architecture_are_refused_by_name(tiny):
+    run(tiny, "source", "max_steps=1")
+    with pytest.raises(CheckpointError, match="another architecture") as error:
+        run(tiny, "a", "init_from=checkpoints/source", "model_params.model_channels=16")
+    assert "(8, 1, 3, 3) in the checkpoint, (16, 1, 3, 3) here" in str(error.value)
+    assert not Path("checkpoints/a").exists()
+    with pytest.raises(ConfigError, match="give one of them"):
+        run(tiny, "a", "init_from=checkpoints/source", "resume_path=checkpoints/source")
+
+
 def test_learning_rate_follows_the_config_on_resume(tiny):
     run(tiny, "a", "max_steps=2")
     run(tiny, "a", "max_steps=10", "resume_path=auto", "learning_rate=5e-4")

@@ -231,7 +231,7 @@ def check_values(config: Config) -> Iterable[Problem]:
         yield Problem(
             ("experiment_name",), f"experiment_name={name!r}: must be usable as a folder name"
         )
-    for key in ("resume_path", "data_root", "label_file", "save_dir", "sample_dir"):
+    for key in ("resume_path", "init_from", "data_root", "label_file", "save_dir", "sample_dir"):
         if getattr(config, key) == "":
             yield Problem((key,), f"{key}='': give a path, or leave it out")
     if config.beta_start >= config.beta_end and config.beta_schedule != "cosine":
@@ -244,6 +244,12 @@ def check_values(config: Config) -> Iterable[Problem]:
         yield Problem(
             ("num_inference_steps", "num_timesteps"),
             f"num_inference_steps={steps} exceeds num_timesteps={config.num_timesteps}",
+        )
+    if config.init_from is not None and config.resume_path not in (None, "auto"):
+        yield Problem(
+            ("init_from", "resume_path"),
+            f"init_from={config.init_from!r} starts a fresh run, but "
+            f"resume_path={config.resume_path!r} goes on with one; give one of them",
         )
     if config.cfg_interval is not None and config.cfg_interval[0] >= config.cfg_interval[1]:
         yield Problem(

@@ -87,6 +87,9 @@ class Config(BaseModel):
         None,
         description="checkpoint to go on from, or `auto`: the run's newest one if there is any",
     )
+    init_from: str | None = Field(
+        None, description="checkpoint whose weights (EMA, if it has them) a fresh run starts from"
+    )
     seed: NonNegativeInt = Field(42, description="fixes weights, data order, noise and samples")
     gpu_ids: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)] | None = Field(
         None, description="CUDA device of each process on this node; default: all in order"

@@ -140,8 +140,10 @@ class Trainer:
         limit = self.config.grad_clip or math.inf
         self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
-        # the scaler's business; there only the loss counts.
-        watched = loss if self.scaler.is_enabled() else self._grad_norm
+        # the scaler's business; there only the loss counts, of all ranks.
+        watched = self._grad_norm
+        if self.scaler.is_enabled():
+            watched = self.runtime.all_reduce(loss.clone())
         skip = self.guard.add(torch.isfinite(watched), self.step)
         if self.guard.on_host:
             self.guard.read(self.saver.describe_last())
