@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from metrics import METRICS, classifier, inception, plan, scoring
 from metrics.inception import Extractor
 from metrics.reference import read_reference
 from models.unet import UNet
+from tests.tiny_networks import extract, pixel_distance
 from utils.errors import ConfigError, exit_code_of
 
 ABSENT = ["--inception_weights", "/absent/inception.pth", "--lpips_weights", "/absent/alex.pth"]
@@ -49,15 +52,8 @@ def run_dir(tmp_path_factory) -> Path:
 def tiny_networks(monkeypatch, tmp_path):
     """Stand-ins for both pretrained networks, behind files that are found and hashed as usual."""
 
-    def extract(images):
-        assert images.shape[1] == 3
-        features = images.float().mean((2, 3)) / 255
-        return features, features * torch.tensor([1.0, 2.0, 3.0])
-
     monkeypatch.setattr(plan, "load_inception", lambda *_: Extractor(extract, 3, 3))
-    monkeypatch.setattr(
-        plan, "load_lpips", lambda *_: lambda a, b: (a - b).square().mean((1, 2, 3))
-    )
+    monkeypatch.setattr(plan, "load_lpips", lambda *_: pixel_distance)
     path = tmp_path / "weights.pth"
     torch.save({}, path)
     return ["--inception_weights", str(path), "--lpips_weights", str(path)]
@@ -380,24 +376,54 @@ def test_print_config_prints_the_stored_one_with_overrides(run_dir, capsys):
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_under_torchrun_two_processes_give_one_report(run_dir, tmp_path):
-    """Thirteen images over two processes: the values are those of a single one."""
-    reports = []
-    for launcher in (
-        [sys.executable],
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    ):
-        path = tmp_path / f"{len(reports)}.json"
-        command = [*launcher, "evaluate.py", "--checkpoint", str(run_dir), *FAST, *ABSENT]
+def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tmp_path):
+    """Every metric, 22 images: uneven shares on 3 processes; 2 are killed, 3 go on."""
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+
+    def start(name: str, processes: int) -> subprocess.Popen:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         # Not `--n`: torchrun takes it for an ambiguous option of its own.
-        command += ["--num_samples", "13", "--output", str(path), "--metrics", OFFLINE]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        reports.append(read(path))
-    single, double = (report["metrics"] for report in reports)
-    assert single["class_acc"]["confusion"] == double["class_acc"]["confusion"]
-    for name in OFFLINE.split(","):
-        assert double[name]["value"] == pytest.approx(single[name]["value"], rel=1e-4), name
-    assert reports[1]["provenance"]["world_size"] == 2
+        command = [sys.executable, *(launcher if processes > 1 else []), "tests/tiny_networks.py"]
+        command += ["--checkpoint", str(run_dir), "--num_samples", "22", "--metrics", "all"]
+        command += ["--num_inference_steps", "40", "--device", "cpu", "--batch_size", "2"]
+        command += ["--inception_weights", str(weights), "--lpips_weights", str(weights)]
+        return subprocess.Popen(
+            [*command, "--output", str(tmp_path / name), "--num_real", "301"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    stopped = start("resumed", 2)
+    deadline = time.monotonic() + 200
+    while len(list((tmp_path / "resumed").glob("samples_*/images_*.npy"))) < 3:
+        assert time.monotonic() < deadline
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(stopped.pid, signal.SIGKILL)
+    stopped.communicate()
+    assert not (tmp_path / "resumed/report.json").exists()
+
+    found = {}
+    for name, processes in (("one", 1), ("two", 2), ("three", 3), ("resumed", 3)):
+        process = start(name, processes)
+        output = process.communicate(timeout=250)[0]
+        assert process.returncode == 0, output
+        found[name] = read(tmp_path / name / "report.json")
+        assert found[name]["provenance"]["world_size"] == processes
+        assert ("are there already" in output) == (name == "resumed"), output
+    values = {
+        name: {metric: entry["value"] for metric, entry in report["metrics"].items()}
+        for name, report in found.items()
+    }
+    assert set(values["one"]) == set(METRICS)
+    assert None not in values["one"].values()
+    for name in ("two", "three", "resumed"):
+        for metric, value in values["one"].items():
+            assert values[name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
 
 
 def test_scoring_never_imports_its_siblings():
