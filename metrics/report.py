@@ -148,7 +148,7 @@ def save_sweep(
             "num_inference_steps": setting.sampling.num_inference_steps,
             "seed": setting.seed,
             "status": report["status"],
-            "metrics": {name: found["value"] for name, found in report["metrics"].items()},
+            "metrics": columns_of(report["metrics"]),
             "report": single.name,
         }
         for setting, single, report in reports
@@ -163,6 +163,16 @@ def save_sweep(
         "provenance": plain({"created": utc_now(), **facts, "versions": versions()}),
     }
     save_report(path, summary)
+
+
+def columns_of(entries: Mapping[str, Entry]) -> dict[str, float | None]:
+    """Each metric's value, and beside a precision its recall: guidance moves one for the other."""
+    found = {}
+    for name, of_metric in entries.items():
+        found[name] = of_metric["value"]
+        if "recall" in of_metric:
+            found[f"{name} recall"] = of_metric["recall"]
+    return found
 
 
 def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -131,14 +131,17 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     assert len(trained) <= 1  # real images are looked at once for all settings
     for row in report["sweep"]:
         single = read(tmp_path / "out" / row["report"])
-        assert row["metrics"] == {name: e["value"] for name, e in single["metrics"].items()}
-        assert set(row["metrics"]) == set(METRICS)
+        entries = single["metrics"]
+        recalls = {f"{name} recall": entries[name]["recall"] for name in ("prdc", "prdc_domain")}
+        assert row["metrics"] == {name: e["value"] for name, e in entries.items()} | recalls
+        assert set(entries) == set(METRICS)
         assert single["provenance"]["cfg_scale"] == row["cfg_scale"]
     alone = ["--cfg_scale", "3", "--steps", "2", "--output", str(tmp_path / "alone")]
     assert evaluate.main([*command, *alone, "seed=5", *tiny_networks]) == 0
     single = read(tmp_path / "alone/report.json")
-    for name, value in report["sweep"][2]["metrics"].items():
-        assert single["metrics"][name]["value"] == pytest.approx(value, rel=1e-6), name
+    for name, entry in single["metrics"].items():
+        expected = report["sweep"][2]["metrics"][name]
+        assert entry["value"] == pytest.approx(expected, rel=1e-6), name
     left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
     assert left == [".html"] * 5 + [".json"] * 5  # neither images nor features stay behind
     assert [path.name for path in (tmp_path / "out/features").iterdir()] == ["mine.txt"]
