@@ -12,11 +12,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import datasets
 import diffusion
@@ -60,6 +60,7 @@ from utils.run_dir import open_run_dir
 from utils.run_info import fixed_state, log_end, log_start
 from utils.saving import LOSS, BestScore
 from utils.schedule import Action
+from utils.sharding import full_model
 from utils.tracking import TrackerGroup, start_trackers
 from utils.trainer import Trainer
 
@@ -146,8 +147,9 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
             log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
             return EXIT_OK
         status.update(total_steps=schedule.total_steps)
-        ema = EMA(model, config.ema_decay) if config.use_ema else None
         models.compile_model(model, config.compile)
+        model, network = wrap_for_training(model, runtime, config.strategy, precision)
+        ema = EMA(model, config.ema_decay) if config.use_ema else None
         optimizer = build_optimizer(model, config)
         factor = lr_factor(
             config, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps
@@ -163,7 +165,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
         )
         trainer = Trainer(
             model,
-            wrap_for_training(model, runtime),
+            network,
             lambda network, example: process.loss(network, *example),
             examples,
             optimizer=optimizer,
@@ -274,11 +276,13 @@ def make_examples(
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(run: Run) -> Iterator[Run]:
+    """The run with its model whole and in eval mode. On every rank."""
+    model = full_model(run.model)
     was_training = model.training
     model.eval()
     try:
-        yield
+        yield replace(run, model=model)
     finally:
         model.train(was_training)
 
@@ -292,9 +296,9 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
         labels = pictures.block_labels(count, range(run.spec.num_classes))
     images, error = torch.zeros((0, *run.spec.shape), dtype=torch.uint8), None
     try:
-        with evaluation_mode(run.model):
+        with evaluation_mode(run) as whole:
             parts = generate(
-                run,
+                whole,
                 range(count),
                 labels,
                 sampling=sampling_from(config),
@@ -353,9 +357,9 @@ def evaluate(
     started = time.perf_counter()
     count = evaluation.num_images
     setting = settings_of(run.config, count)[0]
-    with evaluation_mode(run.model):
+    with evaluation_mode(run) as whole:
         images = generate(
-            run,
+            whole,
             range(setting.seed, setting.seed + count),
             evaluation.labels,
             sampling=setting.sampling,

@@ -210,6 +210,11 @@ class Config(BaseModel):
         description="torch.compile the backbone: `model` as one, or each of its `blocks`, which "
         "compiles sooner; True means `model`",
     )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="several processes: each holds the model (`ddp`), or each a slice of its "
+        "weights, gradients, average and optimizer state (`fsdp`)",
+    )
     use_ema: Bool = Field(True, description="keep an exponential moving average of the weights")
     ema_decay: BelowOne = Field(0.9999, description="its decay, after a warm-up")
     use_scheduler: Bool = Field(False, description="change the learning rate during training")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from utils.errors import ConfigError
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 PATIENCE_HOURS = 12  # longest download, longest work of one process alone
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
 
 
 def check_processes(config: Config) -> Iterator[Problem]:
-    """`gpu_ids` and `batch_size` against the number of processes."""
+    """`gpu_ids` and `batch_size` against the number of processes; what `strategy` cannot do."""
     if message := check_gpu_ids(config.gpu_ids):
         yield Problem(("gpu_ids",), message)
     parts = world_size() * config.gradient_accumulation_steps
@@ -197,6 +200,11 @@ def check_processes(config: Config) -> Iterator[Problem]:
             f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
             f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
             f"multiple of {parts}",
+        )
+    if config.strategy == "fsdp" and config.precision == "fp16":
+        yield Problem(
+            ("precision", "strategy"),
+            "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32",
         )
 
 
@@ -242,21 +250,41 @@ def distributed_runtime(
         dist.destroy_process_group()
 
 
-def wrap_for_training(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """The module to call in training: under several processes its gradients are averaged."""
+def wrap_for_training(
+    model: nn.Module, runtime: Runtime, strategy: str = "ddp", precision: str = "fp32"
+) -> tuple[nn.Module, nn.Module]:
+    """Make the ranks train one model.
+
+    Args:
+        strategy: `ddp`, whose ranks hold the model each, or `fsdp`, whose ranks hold it together.
+        precision: resolved: fp32 or bf16.
+
+    Returns:
+        the module to optimize, average, save and load, and the one to call, whose gradients are
+        averaged over the ranks.
+    """
     if runtime.world_size == 1:
-        return model
+        if strategy == "fsdp":
+            log.info("strategy=fsdp: one process, nothing to shard")
+        return model, model
+    if strategy == "fsdp":
+        from utils.sharding import shard  # a slow import, which sampling has no use for
+
+        return shard(model, runtime.device, runtime.world_size, precision=precision), model
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
     # Buffers are constants. Since torch 2.13 the argument has another name.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(
+    return model, DistributedDataParallel(
         model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
     )
 
 
 def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
-    """Context for all but the last micro-batch: gradients stay local."""
+    """Context for all but the last micro-batch: gradients stay local.
+
+    Not under FSDP: unreduced gradients are whole ones, the memory it is there to save.
+    """
     if isinstance(network, DistributedDataParallel):
         return network.no_sync()
     return contextlib.nullcontext()

@@ -7,16 +7,21 @@ import copy
 import torch
 from torch import nn
 
+from utils.sharding import local_parameters
+
 
 class EMA:
     """A second, frozen copy of a model that follows it; `.model` is always in eval mode.
 
     The n-th update uses decay min(decay, (1 + n) / (10 + n)), so that a short run does not stay
-    near its random initialisation. Every rank keeps its own copy of the same numbers.
+    near its random initialisation. Every rank keeps its own copy of the same numbers; of a
+    sharded model, of its slices.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # a sharded parameter's deep copy would come with a process group of its own
+        clones = {id(p): nn.Parameter(p.detach().clone()) for p in model.parameters()}
+        self.model = copy.deepcopy(model, clones).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
 
@@ -24,7 +29,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        ours, theirs = list(self.model.parameters()), list(model.parameters())
+        ours, theirs = local_parameters(self.model), local_parameters(model)
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for our_buffer, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             our_buffer.copy_(buffer)

@@ -22,6 +22,7 @@ from utils.rng import Stream, derive_seed
 from utils.run_dir import Status
 from utils.saving import LOSS, BestScore, Saver
 from utils.schedule import Action, Schedule
+from utils.sharding import full_state, full_tensor, load_model_state, load_optimizer_state
 from utils.signals import StopSignal
 from utils.tracking import TrackerGroup
 
@@ -34,7 +35,7 @@ class Trainer:
     """Runs optimizer steps until `schedule.total_steps`.
 
     Args:
-        model: the bare module; its parameters are trained and saved.
+        model: the bare module; its parameters, or slices of them, are trained and saved.
         network: what to call: `model`, or its wrapper that averages gradients over ranks.
         loss_fn: (network, example) -> (b,) losses of the example's b rows.
         batches: start_step -> iterator over examples, tuples of tensors with equal first
@@ -138,7 +139,7 @@ class Trainer:
     def _optimizer_step(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
-        self._grad_norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        self._grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit))
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
         # the scaler's business; there only the loss counts, of all ranks.
         watched = self._grad_norm
@@ -243,7 +244,7 @@ class Trainer:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; data order and noise follow from `step`."""
+        """Everything a resumed run needs; data order and noise follow from `step`. A collective."""
         state = {
             **self.extra_state,
             "epoch": self.schedule.epochs_done(self.step),
@@ -261,16 +262,16 @@ class Trainer:
         if self.ema is not None:
             state["ema_model_state_dict"] = self.ema.model.state_dict()
             state["ema_num_updates"] = self.ema.num_updates
-        return state
+        return full_state(state, keep=self.runtime.is_main)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Learning rate, decay and schedule follow the current config."""
-        self.model.load_state_dict(state["model_state_dict"])
+        load_model_state(self.model, state["model_state_dict"])
         settings = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
         ]
-        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         if state["scaler_state_dict"]:  # empty unless that run was in fp16
@@ -286,5 +287,5 @@ class Trainer:
             group["lr"] = self.config.learning_rate * factor
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self.ema is not None:
-            self.ema.model.load_state_dict(state["ema_model_state_dict"])
+            load_model_state(self.ema.model, state["ema_model_state_dict"])
             self.ema.num_updates = state["ema_num_updates"]
