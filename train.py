@@ -56,7 +56,7 @@ from utils.resume import (
     plan_steps,
 )
 from utils.rng import seed_everything
-from utils.run_dir import open_run_dir
+from utils.run_dir import mark_complete, open_run_dir
 from utils.run_info import fixed_state, log_end, log_start
 from utils.saving import LOSS, BestScore
 from utils.schedule import Action
@@ -115,6 +115,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     schedule = plan_steps(config, len(dataset), resume)
     if schedule is None:
         log.info("%s is complete, nothing is left to train", config.run_dir)
+        if runtime.is_main and not dry_run:
+            mark_complete(config.run_dir)
         return EXIT_OK
 
     seed_everything(config.seed)

@@ -291,6 +291,22 @@ def test_auto_starts_afresh_and_ends_when_complete(tiny, capsys):
     assert_same_training(before, state_of("a"))
 
 
+def test_a_run_killed_at_its_very_end_is_told_complete(tiny):
+    run(tiny, "a", "max_steps=2")
+    path = Path("checkpoints/a/status.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "running"}))
+    assert (
+        run(
+            tiny,
+            "a",
+            "max_steps=2",
+            "resume_path=auto",
+        )
+        == EXIT_OK
+    )
+    assert json.loads(path.read_text())["state"] == "complete"
+
+
 def test_a_named_file_extends_a_finished_run_and_says_so(tiny, capsys):
     run(tiny, "a", "epochs=1")
     first = state_of("a")["step"]

@@ -44,8 +44,7 @@ class NonFiniteGuard:
         self.limit, self.on_host, self.describe, self.folder = limit, on_host, describe, folder
         self.seen: list[int] = []  # steps that `read` has told of
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._slots = torch.arange(limit + 1, device=device)
-        self._steps = torch.full_like(self._slots, -1)
+        self._make_slots()
 
     def add(self, is_finite: Tensor, step: int) -> Tensor:
         """Note a step's flag, a scalar on the device, the same on all ranks.
@@ -87,9 +86,18 @@ class NonFiniteGuard:
             )
 
     def restore(self, steps: list[int]) -> None:
-        """Steps that were skipped before a resume; those of another, lower limit count, too."""
+        """Steps that were skipped before a resume count. If there are `limit` or more of them,
+        none is left: the next bad step stops the run.
+        """
         self.seen = list(steps)
+        self.limit = max(self.limit, len(steps))
         self._count.fill_(len(steps))
+        self._make_slots()
+
+    def _make_slots(self) -> None:
+        """Room on the device for the numbers of the first `limit` + 1 bad steps."""
+        self._slots = torch.arange(self.limit + 1, device=self._count.device)
+        self._steps = torch.full_like(self._slots, -1)
 
     def _write(self, step: int) -> str:
         """The indices of the step's images, for a look at them; a disk that refuses is told."""

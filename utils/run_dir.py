@@ -11,10 +11,11 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from utils.config import Config, format_config
 from utils.distributed import Runtime
@@ -29,6 +30,7 @@ from utils.errors import (
 from utils.logs import log_to_file
 
 STATUS, LOCK = "status.json", "run.lock"
+OWNER_SECONDS = 0.1  # whoever has just locked a folder has written its name by then
 STATES = {EXIT_OK: "complete", EXIT_PREEMPTED: "preempted", EXIT_NON_FINITE: "non_finite"}
 
 log = logging.getLogger("diffusion")
@@ -40,17 +42,28 @@ def prepare_run_dir(folder: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("", encoding="utf-8")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); set save_dir") from error
     for leftover in folder.glob("*.tmp-*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdecimal() and not _is_running(int(pid)):
             leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """A disk that refuses, as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{folder}: cannot be written ({reason}); make it writable and free some space, or "
+            "set save_dir"
+        ) from error
 
 
 def _is_running(pid: int) -> bool:
@@ -74,24 +87,46 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process has it.
+        UserError: the folder cannot be written.
     """
     path = folder / LOCK
-    with open(path, "a+", encoding="utf-8") as file:
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: on a full disk nothing is left over that closing would have to write.
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                owner = file.read().strip() or "another process"
                 raise ConfigError(
-                    f"{folder} is being written by {owner}; wait for its end, stop it, or choose "
-                    "another experiment_name"
+                    f"{folder} is being written by {_owner(file)}; wait for its end, stop it, or "
+                    "choose another experiment_name"
                 ) from error
             log.warning("%s: this file system has no locks (%s)", path, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # the name is a help, the lock is what counts
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+def _owner(file: BinaryIO) -> str:
+    """Who has the lock, as it says itself."""
+    time.sleep(OWNER_SECONDS)
+    file.seek(0)
+    return file.read().decode(errors="replace").strip() or "another process"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 class Status:
@@ -111,14 +146,9 @@ class Status:
         if self._path is None:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}")
         try:
-            text = json.dumps(self._facts | {"updated": now}, indent=2)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+            _replace_text(self._path, json.dumps(self._facts | {"updated": now}, indent=2) + "\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             if not self._has_warned:
                 log.warning("%s is not written: %s", self._path, error.strerror)
             self._has_warned = True
@@ -145,6 +175,15 @@ class Status:
         self.update(state=STATES.get(code, "failed"), exit_code=code, reason=reason)
 
 
+def mark_complete(folder: Path) -> None:
+    """For a run that was killed between its last checkpoint and its last word."""
+    path = folder / STATUS
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("state") == "running":
+            Status(path, **facts).finish(EXIT_OK)
+
+
 @contextlib.contextmanager
 def open_run_dir(config: Config, runtime: Runtime) -> Iterator[Status]:
     """The run's folder while it trains: locked, with config.json, log.txt and status.json.
@@ -152,17 +191,23 @@ def open_run_dir(config: Config, runtime: Runtime) -> Iterator[Status]:
     On every rank; rank 0 alone touches the folder.
 
     Raises:
-        UserError: it cannot be written, or another process trains into it.
+        UserError: on every rank, if it cannot be written, or another process trains into it.
     """
-    folder = config.run_dir
+    folder, error = config.run_dir, None
     with contextlib.ExitStack() as stack:
         if runtime.is_main:
-            prepare_run_dir(folder)
-            stack.enter_context(locked(folder))
-            log_to_file(folder / "log.txt")
-            log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-            (folder / "config.json").write_text(format_config(config), encoding="utf-8")
-        runtime.barrier()
+            try:
+                stack.enter_context(locked(folder))
+                prepare_run_dir(folder)  # after locking: what it sweeps is nobody's then
+                with _explained(folder):
+                    log_to_file(folder / "log.txt")
+                    log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
+                    _replace_text(folder / "config.json", format_config(config))
+            except UserError as failure:
+                error = failure
+        error = runtime.broadcast_object(error)
+        if error is not None:
+            raise error
         status = Status(folder / STATUS if runtime.is_main else None)
         stack.enter_context(status.of_run())
         yield status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class BestScore:
         self.value: float | None = None
 
     def is_beaten_by(self, value: float | None) -> bool:
-        if value is None or value != value:
+        """A value that is not finite beats nothing."""
+        if value is None or not math.isfinite(value):
             return False
         if self.value is None:
             return True

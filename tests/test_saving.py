@@ -1,0 +1,149 @@
+"""Which checkpoints are written, what a disk that refuses costs, and what counts as best."""
+
+import math
+import resource
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from utils import saving
+from utils.checkpoint import BEST, CURRENT, load_checkpoint
+from utils.distributed import Runtime
+from utils.errors import EXIT_FAILURE, UserError
+from utils.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver
+
+ALONE = Runtime(torch.device("cpu"))
+
+
+def state_at(step):
+    return {
+        "format_version": 1,
+        "model_state_dict": {"weight": torch.full((1000,), float(step))},
+        "epoch": 0,
+        "step": step,
+        "config": {},
+        "spec": [1, 8, 8, 10],
+    }
+
+
+def save(saver, step, epoch=None, is_best=False):
+    return saver.save(state_at(step), epoch=epoch, is_best=is_best)
+
+
+def step_in(path):
+    return load_checkpoint(path)["step"]
+
+
+@contextmanager
+def almost_full_disk():
+    """The kernel refuses the second KiB of a file; the weights alone are four."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_names_of_the_files(tmp_path):
+    saver = Saver(tmp_path, keep_last=2, runtime=ALONE)
+    assert saver.last_step is None
+    assert saver.describe_last() == "none yet"
+    assert save(saver, 5)
+    assert [p.name for p in tmp_path.iterdir()] == [CURRENT]
+    for epoch in (1, 2, 3):
+        assert save(saver, 10 * epoch, epoch, is_best=epoch == 2)
+    steps = {p.name: step_in(p) for p in tmp_path.iterdir()}
+    epochs = {"model_epoch_0002.pth": 20, "model_epoch_0003.pth": 30}
+    assert steps == {CURRENT: 30, BEST: 20, **epochs}
+    assert saver.last_step == 30
+    assert saver.describe_last() == f"{tmp_path / CURRENT}, step 30"
+
+
+def test_a_disk_that_refuses_is_a_warning_until_the_third_time_in_a_row(tmp_path, caplog):
+    saver = Saver(tmp_path, keep_last=2, runtime=ALONE)
+    full = [False, True, True, False, True, True]
+    assert MAX_FAILED_SAVES == 3
+    for step, is_full in enumerate(full, start=1):
+        with almost_full_disk() if is_full else nullcontext():
+            assert save(saver, step, epoch=step, is_best=True) == (not is_full)
+        newest = 4 if step >= 4 else 1
+        assert saver.last_step == newest
+        assert step_in(tmp_path / CURRENT) == step_in(tmp_path / BEST) == newest
+        assert not list(tmp_path.glob("*.tmp-*"))
+    warned = [record.message for record in caplog.records]
+    assert [text.partition(" in ")[0] for text in warned] == [
+        f"no checkpoint at step {step}" for step in (2, 3, 5, 6)
+    ]
+    with (
+        almost_full_disk(),
+        pytest.raises(UserError, match="3 checkpoints in a row could not be written") as error,
+    ):
+        save(saver, 7)
+    assert error.value.exit_code == EXIT_FAILURE
+    assert saver.last_step == step_in(tmp_path / CURRENT) == 4
+
+
+def test_all_ranks_hear_of_a_failure(tmp_path, monkeypatch):
+    """Rank 0 alone writes; the others would go on, and wait for it in vain."""
+    sent = []
+
+    class Rank:
+        def __init__(self, rank):
+            self.is_main = rank == 0
+
+        def broadcast_object(self, value):
+            if self.is_main:
+                sent.append(value)
+            return sent[-1]
+
+    def refuse(path, state):
+        raise RuntimeError("unexpected pos 64\n vs 0")
+
+    savers = [Saver(tmp_path, 2, Rank(rank)) for rank in (0, 1)]
+    assert [save(saver, 1) for saver in savers] == [True, True]
+    monkeypatch.setattr(saving.files, "save_checkpoint", refuse)
+    for step in (2, 3):
+        assert [save(saver, step) for saver in savers] == [False, False]
+    for saver in savers:
+        with pytest.raises(UserError, match=r"in a row .*unexpected pos 64 vs 0"):
+            save(saver, 4)
+        assert saver.last_step == 1
+
+
+def test_what_is_best():
+    for lower_is_better, values in ((True, [3.0, 2.0, 2.5, 1.0]), (False, [1.0, 2.0, 1.5, 3.0])):
+        best = BestScore("fd_domain", lower_is_better=lower_is_better)
+        taken = []
+        for value in values:
+            if best.is_beaten_by(value):
+                taken.append(value)
+                best.value = value
+        assert taken == [values[0], values[1], values[3]]
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+@pytest.mark.parametrize("before", [None, 2.0])
+def test_nothing_and_numbers_that_are_none_are_never_best(lower_is_better, before):
+    """A first value of infinity could never be beaten where higher is better."""
+    best = BestScore("psnr", lower_is_better=lower_is_better)
+    best.value = before
+    for value in (None, math.nan, math.inf, -math.inf):
+        assert not best.is_beaten_by(value)
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_the_first_of_equals_stays_best(lower_is_better):
+    best = BestScore(LOSS, lower_is_better=lower_is_better)
+    best.value = 2.0
+    assert not best.is_beaten_by(2.0)
+
+
+def test_a_best_value_of_another_metric_does_not_count():
+    best = BestScore("fid", lower_is_better=True)
+    best.value = 7.0
+    same, other = BestScore("fid", lower_is_better=True), BestScore(LOSS, lower_is_better=True)
+    for score in (same, other):
+        score.load_state_dict(best.state_dict())
+    assert (same.value, other.value) == (7.0, None)
