@@ -40,11 +40,17 @@ config = dict(
 
 @pytest.fixture(autouse=True)
 def logger_as_it_was():
-    """The scripts set up the project's logger; the next test finds it untouched."""
-    logger = logging.getLogger("diffusion")
-    before = logger.handlers[:], logger.level, logger.propagate
+    """The scripts set up the project's logger; every test finds it untouched."""
+    _reset_logger()  # fixtures of whole modules may have run scripts, too
     yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    logger = logging.getLogger("diffusion")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

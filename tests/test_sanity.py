@@ -44,6 +44,9 @@ class ThreadRuntime(Runtime):
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return self.board.reduce(self.rank, tensor, op)
 
+    def patient_barrier(self) -> None:
+        self.all_reduce(torch.zeros(1))
+
 
 def score(
     make_scorer: Callable[[], Scorer],

@@ -14,8 +14,11 @@ class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # where the output goes the disk may be full; a run does not die of it
+            self.handleError(record)
 
 
 def setup_logging(*, is_main: bool) -> logging.Logger:
