@@ -31,6 +31,12 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Kill, stop, starve and mislead real training runs, and count what is lost.
+# FAULTS=--quick takes two minutes, FAULTS="--only 1,4" some rows.
+.PHONY: faults
+faults: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --json checkpoints/faults.json $(FAULTS)
+
 # The environment and caches; never checkpoints.
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache
