@@ -56,7 +56,7 @@ from utils.resume import (
     plan_steps,
 )
 from utils.rng import seed_everything
-from utils.run_dir import mark_complete, open_run_dir
+from utils.run_dir import checkpoints_in, mark_complete, open_run_dir
 from utils.run_info import fixed_state, log_end, log_start
 from utils.saving import LOSS, BestScore
 from utils.schedule import Action
@@ -106,6 +106,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     """Build everything the config names, and run it. Returns the exit code."""
     device = runtime.device
     precision = resolve_precision(config.precision, device)
+    seen = checkpoints_in(config.run_dir)
     resume = find_resume(config)
     check_same_step(resume, runtime)
     with runtime.main_first():  # it may download
@@ -133,7 +134,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     evaluation = None
     if config.eval_interval:
         evaluation = training_evaluation(config, dataset.spec, runtime)
-    with contextlib.nullcontext() if dry_run else open_run_dir(config, runtime) as status:
+    with contextlib.nullcontext() if dry_run else open_run_dir(config, runtime, seen) as status:
         log_start(
             config,
             runtime,

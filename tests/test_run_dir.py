@@ -35,6 +35,7 @@ from utils.trainer import Trainer
 
 HOST = socket.gethostname()
 ALONE = Runtime(torch.device("cpu"))
+NOTHING: run_dir.Seen = frozenset()
 
 
 def status_of(name):
@@ -210,10 +211,27 @@ def test_only_the_owner_of_the_lock_sweeps(tmp_path):
     config.run_dir.mkdir()
     temporary.write_text("half a checkpoint")
     with locked_elsewhere(config.run_dir), pytest.raises(ConfigError):
-        open_run_dir(config, ALONE).__enter__()
+        open_run_dir(config, ALONE, NOTHING).__enter__()
     assert temporary.exists()
-    with open_run_dir(config, ALONE):
+    with open_run_dir(config, ALONE, NOTHING):
         assert not temporary.exists()
+
+
+def test_a_folder_that_changed_before_it_was_locked_is_refused(tmp_path):
+    """Another run may train and end between this one's choice of a checkpoint and its lock."""
+    config = Config(experiment_name="a", save_dir=str(tmp_path))
+    config.run_dir.mkdir()
+    newest = config.run_dir / "current_model.pth"
+    newest.write_bytes(b"step 10")
+    seen = run_dir.checkpoints_in(config.run_dir)
+    with open_run_dir(config, ALONE, seen):
+        pass
+    newest.write_bytes(b"step 11")
+    with pytest.raises(ConfigError, match=r"written by another process .*resume_path=auto"):
+        open_run_dir(config, ALONE, seen).__enter__()
+    assert run_dir.checkpoints_in(tmp_path / "absent") == NOTHING
+    with open_run_dir(config, ALONE, run_dir.checkpoints_in(config.run_dir)):
+        pass
 
 
 def test_a_refused_folder_is_refused_on_all_ranks(tmp_path):
@@ -232,10 +250,10 @@ def test_a_refused_folder_is_refused_on_all_ranks(tmp_path):
     with locked_elsewhere(config.run_dir) as pid:
         for rank in (0, 1):
             with pytest.raises(ConfigError, match=f"process {pid} on") as error:
-                open_run_dir(config, Rank(rank)).__enter__()
+                open_run_dir(config, Rank(rank), NOTHING).__enter__()
             assert error.value.exit_code == EXIT_USAGE
     for rank in (0, 1):
-        with open_run_dir(config, Rank(rank)) as status:
+        with open_run_dir(config, Rank(rank), NOTHING) as status:
             status.update(rank=rank)
     assert json.loads((config.run_dir / "status.json").read_text())["rank"] == 0
 
@@ -244,19 +262,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     config = Config(experiment_name="a", save_dir=str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .*set save_dir"):
-        open_run_dir(config, ALONE).__enter__()
+        open_run_dir(config, ALONE, NOTHING).__enter__()
 
 
 def test_a_full_disk_at_the_start_is_one_line_and_costs_no_file(tmp_path):
     config = Config(experiment_name="a", save_dir=str(tmp_path))
-    with open_run_dir(config, ALONE):
+    with open_run_dir(config, ALONE, NOTHING):
         pass
     before = (config.run_dir / "config.json").read_text()
     with full_disk(), pytest.raises(UserError, match=r"cannot be written .*free some space"):
-        open_run_dir(config, ALONE).__enter__()
+        open_run_dir(config, ALONE, NOTHING).__enter__()
     assert (config.run_dir / "config.json").read_text() == before
     assert not list(config.run_dir.glob("*.tmp-*"))
-    with open_run_dir(config, ALONE):  # it holds no lock of the failed one
+    with open_run_dir(config, ALONE, NOTHING):  # it holds no lock of the failed one
         pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,17 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _EarlyRecords(logging.Handler):
+    """Keeps what is said before there is a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def setup_logging(*, is_main: bool) -> logging.Logger:
     """The project's logger: INFO on the main process, errors alone on the others."""
     logger = logging.getLogger("diffusion")
@@ -30,13 +42,19 @@ def setup_logging(*, is_main: bool) -> logging.Logger:
     console = _ConsoleHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
+    logger.addHandler(_EarlyRecords())
     return logger
 
 
 def log_to_file(path: Path) -> None:
-    """From now on also append to `path`, with UTC times."""
+    """Append all that was said since `setup_logging`, and will be, to `path`, with UTC times."""
     handler = logging.FileHandler(path, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    logging.getLogger("diffusion").addHandler(handler)
+    logger = logging.getLogger("diffusion")
+    for early in [h for h in logger.handlers if isinstance(h, _EarlyRecords)]:
+        logger.removeHandler(early)
+        for record in early.records:
+            handler.handle(record)
+    logger.addHandler(handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -60,4 +61,6 @@ def lr_factor(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
 ) -> torch.optim.lr_scheduler.LambdaLR:
+    # It counts steps that are left out because they are not finite; torch takes that for a mistake.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -36,6 +36,19 @@ STATES = {EXIT_OK: "complete", EXIT_PREEMPTED: "preempted", EXIT_NON_FINITE: "no
 log = logging.getLogger("diffusion")
 
 
+Seen = frozenset[tuple[str, int, int]]
+
+
+def checkpoints_in(folder: Path) -> Seen:
+    """(name, time, size) of every checkpoint: two equal ones mean that nobody has trained there."""
+    found = set()
+    for path in folder.glob("*.pth") if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # somebody removes old ones right now
+            stat = path.stat()
+            found.add((path.name, stat.st_mtime_ns, stat.st_size))
+    return frozenset(found)
+
+
 def prepare_run_dir(folder: Path) -> None:
     """Make the folder, make sure that it can be written, and sweep up after dead processes.
 
@@ -185,19 +198,28 @@ def mark_complete(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_run_dir(config: Config, runtime: Runtime) -> Iterator[Status]:
+def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Status]:
     """The run's folder while it trains: locked, with config.json, log.txt and status.json.
 
     On every rank; rank 0 alone touches the folder.
 
+    Args:
+        seen: its checkpoints when this run decided where to begin.
+
     Raises:
-        UserError: on every rank, if it cannot be written, or another process trains into it.
+        UserError: on every rank, if it cannot be written, or another process trains into it, or
+            has done so since `seen`.
     """
     folder, error = config.run_dir, None
     with contextlib.ExitStack() as stack:
         if runtime.is_main:
             try:
                 stack.enter_context(locked(folder))
+                if checkpoints_in(folder) != seen:
+                    raise ConfigError(
+                        f"{folder} was written by another process while this one was starting; "
+                        "start it again with resume_path=auto, or choose another experiment_name"
+                    )
                 prepare_run_dir(folder)  # after locking: what it sweeps is nobody's then
                 with _explained(folder):
                     log_to_file(folder / "log.txt")

@@ -107,11 +107,11 @@ class Trainer:
                     self._log(progress)
                 with progress.pause():
                     self._end_of_step()
-        if self.saver.last_step != self.step and not self.save():
-            raise UserError(
-                f"trained to step {self.step}, but it could not be saved; last checkpoint: "
-                f"{self.saver.describe_last()}"
-            )
+            if self.saver.last_step != self.step and not self.save():
+                raise UserError(
+                    f"trained to step {self.step}, but it could not be saved; last checkpoint: "
+                    f"{self.saver.describe_last()}"
+                )
         return EXIT_OK
 
     def _train_step(self, example: tuple[Tensor | None, ...]) -> None:

@@ -60,6 +60,7 @@ ROWS = (
     Row(9, trackers.trackers, 5, 1),
     Row(10, bad_configs.mutated_configs, 100, 50),
     Row(11, sameness.world_sizes, 1, 0),
+    Row(12, sameness.sharded, 1, 0),
 )
 
 

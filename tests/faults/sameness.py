@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from tests.faults.harness import Fault, Figure, Lab, count_bad
-from tests.faults.kills import metrics
+from tests.faults.kills import AUTO, metrics
 
 STEPS = 50
 NOT_RESIDENT = "resident=false"
@@ -23,8 +25,20 @@ VARIANTS: dict[str, Sequence[str]] = {
         *("use_swanlab=true", "swanlab_mode=offline", "log_interval=3", "save_interval=2"),
     ),
 }
-SEGMENTS = ((1, 20), (2, 40), (1, 60))  # (processes, last step)
 TOLERANCE = 1e-4
+DIT = """
+config |= dict(
+    model_type="dit", model_params=dict(patch_size=2, hidden_size=32, depth=2, num_heads=2)
+)
+"""
+
+
+class Segment(NamedTuple):
+    """A part of a run."""
+
+    processes: int
+    last_step: int
+    strategy: str = "ddp"
 
 
 def options_around(lab: Lab, trials: int) -> Figure:
@@ -50,22 +64,41 @@ def options_around(lab: Lab, trials: int) -> Figure:
 
 
 def world_sizes(lab: Lab, _trials: int) -> list[Figure]:
-    """1 -> 2 -> 1 processes across two resumes, against one process that never stopped."""
-    rows, losses = {}, {}
-    label = "processes 1 -> 2 -> 1"
+    """1 -> 2 -> 1 processes across two resumes."""
+    segments = (Segment(1, 20), Segment(2, 40), Segment(1, 60))
     # the masks of dropout belong to a process and its micro-batch
-    options = ("model_params.dropout=0", "resume_path=auto")
+    return changing(lab, "processes 1 -> 2 -> 1", segments, lab.config, "model_params.dropout=0")
+
+
+def sharded(lab: Lab, _trials: int) -> list[Figure]:
+    """A DiT, by FSDP2 on two processes, DDP on two, alone, and by FSDP2 again."""
+    config = lab.folder / "dit.py"
+    config.write_text(lab.config.read_text(encoding="utf-8") + DIT, encoding="utf-8")
+    segments = (Segment(2, 20, "fsdp"), Segment(2, 30), Segment(1, 40), Segment(2, 60, "fsdp"))
+    return changing(lab, "DiT, FSDP2 on 2 -> DDP on 2 -> 1 -> FSDP2 on 2", segments, config)
+
+
+def changing(
+    lab: Lab, label: str, segments: Sequence[Segment], config: Path, *options: str
+) -> list[Figure]:
+    """A run that resumes in another way in each segment, against one process that never stopped."""
+    rows, losses, steps = {}, {}, segments[-1].last_step
     try:
-        for kind, segments in {"whole": SEGMENTS[-1:], "parts": SEGMENTS}.items():
-            name, path = lab.new_name(f"world_{kind}"), lab.folder / f"examples_{kind}"
-            for processes, steps in segments:
-                inject = {"examples": {"path": str(path)}}
-                limit = f"max_steps={steps}"
-                lab.complete(name, *options, limit, processes=processes, inject=inject)
+        for kind, parts in {"whole": (Segment(1, steps),), "parts": segments}.items():
+            name = lab.new_name(kind)
+            path = lab.folder / f"examples_{name}"
+            for part in parts:
+                settings = (AUTO, f"max_steps={part.last_step}", f"strategy={part.strategy}")
+                lab.complete(
+                    name,
+                    *(*options, *settings),
+                    processes=part.processes,
+                    inject={"examples": {"path": str(path)}},
+                    config=config,
+                )
             rows[kind], losses[kind] = examples(str(path)), dict(metrics(lab, name))
     except Fault as fault:
-        return [Figure(label, 60, 60, "steps differ", str(fault))]
-    steps = SEGMENTS[-1][1]
+        return [Figure(label, steps, steps, "steps differ", str(fault))]
     other = [s for s in range(steps) if rows["parts"].get(s) != rows["whole"][s]]
     worst = max(
         (abs(losses["parts"].get(s, 1e9) / losses["whole"][s] - 1), s) for s in losses["whole"]
