@@ -13,6 +13,9 @@ from utils.labels import NULL_LABEL
 Denoiser = Callable[[Tensor, int], Prediction]
 
 DYNAMIC_QUANTILE = 0.995  # Saharia et al. 2022 (Imagen), section 2.3
+# Values of x_t, both halves together, above which a CPU is faster with one half after the other:
+# the activations of both no longer fit its cache.
+LARGEST_JOINT_CPU_BATCH = 2**16
 
 
 def threshold_x_0(x_0: Tensor, threshold: str) -> Tensor:
@@ -42,7 +45,7 @@ def make_denoiser(
 
     Guidance is out_null + cfg_scale * (out_y - out_null) (Ho and Salimans 2022): 1 is plain
     conditional and 0 unconditional, a single forward each; any other scale is one forward of
-    twice the batch.
+    twice the batch (on a CPU, two forwards where that would be too large for its cache).
 
     Args:
         y: (B,) int64 in [0, K), or None for a model without classes.
@@ -69,8 +72,7 @@ def make_denoiser(
         elif cfg_scale == 0.0:
             output = model(x_t, times, null)
         else:
-            both = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([y, null]))
-            out_y, out_null = both.float().chunk(2)
+            out_y, out_null = with_and_without(model, x_t, times, y, null)
             output = out_null + cfg_scale * (out_y - out_null)
         prediction = diffusion.predict(output, x_t, times)
         if threshold == "none":
@@ -78,3 +80,14 @@ def make_denoiser(
         return diffusion.with_x_0(threshold_x_0(prediction.x_0, threshold), x_t, times)
 
     return denoise
+
+
+def with_and_without(
+    model: Model, x_t: Tensor, times: Tensor, y: Tensor, null: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The model's output for y and for null, float32."""
+    if x_t.device.type == "cpu" and 2 * x_t.numel() > LARGEST_JOINT_CPU_BATCH:
+        return model(x_t, times, y).float(), model(x_t, times, null).float()
+    both = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([y, null]))
+    out_y, out_null = both.float().chunk(2)
+    return out_y, out_null

@@ -95,7 +95,14 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if x.device.type != "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Both at once: a transposed convolution whose 4x4 kernel sums four shifts of the 3x3 one,
+        # 4/9 of the multiplications. (A training step gains 5 % of its time; elsewhere unknown.)
+        weight = F.pad(self.conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        weight = weight[..., 1:] + weight[..., :-1]
+        weight = weight[..., 1:, :] + weight[..., :-1, :]
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class Stage(nn.Module):

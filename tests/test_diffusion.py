@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, make_denoiser, timestep_grid
+from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, guidance, make_denoiser, timestep_grid
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
@@ -191,6 +191,16 @@ def test_guidance_costs_one_forward():
         calls = []
         guided(scale, calls)[1](x, 10)
         assert calls == [batch]
+
+
+def test_a_guided_batch_too_large_for_a_cache_goes_in_halves(monkeypatch):
+    x, results = torch.randn(3, 1, 4, 4), []
+    for limit, batches in ((2 * x.numel(), [6]), (2 * x.numel() - 1, [3, 3])):
+        monkeypatch.setattr(guidance, "LARGEST_JOINT_CPU_BATCH", limit)
+        calls = []
+        results.append(guided(3.0, calls)[1](x, 10))
+        assert calls == batches
+    torch.testing.assert_close(*results)
 
 
 def test_guidance_interval_is_conditional_outside():

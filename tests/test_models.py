@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import BACKBONES, build_model, check_config, compile_model
 from models.layers import LabelEmbedding, timestep_features
-from models.unet import AttentionBlock
+from models.unet import AttentionBlock, Upsample
 from utils.config import Config
 from utils.ema import EMA
 from utils.errors import ConfigError
@@ -218,6 +219,19 @@ def test_attention_can_use_fused_kernels():
     block = AttentionBlock(16, num_head_channels=8)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
         assert block(torch.randn(2, 16, 4, 4)).shape == (2, 16, 4, 4)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (1, 3)])
+def test_upsampling_is_repetition_and_a_convolution(size):
+    """The short cut, its gradients too, against the two steps that it stands for."""
+    up = Upsample(6).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    plain = up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(up(x), plain)
+    weights = torch.randn_like(plain)
+    inputs = (x, up.conv.weight, up.conv.bias)
+    wanted = torch.autograd.grad((plain * weights).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad((up(x) * weights).sum(), inputs), wanted)
 
 
 def test_cifar10_network_has_the_size_of_the_paper():

@@ -1,0 +1,229 @@
+"""Counts that speed rests on: waits for the device, reductions, forward passes, memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
+from datasets.storage import InMemoryDataset
+from diffusion import build_diffusion
+from diffusion.generation import Run, generate, sampling_from
+from models.unet import UNet
+from train import best_score, make_examples
+from utils.config import Config
+from utils.distributed import Runtime, wrap_for_training
+from utils.ema import EMA
+from utils.images import ImageSpec
+from utils.nonfinite import NonFiniteGuard
+from utils.optim import build_lr_scheduler, build_optimizer
+from utils.precision import resolve_precision
+from utils.run_dir import Status
+from utils.schedule import Schedule
+from utils.tracking import start_trackers
+from utils.trainer import Trainer
+
+CPU = torch.device("cpu")
+SIDE, NUM_CLASSES, BATCH_SIZE = 8, 3, 8
+SPEC = ImageSpec(1, SIDE, SIDE, NUM_CLASSES)
+MIB = 2**20
+
+
+def tiny_unet() -> UNet:
+    return UNet(
+        image_size=(SIDE, SIDE),
+        in_channels=1,
+        num_classes=NUM_CLASSES,
+        model_channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+    )
+
+
+def make_trainer(folder: Path, runtime: Runtime, network: nn.Module, model: nn.Module, **settings):
+    """As train.py composes it for a CUDA device: flags stay on the device until they are read."""
+    config = Config(
+        conditional=True,
+        batch_size=BATCH_SIZE,
+        horizontal_flip=True,
+        save_dir=str(folder),
+        experiment_name="counted",
+        **settings,
+    )
+    config.run_dir.mkdir()
+    process = build_diffusion(config)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
+    dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
+    optimizer = build_optimizer(model, config)
+    return Trainer(
+        model,
+        network,
+        lambda network, example: process.loss(network, *example),
+        make_examples(config, dataset, runtime),
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, lambda step: 1 / (step + 1)),
+        ema=EMA(model, 0.9),
+        precision="fp32",
+        schedule=Schedule(len(dataset), BATCH_SIZE, 0),
+        runtime=runtime,
+        tracker=start_trackers(config, is_main=True, start_step=0, run_id=None),
+        config=config,
+        extra_state={},
+        status=Status(None),
+        guard=NonFiniteGuard(0, CPU, on_host=False, describe=lambda _: {}, folder=None),
+        best=best_score(config),
+    )
+
+
+def train_to(trainer: Trainer, step: int) -> None:
+    """Go on to `step`, and save nothing."""
+    trainer.saver.last_step = step
+    trainer.schedule = Schedule(20, BATCH_SIZE, step)
+    trainer.train()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts where the host takes a number from a tensor, for which it would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def copies_to_the_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the tensor methods that read a device and are no operator on a CPU."""
+    called = []
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "numpy", "cpu"):
+            method = getattr(Tensor, name)
+
+            def spy(self: Tensor, *args: Any, name=name, method=method, **options: Any) -> Any:
+                called.append(name)
+                return method(self, *args, **options)
+
+            patch.setattr(Tensor, name, spy)
+        yield called
+
+
+def test_the_host_reads_nothing_between_log_steps(tmp_path, monkeypatch):
+    model = tiny_unet()
+    trainer = make_trainer(tmp_path, Runtime(CPU), model, model, log_interval=5)
+    train_to(trainer, 1)  # the first step logs
+    with HostReads() as reads, copies_to_the_host(monkeypatch) as copies:
+        train_to(trainer, 4)
+        assert (reads.count, copies) == (0, [])
+        train_to(trainer, 5)
+        assert reads.count > 0  # it does count
+
+
+@pytest.fixture
+def two_processes() -> Iterator[Runtime]:
+    """Rank 0 of two, whose collectives return at once."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield Runtime(CPU, rank=0, world_size=2)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
+    model, network = wrap_for_training(tiny_unet(), two_processes)
+    reduced = []
+
+    def hook(_, bucket):  # DDP refuses annotations that are strings
+        reduced.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    network.register_comm_hook(None, hook)
+    trainer = make_trainer(
+        tmp_path, two_processes, network, model, gradient_accumulation_steps=micro_batches
+    )
+    num_steps, num_parameters = 3, sum(p.numel() for p in model.parameters())
+    train_to(trainer, num_steps)
+    assert reduced == num_steps * [num_parameters]
+
+
+class RowCounter(nn.Module):
+    """A network that counts the images it is given; labels below 0 are the null label's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conditional = self.unconditional = 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.conditional += int((y >= 0).sum())
+        self.unconditional += int((y < 0).sum())
+        return 0.1 * x
+
+
+def passes_per_image(**settings: Any) -> tuple[float, float]:
+    """Forward passes that the real sampling path spends on an image: with its class, without."""
+    config, counter = Config(conditional=True, **settings), RowCounter()
+    run = Run(counter, build_diffusion(config), SPEC, config)
+    labels, runtime = [0, 1, 2], Runtime(CPU)
+    parts = generate(
+        run, range(3), labels, sampling=sampling_from(config), batch_size=2, runtime=runtime
+    )
+    assert sum(len(images) for images, _, _ in parts) == len(labels)
+    return counter.conditional / len(labels), counter.unconditional / len(labels)
+
+
+METHODS = {"ddpm": 100, "ddim": 50, "dpmpp_2m": 20}  # their default steps where T is 100
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_passes_per_image(method):
+    def passes(**settings: Any) -> tuple[float, float]:
+        return passes_per_image(num_timesteps=100, sampling_method=method, **settings)
+
+    assert passes(cfg_scale=1.0) == (METHODS[method], 0)
+    assert passes(cfg_scale=1.0, num_inference_steps=10) == (10, 0)
+    assert passes(cfg_scale=0.0, num_inference_steps=10) == (0, 10)
+    assert passes(cfg_scale=3.0, num_inference_steps=10) == (10, 10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [((0.0, 1.0), 10), ((0.2, 0.6), 4), ((0.29, 0.59), 4), ((0.9, 1.0), 1), ((0.0, 0.05), 0)],
+)
+def test_an_interval_saves_the_passes_outside_it(method, interval, guided):
+    """t is 99, 89, ..., 9 of T = 100; both ends of the interval belong to it."""
+    settings = dict(num_timesteps=100, num_inference_steps=10, sampling_method=method)
+    assert passes_per_image(cfg_scale=3.0, cfg_interval=interval, **settings) == (10, guided)
+
+
+@pytest.mark.parametrize(
+    ("build", "width", "limit"),
+    # What diffusers' networks keep at the same size: UNet2DModel 12.0, DiTTransformer2DModel 15.5.
+    [(our_unet, 32, 12.0), (our_dit, 128, 15.5)],
+)
+def test_what_a_forward_pass_keeps_for_backward(
+    build: Callable[[int], nn.Module], width: int, limit: float
+):
+    batch_size = 2
+    size = saved_bytes(build(width), *draw_inputs(batch_size, CPU))
+    assert size / batch_size / MIB <= limit
+
+
+def test_auto_precision_is_fp32_on_a_cpu():
+    """bf16 autocast is 2 to 3 times slower on CPUs without units for it."""
+    assert resolve_precision("auto", CPU) == "fp32"
