@@ -179,6 +179,7 @@ def load_run_of(args: argparse.Namespace, runtime: Runtime) -> Run:
         use_ema=args.use_ema,
         config_path=args.config,
         overrides=args.overrides,
+        compile=args.compile,
     )
 
 

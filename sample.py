@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -71,12 +72,14 @@ def load_run(
     use_ema: bool | None = None,
     config_path: str | None = None,
     overrides: Sequence[str] = (),
+    compile: Literal["model", "blocks"] | None = None,
 ) -> Run:
     """Rebuild what a checkpoint (a file, or a run directory) holds.
 
     Args:
         use_ema: averaged or raw weights; None takes the averaged ones if there are any.
         config_path, overrides: settings laid over those stored in the checkpoint.
+        compile: the network, see `compile_model`. (The config's own `compile` is for training.)
 
     Raises:
         CheckpointError, ConfigError: what is missing or does not fit.
@@ -112,6 +115,7 @@ def load_run(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: does not fit the config: {reason}") from error
     model.eval().requires_grad_(False)
+    models.compile_model(model, compile)
     built = diffusion.build_diffusion(config)
     return Run(model, built, spec, config, path, state["step"], state["epoch"], ema)
 
@@ -172,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             use_ema=args.use_ema,
             config_path=args.config,
             overrides=args.overrides,
+            compile=args.compile,
         )
         if args.print_config:
             say(format_config(run.config))

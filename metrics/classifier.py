@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics.inception import full_float32
 from utils.checkpoint import save_checkpoint
 from utils.images import to_float
+from utils.precision import full_float32
 from utils.real_images import RealSets
 from utils.rng import Stream, derive_seed, numpy_generator, torch_generator
 

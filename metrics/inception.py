@@ -7,7 +7,7 @@ is ever put in its place. It sees each image once for all metrics.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from metrics.scoring import Entry, entry
 from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_rgb
+from utils.precision import full_float32
 from utils.real_images import RealSets
 
 INCEPTION = WeightsSource(
@@ -61,22 +62,6 @@ class Extractor:
                 f"features of shape {tuple(features.shape)}, not {(len(images), self.feature_dim)}"
             )
         return features, logits
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: both move a FID by more than a model's improvement does."""
-    # Not the older `allow_tf32` flags: they cannot be read once anything has set these.
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def load_inception(path: Path, device: torch.device, *, layer: str = "2048") -> Extractor:

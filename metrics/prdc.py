@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metrics.features import Features, as_features
+from utils.precision import full_float32
 from utils.rng import Stream, numpy_generator
 
 K = 5
@@ -58,7 +59,8 @@ def choose_rows(num_rows: int, limit: int = MAX_ROWS, seed: int = 0) -> np.ndarr
 def squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
     """(m, D), (n, D) -> (m, n): |x|^2 + |y|^2 - 2 x.y, less the share `slack` of the first two."""
     norms = [torch.linalg.vector_norm(points, dim=1).square() for points in (x, y)]
-    return torch.addmm(norms[0][:, None] + norms[1], x, y.T, beta=1 - slack, alpha=-2)
+    with full_float32(x.device):
+        return torch.addmm(norms[0][:, None] + norms[1], x, y.T, beta=1 - slack, alpha=-2)
 
 
 def squared_radii(points: Tensor, k: int, block: int) -> Tensor:

@@ -40,7 +40,8 @@ def build_model(
     Raises:
         ConfigError: model_params that do not fit the backbone, the images or the device.
     """
-    model = _construct(config, spec).to(device)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model = _construct(config, spec).to(device, memory_format=layout)
     if hasattr(model, "choose_backend"):
         model.choose_backend(device)
     if config.precision == "fp16" and getattr(model, "needs_bf16_range", False):

@@ -263,6 +263,21 @@ BROKEN = {
 }
 
 
+def test_a_member_marked_as_a_folder_is_noticed(tmp_path):
+    """One bit, of no checksum: torch would leave that tensor as the memory was."""
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, make_state())
+    good = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    for name in names:
+        bad = bytearray(good)
+        bad[bad.rindex(name.encode()) - 8] ^= 0x10  # external attributes, in the last directory
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="is not what was written"):
+            load_checkpoint(path)
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_and_foreign_files_are_refused_in_a_line(tmp_path, kind):
     path = tmp_path / CURRENT

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.conftest import ROOT
-from utils.distributed import Runtime, check_gpu_ids, choose_device
+from utils.distributed import Runtime, agree_on_name, check_gpu_ids, choose_device
 from utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -43,6 +46,29 @@ def test_a_process_group_leaves_no_threads_behind(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, path, ROOT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def agree(store, ranks, world_size, seconds):
+    with ThreadPoolExecutor() as threads:
+        limit = timedelta(seconds=seconds)
+        started = [threads.submit(agree_on_name, store, r, world_size, limit) for r in ranks]
+    return started
+
+
+def test_restarted_processes_agree_whatever_dead_ones_left_behind():
+    """Of the earlier starts one was complete, one lacked a rank, one had but one."""
+    store, names = dist.HashStore(), []
+    store.set_timeout(timedelta(seconds=0.3))
+    for ranks in ((0, 1, 2), (0, 1), (1, 2), (2,), (0, 1, 2), (0,), (0, 1, 2)):
+        started = agree(store, ranks, 3, seconds=10 if len(ranks) == 3 else 0.3)
+        if len(ranks) == 3:
+            (name,) = {future.result() for future in started}
+            names.append(name)
+        elif ranks[0] == 0:
+            with pytest.raises(TimeoutError, match=r"rank\(s\) \[.*2\] have not come"):
+                started[0].result()
+    assert len(set(names)) == 3
+    assert agree_on_name(store, 0, 1, timedelta(seconds=1))
 
 
 @pytest.mark.parametrize(("num_items", "world_size"), [(10, 3), (2, 4), (0, 2), (7, 1)])

@@ -29,6 +29,7 @@ from metrics.scoring import entry, run_scorers
 from utils.distributed import Runtime, distributed_runtime
 from utils.errors import ConfigError, MissingWeightsError
 from utils.images import ImageSpec
+from utils.precision import allow_tf32, full_float32
 from utils.real_images import RealImages, RealSets, choose_indices
 
 CPU = torch.device("cpu")
@@ -342,13 +343,17 @@ def test_fid_of_real_halves_is_small_and_of_noise_large():
     assert found["half"]["name"] == "fid_100"
 
 
-def test_precision_settings_are_put_back():
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    with inception.full_float32(CPU):
-        assert conv.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-    assert conv.fp32_precision == before
+def test_tf32_stays_out_of_metrics_and_comes_back_after_them():
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        allow_tf32()
+        with full_float32(CPU):
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert [setting.fp32_precision for setting in settings] == ["tf32", "tf32"]
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def test_real_indices_are_a_fixed_sorted_subset():

@@ -221,6 +221,19 @@ def test_attention_can_use_fused_kernels():
         assert block(torch.randn(2, 16, 4, 4)).shape == (2, 16, 4, 4)
 
 
+def test_channels_last_is_a_layout_and_nothing_else():
+    spec, x, t, y = SPECS[1], torch.randn(2, 3, 16, 8), torch.tensor([3, 7]), torch.tensor([0, 1])
+    plain = randomised(make(spec=spec))
+    config = Config(
+        conditional=True, model_type="unet", model_params=SMALL["unet"], channels_last=True
+    )
+    model = build_model(config, spec).eval()
+    model.load_state_dict(plain.state_dict())
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[2:] == (3, 3)]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+
+
 @pytest.mark.parametrize("size", [(4, 4), (1, 3)])
 def test_upsampling_is_repetition_and_a_convolution(size):
     """The short cut, its gradients too, against the two steps that it stands for."""

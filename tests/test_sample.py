@@ -128,6 +128,14 @@ def test_run_directory_means_its_best_checkpoint(trained):
     assert not run.model.training
 
 
+def test_compile_is_the_networks(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.models, "compile_model", lambda model, how: asked.append(how))
+    for option in ([], ["--compile", "blocks"]):
+        draw(trained, "--num_samples", 1, *option)
+    assert asked == [None, "blocks"]
+
+
 def test_overrides_reach_sampling_but_not_the_shape_of_the_model(trained):
     run = sample.load_run(trained, CPU, overrides=["num_inference_steps=5", "threshold=none"])
     assert sampling_from(run.config).num_inference_steps == 5

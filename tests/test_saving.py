@@ -2,7 +2,8 @@
 
 import math
 import resource
-from contextlib import contextmanager, nullcontext
+import threading
+from contextlib import closing, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from utils import saving
 from utils.checkpoint import BEST, CURRENT, load_checkpoint
 from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, UserError
-from utils.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver
+from utils.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver, snapshot
 
 ALONE = Runtime(torch.device("cpu"))
 
@@ -28,7 +29,8 @@ def state_at(step):
 
 
 def save(saver, step, epoch=None, is_best=False):
-    return saver.save(state_at(step), epoch=epoch, is_best=is_best)
+    saver.start(state_at(step), epoch=epoch, is_best=is_best)
+    return saver.settle()
 
 
 def step_in(path):
@@ -103,6 +105,7 @@ def test_all_ranks_hear_of_a_failure(tmp_path, monkeypatch):
 
     savers = [Saver(tmp_path, 2, Rank(rank)) for rank in (0, 1)]
     assert [save(saver, 1) for saver in savers] == [True, True]
+    assert [saver.settle() for saver in savers] == [None, None]
     monkeypatch.setattr(saving.files, "save_checkpoint", refuse)
     for step in (2, 3):
         assert [save(saver, step) for saver in savers] == [False, False]
@@ -110,6 +113,64 @@ def test_all_ranks_hear_of_a_failure(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"in a row .*unexpected pos 64 vs 0"):
             save(saver, 4)
         assert saver.last_step == 1
+
+
+@contextmanager
+def slow_disk(monkeypatch):
+    """Nothing arrives before the body sets the event."""
+    arrive, honest = threading.Event(), saving.files.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            saving.files, "save_checkpoint", lambda *args: arrive.wait(30) and honest(*args)
+        )
+        yield arrive
+
+
+def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
+    """Training goes on in place while the disk is at work."""
+    told = []
+    saver = Saver(tmp_path, 2, ALONE, on_written=told.append)
+    state = state_at(1)
+    with closing(saver), slow_disk(monkeypatch) as arrive:
+        saver.start(state, epoch=None, is_best=False)
+        state["model_state_dict"]["weight"].fill_(-1)
+        state["config"]["late"] = True
+        assert saver.last_step is None
+        assert not told
+        arrive.set()
+        assert saver.settle()
+    written = load_checkpoint(tmp_path / CURRENT)
+    assert (written["model_state_dict"]["weight"] == 1).all()
+    assert written["config"] == {}
+    assert [state["step"] for state in told] == [1]
+
+
+def test_closing_waits_for_the_disk_and_tells_of_a_failure(tmp_path, monkeypatch, caplog):
+    for is_full in (False, True):
+        saver = Saver(tmp_path, 2, ALONE)
+        with almost_full_disk() if is_full else nullcontext():
+            saver.start(state_at(2 if is_full else 1), epoch=None, is_best=False)
+            saver.close()
+        assert step_in(tmp_path / CURRENT) == 1
+        assert ("no checkpoint at step 2" in caplog.text) == is_full
+
+
+def test_a_snapshot_has_the_values_types_and_attributes_of_what_it_copies():
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "names": ("a", 1)}
+    copied = snapshot(state)
+    assert type(copied["model"]) is type(state["model"])
+    assert copied["model"]._metadata == state["model"]._metadata
+    assert copied["names"] == ("a", 1)
+    assert copied["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    moments = copied["optimizer"]["state"][0]
+    for name, tensor in optimizer.state_dict()["state"][0].items():
+        assert torch.equal(moments[name], tensor)
+        assert moments[name].data_ptr() != tensor.data_ptr()
+    assert not any(tensor.requires_grad for tensor in copied["model"].values())
 
 
 def test_what_is_best():

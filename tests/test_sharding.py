@@ -382,6 +382,11 @@ def test_one_process_shards_nothing(tiny, capsys):
     assert logged("plain") == logged("fsdp")
 
 
+def test_channels_last_needs_ddp(tiny):
+    with pytest.raises(ConfigError, match="channels_last=True works with strategy='ddp' only"):
+        run(tiny, "a", "strategy=fsdp", "channels_last=true")
+
+
 def test_fp16_needs_ddp(tiny):
     with pytest.raises(ConfigError, match="precision='fp16' works with strategy='ddp' only"):
         run(tiny, "a", "strategy=fsdp", "precision=fp16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 import sys
 import threading
 import time
@@ -142,6 +143,23 @@ def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
     assert len(warnings()) == 2
     assert "the run goes on" in warnings()[0]
     assert "dropped" in warnings()[1]
+
+
+def test_metrics_jsonl_goes_on_when_a_full_disk_has_room_again(tmp_path, warnings):
+    """However long it was full; a row that fits in half leaves nothing behind."""
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    path = tmp_path / "run" / "metrics.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 10):
+        room = path.stat().st_size + 10 if 3 <= step < 8 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            group.log_scalars({"train/loss": 0.5}, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_in(path) == [1, 2, 8, 9]
+    (warning,) = warnings()
+    assert warning.startswith("metrics.jsonl failed: OSError: [Errno 28] No space left")
 
 
 def test_now_and_then_a_failure_warns_once_and_drops_nothing(warnings):

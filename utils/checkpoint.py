@@ -15,6 +15,7 @@ from utils.errors import CheckpointError
 
 FORMAT_VERSION = 1
 BEST, CURRENT = "best_model.pth", "current_model.pth"
+FOLDER_ATTRIBUTE = 0x10  # of MS-DOS; no checksum covers it
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
 KEY_TYPES = {
     "format_version": int,
@@ -87,9 +88,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() or _false_folder(archive)
         if damaged is not None:
-            raise CheckpointError(f"{path}: damaged (checksum of {damaged} is wrong)")
+            raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -108,6 +109,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "this version reads; update the project"
         )
     return state
+
+
+def _false_folder(archive: zipfile.ZipFile) -> str | None:
+    """A member marked as a folder: torch would read nothing of it, and leave its tensor as the
+    memory was."""
+    marked = (i.filename for i in archive.infolist() if i.external_attr & FOLDER_ATTRIBUTE)
+    return next(marked, None)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -48,6 +48,7 @@ def add_sampling_options(
     scales = "0 unconditional, 1 conditional, above 1 guided" + several % "1,1.5,2"
     add("--cfg_scale", type=scale, help=scales)
     add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
+    add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

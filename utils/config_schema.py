@@ -49,7 +49,7 @@ def _sequence(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
-PositiveInt = Annotated[Int, Field(ge=1)]
+PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
@@ -70,7 +70,8 @@ def _compile(value: Any) -> Any:
     return {True: "model", False: None}[value] if isinstance(value, bool) else value
 
 
-ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_image_size)]
+Side = Annotated[Int, Field(ge=1, le=2**14)]
+ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
 
 
 class Config(BaseModel):
@@ -142,7 +143,9 @@ class Config(BaseModel):
     )
 
     # --- diffusion
-    num_timesteps: Annotated[Int, Field(ge=2)] = Field(1000, description="T of training")
+    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = Field(
+        1000, description="T of training"
+    )
     beta_start: Annotated[Float, Field(gt=0, lt=1)] = Field(1e-4, description="first beta")
     beta_end: Annotated[Float, Field(gt=0, lt=1)] = Field(0.02, description="last beta")
     beta_schedule: str = Field("linear", description="linear, cosine or quadratic")
@@ -199,16 +202,21 @@ class Config(BaseModel):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="where loss or gradient is not finite: end the run, or skip the step"
     )
-    max_nonfinite_steps: PositiveInt = Field(
+    max_nonfinite_steps: Annotated[Int, Field(ge=1, le=10_000)] = Field(
         10, description="`on_nonfinite=skip`: so many in a run, then it ends"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on GPUs that have it, else fp32"
+        "auto",
+        description="auto: bf16 on GPUs that have it, else fp32, whose matrix products and "
+        "convolutions are TF32 on NVIDIA GPUs",
     )
     compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = Field(
         None,
         description="torch.compile the backbone: `model` as one, or each of its `blocks`, which "
         "compiles sooner; True means `model`",
+    )
+    channels_last: bool = Field(
+        False, description="lay out images and convolutions as (B, H, W, C) in memory"
     )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",

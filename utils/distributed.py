@@ -7,6 +7,8 @@ import importlib
 import inspect
 import logging
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,12 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import Config, Problem
 from utils.errors import ConfigError
+from utils.precision import allow_tf32
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
+POLL_SECONDS = 0.01
 PATIENCE_HOURS = 12  # longest download, longest work of one process alone
 
 log = logging.getLogger("diffusion")
@@ -206,6 +211,10 @@ def check_processes(config: Config) -> Iterator[Problem]:
             ("precision", "strategy"),
             "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32",
         )
+    if config.strategy == "fsdp" and config.channels_last:
+        yield Problem(
+            ("channels_last", "strategy"), "channels_last=True works with strategy='ddp' only"
+        )
 
 
 @contextlib.contextmanager
@@ -229,6 +238,7 @@ def distributed_runtime(
     chosen = choose_device(device, index)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        allow_tf32()
     runtime = Runtime(chosen, rank, world_size(), local_rank)
     if runtime.world_size == 1:
         yield runtime
@@ -242,12 +252,49 @@ def distributed_runtime(
         os.environ.setdefault("MASTER_PORT", str(port))
     # gloo carries CPU tensors (flags, objects, gathered images) beside nccl for the gradients.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, *_ = next(rendezvous("env://", rank, runtime.world_size, timeout=timeout))
+    name = agree_on_name(store, rank, runtime.world_size, timeout)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=runtime.world_size,
+        timeout=timeout,
+    )
     try:
         yield runtime
         runtime.barrier()  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that the processes of this start share, and none before them.
+
+    Processes that torchrun restarts find in its store what dead ones have left there. Whoever reads
+    an address of those waits for an answer until the time-out. So rank 0 invents a name and tells
+    it to each rank in reply to a word that this rank has just invented, until all have heard it.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank > 0:
+        store.set(f"word/{rank}", word)
+        name = store.get(f"name/{word}").decode()  # waits for it
+        store.set(f"heard/{name}/{rank}", "yes")
+        return name
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"word/{other}"]):
+                store.set(f"name/{store.get(f'word/{other}').decode()}", word)
+        missing = {other for other in missing if not store.check([f"heard/{word}/{other}"])}
+        if time.monotonic() > end:
+            raise TimeoutError(f"after {timeout} rank(s) {sorted(missing)} have not come")
+        time.sleep(POLL_SECONDS)
+    return word
 
 
 def wrap_for_training(

@@ -46,9 +46,16 @@ def setup_logging(*, is_main: bool) -> logging.Logger:
     return logger
 
 
+class _FileHandler(logging.FileHandler):
+    """A full disk costs lines, not a traceback for each; the console has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
+
+
 def log_to_file(path: Path) -> None:
     """Append all that was said since `setup_logging`, and will be, to `path`, with UTC times."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _FileHandler(path, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)

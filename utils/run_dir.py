@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -153,18 +154,21 @@ class Status:
         self._path = path
         self._facts: dict[str, Any] = facts
         self._has_warned = False
+        self._lock = threading.Lock()  # checkpoints are written, and told of, in another thread
 
     def update(self, **facts: Any) -> None:
-        self._facts |= facts
-        if self._path is None:
-            return
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        try:
-            _replace_text(self._path, json.dumps(self._facts | {"updated": now}, indent=2) + "\n")
-        except OSError as error:
-            if not self._has_warned:
-                log.warning("%s is not written: %s", self._path, error.strerror)
-            self._has_warned = True
+        with self._lock:
+            self._facts |= facts
+            if self._path is None:
+                return
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            text = json.dumps(self._facts | {"updated": now}, indent=2) + "\n"
+            try:
+                _replace_text(self._path, text)
+            except OSError as error:
+                if not self._has_warned:
+                    log.warning("%s is not written: %s", self._path, error.strerror)
+                self._has_warned = True
 
     @contextlib.contextmanager
     def of_run(self) -> Iterator[None]:

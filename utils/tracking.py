@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -57,8 +58,12 @@ class JsonlTracker:
         os.replace(temporary, path)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        row = (json.dumps({"step": step, **scalars}) + "\n").encode()
+        with open(self._path, "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(row) < len(row):  # the rest of a full disk
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def log_image(self, name: str, image: Tensor, step: int) -> None:
         """Pictures are files already."""
@@ -108,14 +113,18 @@ class SwanlabTracker:
 
 
 class Lane:
-    """One tracker, and what happens when it raises: a warning once, after three in a row the end.
+    """One tracker, and what happens when it raises: a warning once, after too many in a row the
+    end.
 
     Args:
         make: starts the tracker; one that cannot start is a warning.
+        max_failures: in a row; None never gives up.
     """
 
-    def __init__(self, make: Callable[[], Tracker], name: str) -> None:
-        self.name = name
+    def __init__(
+        self, make: Callable[[], Tracker], name: str, max_failures: int | None = MAX_FAILURES
+    ) -> None:
+        self.name, self.max_failures = name, max_failures
         self.tracker: Tracker | None = None
         self._num_failed, self._has_warned = 0, False
         self._start(make)
@@ -148,8 +157,8 @@ class Lane:
             if not self._has_warned:
                 log.warning("%s failed: %s; the run goes on", self.name, _first_line(error))
             self._has_warned = True
-            if self._num_failed >= MAX_FAILURES:
-                log.warning("%s failed %d times in a row: dropped", self.name, MAX_FAILURES)
+            if self._num_failed == self.max_failures:
+                log.warning("%s failed %d times in a row: dropped", self.name, self._num_failed)
                 self.tracker = None
 
 
@@ -232,7 +241,8 @@ def start_trackers(
     if not is_main:
         return group
     path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
-    group.add(Lane(lambda: JsonlTracker(path, start_step), path.name))
+    # a disk that is full now may have room later
+    group.add(Lane(lambda: JsonlTracker(path, start_step), path.name, max_failures=None))
     if config.use_swanlab:
         group.add(BackgroundLane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
     return group

@@ -79,11 +79,17 @@ class Trainer:
         self.tracker, self.config, self.actions = tracker, config, actions
         self.extra_state, self.evaluate = extra_state, evaluate
         self.status, self.guard, self.best = status, guard, best
-        self.saver = Saver(config.run_dir, config.keep_last, runtime)
+        self.saver = Saver(
+            config.run_dir,
+            config.keep_last,
+            runtime,
+            lambda state: status.update(step=state["step"], epoch=state["epoch"]),
+        )
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step = 0
         self.best_loss = math.inf
+        self._best_before: tuple[float | None, float] = None, math.inf  # the last save
         self._loss = LossStats(runtime.device)
         self._grad_norm = torch.zeros((), device=runtime.device)
 
@@ -96,7 +102,7 @@ class Trainer:
         self.network.train()
         batches = self.batches(self.step)
         progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main)
-        with StopSignal() as stop, contextlib.closing(progress):
+        with StopSignal() as stop, contextlib.closing(progress), contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
                 if self.runtime.any(stop.name is not None):
                     return self._stop_early(stop.name)
@@ -107,7 +113,8 @@ class Trainer:
                     self._log(progress)
                 with progress.pause():
                     self._end_of_step()
-            if self.saver.last_step != self.step and not self.save():
+            self._settle()
+            if self.saver.last_step != self.step and not self._save_now():
                 raise UserError(
                     f"trained to step {self.step}, but it could not be saved; last checkpoint: "
                     f"{self.saver.describe_last()}"
@@ -215,33 +222,41 @@ class Trainer:
     def _stop_early(self, signal_name: str | None) -> int:
         why = signal_name or "another process's signal"
         log.info("%s: stopping at step %d: saving", why, self.step)
-        if not self.save():
+        if not self._save_now():
             return EXIT_FAILURE
         self.status.update(signal=signal_name)
         log.info("saved; go on with resume_path=auto")
         return EXIT_PREEMPTED
 
-    def save(self, epoch: int | None = None, *, score: float | None = None) -> bool:
-        """Write a checkpoint, see `Saver.save`; returns whether it is on disk.
+    def save(self, epoch: int | None = None, *, score: float | None = None) -> None:
+        """Begin to write a checkpoint, see `Saver`.
 
         Args:
             score: of this model, where a metric chooses the best one; else the loss does.
         """
+        self._settle()
         self.guard.read(self.saver.describe_last())
         self._loss.share(self.runtime)
         smoothed, _ = self._loss.read(self.runtime)
         if self.best.metric == LOSS:
             score = smoothed
-        before = self.best.value, self.best_loss
+        self._best_before = self.best.value, self.best_loss
         is_best = self.best.is_beaten_by(score)
         if is_best:
             self.best.value = score
         self.best_loss = min(smoothed, self.best_loss)
-        if not self.saver.save(self.state_dict(), epoch=epoch, is_best=is_best):
-            self.best.value, self.best_loss = before
+        self.saver.start(self.state_dict(), epoch=epoch, is_best=is_best)
+
+    def _settle(self) -> bool:
+        """Wait for the checkpoint that was begun; returns False if it is not on disk."""
+        if self.saver.settle() is False:
+            self.best.value, self.best_loss = self._best_before
             return False
-        self.status.update(step=self.step, epoch=self.schedule.epochs_done(self.step))
         return True
+
+    def _save_now(self) -> bool:
+        self.save()
+        return self._settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; data order and noise follow from `step`. A collective."""
