@@ -10,7 +10,7 @@ optimizer   fused AdamW beside foreach and the loop; clipping the gradient norm
 data        resident images beside Pillow and a DataLoader; what they cost of a training step
 attention   scaled_dot_product_attention beside its definition
 precision   bf16 autocast beside fp32
-checkpoint  what a training waits for, beside torch.save alone; wall clock
+checkpoint  what a training waits for, beside a blocking torch.save; wall clock
 memory      malloc that keeps what is freed beside its defaults; CPU and glibc only, and every turn
             a process of its own, so fewer rounds
 
@@ -49,6 +49,7 @@ from benchmarks.peers import (
     make_network,
     make_trainer,
     place,
+    repeated,
     training_step,
 )
 from benchmarks.timing import (
@@ -66,13 +67,16 @@ from benchmarks.timing import (
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
 from train import make_examples
+from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime
 from utils.ema import EMA
+from utils.trainer import Trainer
 
 WIDTHS = {OUR_UNET: 32, OUR_DIT: 128, "our DiM": 128}  # 0.84, 0.81 and 0.59 GFLOP
 DATA_BATCH_SIZE = 128
 ATTENTION_SHAPE = (16, 4, 256, 64)  # batch, heads, tokens, channels of a head
 EMA_DECAY = 0.9999
+STEPS_PER_SAVE = 4
 CHILD_STEPS, CHILD_SHARE = 8, 3  # training steps of a turn of its own; its share of the rounds
 # Never give memory back, and take blocks of up to 1 GiB from what was kept.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
@@ -268,21 +272,42 @@ def precision(setting: Setting, folder: Path) -> Section:
 
 
 def checkpoint(setting: Setting, folder: Path) -> Section:
+    """Some steps of training, with a checkpoint at their beginning."""
     section = Section({}, [], [])
     images = make_images(setting.device)
     for network in make_networks(setting, OUR_UNET, OUR_DIT):
         trainer = make_trainer(network, setting, images, folder, ema=True)
-        training_step(network.model, setting)()
+        step, name = training_step(network.model, setting), network.name
+        step()
         trainer.optimizer.step()
-        path, name = folder / f"{network.name}.pth", network.name
-        section.tasks[f"save {name}"] = trainer.save
-        section.tasks[f"torch.save {name}"] = functools.partial(plain_save, trainer, path)
-        section.pairs.append((f"saving, {name}, torch.save", f"save {name}", f"torch.save {name}"))
+        path = folder / f"{name}.pth"
+        steps = repeated(step, STEPS_PER_SAVE)
+        section.tasks |= {
+            f"steps {name}": steps,
+            f"save {name}": functools.partial(save_and_train, trainer.save, steps),
+            f"torch.save {name}": functools.partial(
+                save_and_train, functools.partial(plain_save, trainer, path), steps
+            ),
+        }
+        section.pairs += [
+            (
+                f"{STEPS_PER_SAVE} steps and a checkpoint, {name}, torch.save",
+                f"save {name}",
+                f"torch.save {name}",
+            ),
+            (f"the same, no checkpoint, {name}", f"save {name}", f"steps {name}"),
+        ]
     return section
 
 
-def plain_save(trainer, path: Path) -> None:
-    torch.save(trainer.state_dict(), path)
+def save_and_train(save: Task, steps: Task) -> None:
+    save()
+    steps()
+
+
+def plain_save(trainer: Trainer, path: Path) -> None:
+    """Atomic and flushed, as ours, but all at once."""
+    save_checkpoint(path, trainer.state_dict())
 
 
 # --- memory

@@ -143,9 +143,7 @@ class Config(BaseModel):
     )
 
     # --- diffusion
-    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = Field(
-        1000, description="T of training"
-    )
+    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = Field(1000, description="T of training")
     beta_start: Annotated[Float, Field(gt=0, lt=1)] = Field(1e-4, description="first beta")
     beta_end: Annotated[Float, Field(gt=0, lt=1)] = Field(0.02, description="last beta")
     beta_schedule: str = Field("linear", description="linear, cosine or quadratic")
