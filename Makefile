@@ -25,7 +25,7 @@ demo: .venv/.installed
 	@echo "  training    $(DEMO)/metrics.jsonl, $(DEMO)/samples/"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

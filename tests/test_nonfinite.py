@@ -346,6 +346,8 @@ def start_rank(rank, *arguments, cwd):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_infinite_loss_on_one_rank_stops_all(tiny, tmp_path):
     """Its gradient is finite, so that nothing but the loss itself could tell the other rank."""
     parts = "gradient_accumulation_steps=2"

@@ -116,6 +116,8 @@ def assert_same_file(name: str, reference: str) -> None:
     assert abs(sizes[0] - sizes[1]) < 512  # the words ddp and fsdp, world sizes
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_sharded_processes_train_as_one(tiny, script):
     """Through train.py; then one process goes on from the file, and the other way round."""
     options = [*DIT, "log_interval=1", "save_interval=100"]

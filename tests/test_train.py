@@ -159,7 +159,17 @@ def wait_for_step(process, name, step, folder):
     raise AssertionError(process.communicate()[0])
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+SLOW = (pytest.mark.slow, pytest.mark.ci)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=SLOW),
+        pytest.param(signal.SIGKILL, marks=SLOW),
+    ],
+)
 def test_a_stopped_process_goes_on_exactly(tiny, tmp_path, stop):
     options = ["epochs=8", "save_interval=1", "log_interval=1", "learning_rate=2e-3"]
     process = start_script(
@@ -180,33 +190,39 @@ def test_a_stopped_process_goes_on_exactly(tiny, tmp_path, stop):
     assert logged("parts") == logged("whole")
 
 
-def test_two_processes_train_as_one(tiny, tmp_path, script):
-    """Same losses as one process; kill and resume exact; accumulation 2 on one is the same bits."""
-    options = ["log_interval=1", "max_steps=50", "save_interval=1"]
+def test_two_processes_train_as_one(tiny, script):
+    """Same losses as one process; accumulation 2 on one is the same bits."""
+    options = ["log_interval=1", "max_steps=20", "save_interval=1"]
     whole = script("train.py", "--config", tiny, "experiment_name=ddp", *options, processes=2)
     assert whole.returncode == EXIT_OK, whole.output
     assert run(tiny, "one", *options, "gradient_accumulation_steps=2") == EXIT_OK
     ddp, one = logged("ddp"), logged("one")
-    assert list(ddp) == list(one) == list(range(1, 51))
+    assert list(ddp) == list(one) == list(range(1, 21))
     assert all(ddp[step] == pytest.approx(one[step], rel=1e-4) for step in one)
     weights_ddp, weights_one = (state_of(n)["model_state_dict"] for n in ("ddp", "one"))
     assert all(torch.equal(weights_ddp[name], weights_one[name]) for name in weights_one)
 
-    for stop in (signal.SIGTERM, signal.SIGKILL):
-        name = f"parts_{stop.name}"
-        arguments = ["--config", tiny, f"experiment_name={name}", *options]
-        stopped = start_script("train.py", *arguments, processes=2, cwd=tmp_path)
-        wait_for_step(stopped, name, 30, tmp_path)
-        workers = children_of(stopped.pid) if stop == signal.SIGKILL else []
-        for pid in (stopped.pid, *workers):
-            os.kill(pid, stop)
-        stopped.communicate(timeout=60)
-        assert 0 < state_of(name)["step"] < 50
-        again = script("train.py", *arguments, "resume_path=auto", processes=2)
-        assert again.returncode == EXIT_OK, again.output
-        assert logged(name, "train/grad_norm") == logged("ddp", "train/grad_norm"), again.output
-        parts = state_of(name)["model_state_dict"]
-        assert all(torch.equal(weights_ddp[key], parts[key]) for key in parts)
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_two_stopped_processes_go_on_exactly(tiny, tmp_path, script, stop):
+    arguments = ["--config", tiny, "log_interval=1", "max_steps=50", "save_interval=1"]
+    whole = script("train.py", *arguments, "experiment_name=whole", processes=2)
+    assert whole.returncode == EXIT_OK, whole.output
+    arguments += ["experiment_name=parts", "resume_path=auto"]
+    stopped = start_script("train.py", *arguments, processes=2, cwd=tmp_path)
+    wait_for_step(stopped, "parts", 30, tmp_path)
+    workers = children_of(stopped.pid) if stop == signal.SIGKILL else []
+    for pid in (stopped.pid, *workers):
+        os.kill(pid, stop)
+    stopped.communicate(timeout=60)
+    assert 0 < state_of("parts")["step"] < 50
+    again = script("train.py", *arguments, processes=2)
+    assert again.returncode == EXIT_OK, again.output
+    assert logged("parts", "train/grad_norm") == logged("whole", "train/grad_norm"), again.output
+    weights, parts = (state_of(name)["model_state_dict"] for name in ("whole", "parts"))
+    assert all(torch.equal(weights[name], parts[name]) for name in weights)
 
 
 def children_of(pid):
