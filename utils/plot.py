@@ -196,9 +196,7 @@ def _path(name: str, title: str, points: Sequence[Point], x_axis: Axis, y_axis: 
     return f'<path class="{name}" d="{"".join(parts)}"><title>{safe(title)}</title></path>'
 
 
-def _marks(
-    name: str, color: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis
-) -> list[str]:
+def _marks(name: str, color: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> list[str]:
     """A dot for each point, which tells its values."""
     found = []
     for x, y in points:

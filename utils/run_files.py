@@ -36,7 +36,31 @@ class RunFacts(NamedTuple):
     best_metric: str | None
     loss: float | None  # of the newest row that has one
     size: int  # bytes on disk
-    changed: str | None  # UTC
+    changed: str  # UTC
+
+
+def epoch_text(facts: RunFacts) -> str:
+    return "" if facts.epoch is None else f"{facts.epoch:.1f}"
+
+
+def step_text(facts: RunFacts) -> str:
+    """`450/676`, as far as it is known."""
+    if facts.step is None:
+        return ""
+    return str(facts.step) if facts.total_steps is None else f"{facts.step}/{facts.total_steps}"
+
+
+def size_text(size: int) -> str:
+    """Bytes, for people: `14.3 MiB`."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def time_text(changed: str) -> str:
+    """An ISO time in UTC as local time, to the minute."""
+    return f"{datetime.fromisoformat(changed).astimezone():%Y-%m-%d %H:%M}"
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -67,29 +91,40 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def facts_of(folder: Path, name: str) -> RunFacts:
-    """From status.json and the end of metrics.jsonl."""
+    """From status.json and the end of metrics.jsonl, whichever is further."""
     status = read_json(folder / STATUS)
-    state = status.get("state", "unknown")
+    state = str(status.get("state", "unknown"))
     if state == "running" and not is_trained(folder, status):
         state = "killed"
     rows = [row for row in map(parse_row, _tail(folder / METRICS)) if row is not None]
-    newest = rows[-1] if rows else {}
-    best = status.get("best") if isinstance(status.get("best"), dict) else {}
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    steps, epochs = (
+        _numbers([status.get(key), *(row.get(key) for row in rows[-1:])])
+        for key in ("step", "epoch")
+    )
+    total = _numbers([status.get("total_steps")])
+    best = status["best"] if isinstance(status.get("best"), dict) else {}
+    score = _numbers([best.get("value")])
     times = [path.stat().st_mtime for pattern in WRITTEN for path in folder.glob(pattern)]
     return RunFacts(
         name=name,
         folder=str(folder),
-        status=str(state),
-        epoch=newest.get("epoch", status.get("epoch")),
-        step=int(newest["step"]) if newest else status.get("step"),
-        total_steps=status.get("total_steps"),
-        best=best.get("value"),
-        best_metric=best.get("metric"),
+        status=state,
+        epoch=max(epochs, default=None),
+        step=int(max(steps)) if steps else None,
+        total_steps=int(total[0]) if total else None,
+        best=score[0] if score else None,
+        best_metric=str(best.get("metric")) if score else None,
         loss=losses[-1] if losses else None,
         size=_size(folder),
         changed=datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds"),
     )
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """Those that are finite numbers: the files may be anybody's."""
+    numbers = (x for x in values if isinstance(x, int | float) and not isinstance(x, bool))
+    return [float(x) for x in numbers if math.isfinite(x)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,14 +140,9 @@ def parse_row(line: str) -> dict[str, float] | None:
     """The finite numbers of a line of metrics.jsonl, `step` among them; None if it is torn."""
     try:
         found = json.loads(line)
-        numbers = {
-            key: float(value)
-            for key, value in found.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        numbers = {key: float(value) for key, value in found.items() if _numbers([value])}
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
-    numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
     return numbers if "step" in numbers else None
 
 
