@@ -19,7 +19,8 @@ TITLE_HEIGHT, LEGEND_HEIGHT, PLOT_HEIGHT, BOTTOM_HEIGHT = 26, 18, 160, 38
 WIDE_PLOT_HEIGHT = 260
 LEGEND_COLUMNS, NUM_COLORS = 3, 6
 MAX_INTERVALS = 5  # between the ticks of an axis
-MIN_LOG_RATIO = 10  # values that span less are drawn on a linear axis
+MAX_LOG_TICKS = 8
+MIN_LOG_RATIO = 5  # values that span less are drawn on a linear axis
 MAX_MARKED = 40  # a curve of more points is smoothed, and its points are not marked
 SMOOTHED_SHARE = 0.02  # of the points, to each side
 
@@ -55,16 +56,17 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a logarithmic axis, from `low` > 0 or less to `high` or more.
+    """Round numbers for a logarithmic axis, from `low` > 0 or less to `high` > `low` or more.
 
     1, 2 and 5 times the powers of ten where these are few, else powers of ten.
     """
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    if last - first <= 2:
-        fine = [float(f"{m}e{k}") for k in range(first, last + 1) for m in (1, 2, 5)]
-        start = max((i for i, x in enumerate(fine) if x <= low * (1 + 1e-9)), default=0)
-        stop = next(i for i, x in enumerate(fine) if x >= high * (1 - 1e-9))
-        return fine[start : max(stop, start + 1) + 1]
+    fine = [float(f"{m}e{k}") for k in range(first, last + 1) for m in (1, 2, 5)]
+    below = [x for x in fine if x <= low * (1 + 1e-9)]
+    above = [x for x in fine if x >= high * (1 - 1e-9)]
+    found = [below[-1], *(x for x in fine if below[-1] < x < above[0]), above[0]]
+    if len(found) <= MAX_LOG_TICKS:
+        return found
     step = math.ceil((last - first) / MAX_INTERVALS)
     return [float(f"1e{k}") for k in range(first, last + step, step)]
 
@@ -108,8 +110,8 @@ def curve_chart(
     A curve of many points is drawn twice: faintly as it is, boldly as a moving average.
 
     Args:
-        curves: points by ascending x; a y that is not finite is a gap. A curve without points keeps
-            its colour for the chart where it has some.
+        curves: points by ascending x from 0 on; a y that is not finite is a gap. A curve without
+            points keeps its colour for the chart where it has some.
         log: a logarithmic axis, if all values are positive and far enough apart.
     """
     finite = [(x, y) for points in curves.values() for x, y in points if math.isfinite(y)]
@@ -119,9 +121,10 @@ def curve_chart(
     log = log and min(ys) > 0 and max(ys) / min(ys) >= MIN_LOG_RATIO
     top, right = TITLE_HEIGHT + 10, (WIDE if wide else WIDTH) - RIGHT_MARGIN
     bottom = top + (WIDE_PLOT_HEIGHT if wide else PLOT_HEIGHT)
-    x_ticks = ticks(min(xs), max(xs))
+    stop = max(xs) or 1.0
+    x_ticks = [x for x in ticks(0.0, stop) if x <= stop]
     y_ticks = log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
-    x_axis = Axis(x_ticks[0], x_ticks[-1], LEFT, right)
+    x_axis = Axis(0.0, stop, LEFT, right)
     y_axis = Axis(y_ticks[0], y_ticks[-1], bottom, top, log)
     parts = _frame(title, x_label, (x_axis, x_ticks), (y_axis, y_ticks))
     if log:
