@@ -138,6 +138,17 @@ def test_a_resumed_run_logs_the_same_quartiles(tiny):
     assert whole == halves
 
 
+def test_two_processes_log_the_quartiles_of_one(tiny, script):
+    common = ["--config", tiny, "max_steps=5", "model_params.dropout=0"]
+    run(tiny, "one", *common[2:])
+    done = script("train.py", *common, "experiment_name=two", processes=2)
+    assert done.returncode == EXIT_OK, done.output
+    one, two = (rows_of(Path("checkpoints") / name) for name in ("one", "two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 5]
+    for key in ("train/loss", *(f"train/loss_q{k}" for k in (1, 2, 3, 4))):
+        assert [row[key] for row in one] == pytest.approx([row[key] for row in two], rel=1e-4)
+
+
 def test_memory_is_the_resident_set():
     before = memory_mib(torch.device("cpu"))
     block = torch.ones(64 * 2**20, dtype=torch.uint8)

@@ -163,8 +163,8 @@ def read_series(path: Path) -> tuple[Series, int]:
         step = row.pop("step")
         if step < last:
             for column in (steps, *columns.values()):
-                for later in [at for at in column if at > step]:
-                    del column[later]
+                while column and next(reversed(column)) > step:
+                    column.popitem()
         last = step
         if any(map(_is_training, row)):
             steps[step] = None

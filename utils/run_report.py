@@ -219,4 +219,5 @@ background:currentcolor;vertical-align:-.05rem}h3{font-size:1rem;margin:1rem 0 .
 .strip{display:flex;gap:1rem;overflow-x:auto;padding-bottom:.6rem}.strip figure{flex:none;margin:0}
 .strip img{display:block;width:auto;max-width:none;max-height:22rem;image-rendering:auto}
 .settings td,.settings th{padding-right:2rem;overflow-wrap:anywhere}
+.settings code{white-space:nowrap}
 """
