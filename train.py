@@ -24,7 +24,7 @@ import models
 from datasets.loader import batches, global_indices, make_resident
 from datasets.real import real_sets
 from diffusion.generation import Run, generate, sampling_from
-from diffusion.objective import Example, training_examples
+from diffusion.objective import Example, timestep_quartiles, training_examples
 from diffusion.sweep import settings_of
 from metrics import METRICS, check_metric_names
 from metrics.evaluation import Evaluation
@@ -61,7 +61,7 @@ from utils.run_info import fixed_state, log_end, log_start
 from utils.saving import LOSS, BestScore
 from utils.schedule import Action
 from utils.sharding import full_model
-from utils.tracking import TrackerGroup, start_trackers
+from utils.tracking import TrackerGroup, check_trackers, start_trackers
 from utils.trainer import Trainer
 
 PREVIEW_BATCH_SIZE = 64
@@ -78,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
-    config = load_config(args.config, args.overrides, checks=(*CONFIG_CHECKS, check_processes))
+    checks = (*CONFIG_CHECKS, check_processes, check_trackers)
+    config = load_config(args.config, args.overrides, checks=checks)
     if args.print_config:
         print(format_config(config))
         return EXIT_OK
@@ -200,6 +201,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
                     partial(preview, run, runtime, tracker),
                 )
             ],
+            buckets=timestep_quartiles(config.num_timesteps),
         )
         if resume is not None:
             trainer.load_state_dict(resume.state)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.labels import NULL_LABEL
+from utils.progress import Buckets
 from utils.rng import Stream, torch_generator
 
 
@@ -20,6 +21,12 @@ class Example(NamedTuple):
     y: Tensor | None
     t: Tensor
     noise: Tensor
+
+
+def timestep_quartiles(num_timesteps: int) -> Buckets:
+    """Examples by the quarter of [0, num_timesteps) that t lies in; q1 has the least noise."""
+    names = tuple(f"train/loss_q{k}" for k in (1, 2, 3, 4))
+    return Buckets(names, lambda example: example.t * len(names) // num_timesteps)
 
 
 def training_examples(

@@ -20,9 +20,10 @@ from torch import Tensor
 from metrics import METRICS, fid
 from metrics.class_accuracy import ClassScorer
 from metrics.gallery import Gallery
-from metrics.html import Picture, render_html
+from metrics.html import render_html
 from metrics.memorization import MemorizationScorer
 from metrics.scoring import Entry, Scorer
+from utils.html import Picture
 from utils.images import grid_rows, make_grid, to_array
 from utils.real_images import RealSets
 

@@ -14,10 +14,11 @@ import pytest
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "evaluate")
+SCRIPTS = ("train", "sample", "evaluate", "runs")
 SIBLINGS = ("datasets", "models", "diffusion", "metrics")
 OURS = (*SCRIPTS, *SIBLINGS, "utils", "benchmarks", "tests")
-OPTIONAL = ("swanlab", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d", "diffusers")
+OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")
+OPTIONAL += ("diffusers",)
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
 MAY_LEAVE_THE_DEVICE = ("diffusion/generation.py",)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import evaluate
+import runs
 import sample
 import train
 from datasets import DATASETS
@@ -28,7 +29,10 @@ SCRIPTS: dict[str, ModuleType] = {
     "train.py": train,
     "sample.py": sample,
     "evaluate.py": evaluate,
+    "runs.py": runs,
 }
+PARSERS = {name: [script.make_parser()] for name, script in SCRIPTS.items()}
+PARSERS["runs.py"].append(runs.make_parser(runs.REPORT))
 CONFIG_FILES = sorted(p.name for p in (ROOT / "configs").iterdir() if p.is_file())
 # What the reader writes or training makes, and what may be added after the pages that link it.
 EXAMPLE_CONFIGS = ("configs/flowers.py",)
@@ -82,6 +86,9 @@ def test_there_is_something_to_check() -> None:
 
 @pytest.mark.parametrize(("page", "script", "arguments"), COMMANDS)
 def test_commands_are_accepted(page: str, script: str, arguments: list[str]) -> None:
+    if script == "runs.py":
+        runs.parse(arguments)
+        return
     args = parse_args(SCRIPTS[script].make_parser(), arguments)  # SystemExit if it is not
     if script == "train.py":
         known = args.config not in EXAMPLE_CONFIGS
@@ -115,8 +122,9 @@ def test_keys_in_the_text_exist(page: Path) -> None:
 def test_options_in_the_text_exist(page: Path) -> None:
     ours = {
         option
-        for script in SCRIPTS.values()
-        for action in script.make_parser()._actions
+        for parsers in PARSERS.values()
+        for parser in parsers
+        for action in parser._actions
         for option in action.option_strings
     }
     theirs = {"--nproc_per_node", "--standalone", "--max-restarts", "--rdzv_endpoint"}
@@ -142,7 +150,7 @@ def test_all_options_are_in_the_reference(script: str) -> None:
     if script != "train.py":
         specific = specific.partition(f"\n`{script}`:\n")[2]
     specific = specific.partition("\n`")[0]
-    for action in SCRIPTS[script].make_parser()._actions:
+    for action in (action for parser in PARSERS[script] for action in parser._actions):
         for option in action.option_strings:
             if option != "-h":
                 wanted = re.compile(rf"`{option}[ `]")

@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from metrics import charts
-from metrics.html import MAX_BYTES, SCHEMA, Picture, render_html
+from metrics.html import MAX_BYTES, SCHEMA, render_html
 from metrics.report import build_report
 from metrics.scoring import entry
+from utils import plot
+from utils.html import Picture
 
 EVIL = '<b>"x"&</b>'
 VOID = {"meta", "img", "br"}
@@ -347,23 +349,23 @@ def test_pictures_keep_their_pixels():
     ],
 )
 def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected, rel=1e-9, abs=1e-20)
+    assert plot.ticks(low, high) == pytest.approx(expected, rel=1e-9, abs=1e-20)
 
 
 @pytest.mark.parametrize("exponent", range(-12, 13))
 def test_ticks_are_few_at_any_size(exponent):
     rng = np.random.default_rng(exponent + 12)
     for low, high in np.sort(rng.normal(size=(50, 2)) * 10.0**exponent, axis=1).tolist():
-        found = charts.ticks(low, high)
+        found = plot.ticks(low, high)
         step = found[1] - found[0]
         assert found[0] <= low + 1e-6 * step
         assert found[-1] >= high - 1e-6 * step
-        assert 3 <= len(found) <= charts.MAX_INTERVALS + 2
+        assert 3 <= len(found) <= plot.MAX_INTERVALS + 2
         assert math.isclose(found[-1] - found[0], step * (len(found) - 1), rel_tol=1e-6)
 
 
 def test_chart_puts_known_values_at_known_places():
-    text = charts.line_chart(
+    text = plot.line_chart(
         "acc", "cfg_scale", {"10": [(4, 0.5), (0, 0.0), (2, 1.0)], EVIL: [(0, 1)]}
     )
     Page(text)

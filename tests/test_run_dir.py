@@ -294,6 +294,7 @@ def test_status_of_a_run_that_ends_by_itself(tiny):
         "total_steps": 3,
         "step": 3,
         "epoch": 0,
+        "best": state_of("a")["best"],
     }
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -14,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import ROOT
+from tests.test_train import assert_same_training, run, state_of
 from utils import tracking
 from utils.config import Config
+from utils.errors import EXIT_OK, ConfigError
 from utils.tracking import (
     BackgroundLane,
     JsonlTracker,
@@ -375,3 +379,95 @@ def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):
     assert len(list(folder.rglob("*.png"))) == 2
     assert steps_in(tmp_path / "run" / "metrics.jsonl") == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) in (["home", "run"], ["run"])
+
+
+# --- TensorBoard
+
+
+def events_in(folder: Path) -> dict[int, dict[str, float]]:
+    """Step -> name -> value, as TensorBoard shows them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    found: dict[int, dict[str, float]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            row = found.setdefault(event.step, {})
+            assert name not in row, "a step stands there twice"
+            row[name] = event.value
+    for name in events.Tags()["images"]:
+        for event in events.Images(name):
+            found.setdefault(event.step, {})[f"{name} {event.width}x{event.height}"] = 1.0
+    return found
+
+
+def rows_in(path: Path) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        found.setdefault(row.pop("step"), {}).update(row)
+    return found
+
+
+def test_tensorboard_has_what_metrics_jsonl_has_also_after_a_resume(tmp_path, warnings):
+    config = config_in(tmp_path, use_tensorboard=True)
+    for start, steps in ((0, range(1, 8)), (4, range(5, 10))):  # killed after 7, went on from 4
+        group = start_trackers(config, is_main=True, start_step=start, run_id=None)
+        for step in steps:
+            group.log_scalars(
+                {"train/loss": 1 / step + start, "epoch": step, "nan": math.nan}, step
+            )
+            if step == 6:
+                group.log_image("samples", torch.zeros(1, 8, 10, dtype=torch.uint8), step)
+                group.log_image("colour", torch.zeros(3, 8, 10, dtype=torch.uint8), step)
+        group.finish()
+    assert warnings() == []
+    found = events_in(tmp_path / "run" / "tensorboard")
+    assert found[6].pop("samples 10x8") == found[6].pop("colour 10x8") == 1.0
+    wanted = rows_in(tmp_path / "run" / "metrics.jsonl")
+    assert list(found) == list(wanted) == list(range(1, 10))
+    assert found == {step: pytest.approx(row, rel=1e-6) for step, row in wanted.items()}
+
+
+def test_a_real_run_in_tensorboard_and_the_same_weights(tiny):
+    options = ["log_interval=2", "sample_start_epoch=1", "sample_interval=1", "num_samples=4"]
+    run(tiny, "without", "max_steps=26", "log_interval=2")
+    options.append("use_tensorboard=true")
+    assert run(tiny, "with", "max_steps=25", *options) == EXIT_OK
+    assert run(tiny, "with", "max_steps=26", "resume_path=auto", *options) == EXIT_OK
+    assert_same_training(state_of("without"), state_of("with"))
+    folder = Path("checkpoints/with")
+    found, wanted = events_in(folder / "tensorboard"), rows_in(folder / "metrics.jsonl")
+    pictures = [key for row in found.values() for key in row if key.startswith("samples")]
+    assert len(pictures) == 1
+    for row in found.values():
+        row.pop(pictures[0], None)
+    found = {step: row for step, row in found.items() if row}
+    assert found == {step: pytest.approx(row, rel=1e-6) for step, row in wanted.items()}
+
+
+def test_missing_tensorboard_is_one_line_before_anything_is_written(tiny, monkeypatch):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        run(tiny, "a", "use_tensorboard=true")
+    assert "pip install tensorboard" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("checkpoints").exists()
+    assert run(tiny, "a", "max_steps=1") == EXIT_OK
+
+
+def test_tensorboard_is_loaded_by_those_who_ask_for_it(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from utils.config import Config
+from utils.tracking import start_trackers
+from pathlib import Path
+Path("run").mkdir()
+config = Config(save_dir=".", experiment_name="run")
+start_trackers(config, is_main=True, start_step=0, run_id=None).finish()
+print("tensorboard" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr

@@ -1,4 +1,4 @@
-"""What the command lines of the three scripts share."""
+"""What the command lines of the scripts share."""
 
 from __future__ import annotations
 
@@ -54,15 +54,20 @@ def add_sampling_options(
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    normal = []
+    args = parser.parse_intermixed_args(with_underscores(argv))
+    args.overrides = [*args.set_values, *args.overrides]
+    return args
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """`--dry-run` -> `--dry_run`."""
+    found = []
     for token in argv:
         if token.startswith("--"):
             name, equals, value = token.partition("=")
             token = "--" + name[2:].replace("-", "_") + equals + value
-        normal.append(token)
-    args = parser.parse_intermixed_args(normal)
-    args.overrides = [*args.set_values, *args.overrides]
-    return args
+        found.append(token)
+    return found
 
 
 def parse_float_list(text: str) -> list[float]:

@@ -265,6 +265,9 @@ class Config(BaseModel):
     swanlab_mode: Literal["auto", "cloud", "local", "offline", "disabled"] = Field(
         "auto", description="auto: cloud with a key, else offline"
     )
+    use_tensorboard: Bool = Field(
+        False, description="write event files to the run's `tensorboard/`, too"
+    )
 
     @property
     def run_dir(self) -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,43 +20,85 @@ from utils.distributed import Runtime
 from utils.schedule import Schedule
 
 LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
+MEMORY = Path("/proc/self/statm")  # sizes in pages; the second one is resident
 
 log = logging.getLogger("diffusion")
 
 
-class LossStats:
-    """Smoothed loss, and mean loss since the last log line, without ever waiting for the device.
+class Buckets(NamedTuple):
+    """Parts of the training examples whose loss is logged on its own."""
 
-    `values` (4,) is the whole state: smoothed loss, its bias correction, sum and count.
+    names: tuple[str, ...]  # as they are logged
+    index_of: Callable[..., Tensor]  # example -> (b,) int64: the place in `names` of each row
+
+
+class LossStats:
+    """Smoothed loss, and mean losses since the last log line, without ever waiting for the device.
+
+    `values` (4 + 2n,) is the whole state: smoothed loss, its bias correction, sum and count of the
+    steps' losses; then, for n buckets, sums and counts of the examples' losses.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, bucket_names: tuple[str, ...] = ()) -> None:
         dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.values = torch.zeros(4, dtype=dtype, device=device)
+        self.values = torch.zeros(4 + 2 * len(bucket_names), dtype=dtype, device=device)
+        self._names = bucket_names
+        self._numbers = torch.arange(len(bucket_names), device=device)
 
-    def add(self, loss: Tensor) -> None:
-        """Take in one step's mean loss, a scalar on the device; one that is not finite is none."""
+    def add(self, loss: Tensor, losses: Tensor | None = None, bucket: Tensor | None = None) -> None:
+        """Take in one step's mean loss, a scalar on the device; one that is not finite is none.
+
+        Args:
+            losses, bucket: (b,), of each example of that step.
+        """
         keep = LOSS_SMOOTHING
         is_finite = torch.isfinite(loss)
         new = torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
         self.values[:2].mul_(torch.where(is_finite, keep, 1.0)).add_(new * (1 - keep))
-        self.values[2:].add_(new)
+        self.values[2:4].add_(new)
+        if bucket is not None:
+            is_here = (bucket[:, None] == self._numbers) & is_finite  # (b, n)
+            sums = torch.where(is_here, losses[:, None], 0.0).sum(0)
+            self.values[4:].add_(torch.cat([sums, is_here.sum(0)]))
 
     def share(self, runtime: Runtime) -> None:
         """Replace every rank's values by their mean, which is what a checkpoint holds."""
         self.values = runtime.all_reduce(self.values) / runtime.world_size
 
-    def read(self, runtime: Runtime) -> tuple[float, float]:
-        """(smoothed loss, mean loss since `start_window`), averaged over ranks; a collective."""
+    def read(self, runtime: Runtime) -> tuple[float, float, dict[str, float]]:
+        """(smoothed loss, mean loss, bucket -> mean loss), of all ranks; a collective.
+
+        The means are those since `start_window`, NaN without any loss.
+        """
         mean = runtime.all_reduce(self.values.clone()) / runtime.world_size
-        smoothed, correction, loss_sum, count = mean.tolist()
-        return (
-            smoothed / correction if correction else math.inf,
-            loss_sum / count if count else math.nan,
+        smoothed, correction, loss_sum, count, *parts = mean.tolist()
+        sums, counts = parts[: len(self._names)], parts[len(self._names) :]
+        loss, *of_buckets = (
+            total / number if number else math.nan
+            for total, number in zip([loss_sum, *sums], [count, *counts], strict=True)
         )
+        smoothed = smoothed / correction if correction else math.inf
+        return smoothed, loss, dict(zip(self._names, of_buckets, strict=True))
+
+    def restore(self, values: Tensor) -> None:
+        """`values` of a checkpoint; one of an older version has no buckets."""
+        known = min(len(values), len(self.values))
+        self.values[:known] = values[:known]
 
     def start_window(self) -> None:
         self.values[2:].zero_()
+
+
+def memory_mib(device: torch.device) -> float:
+    """MiB: on CUDA the most that tensors have held on `device`, else this process's resident set.
+
+    NaN where the system has no /proc.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if not MEMORY.is_file():
+        return math.nan
+    return int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Progress:

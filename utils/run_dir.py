@@ -13,13 +13,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.config import Config, format_config
-from utils.distributed import Runtime
 from utils.errors import (
     EXIT_FAILURE,
     EXIT_NON_FINITE,
@@ -29,6 +28,9 @@ from utils.errors import (
     UserError,
 )
 from utils.logs import log_to_file
+
+if TYPE_CHECKING:  # the import of torch takes seconds, for which a look at a folder need not wait
+    from utils.distributed import Runtime
 
 STATUS, LOCK = "status.json", "run.lock"
 OWNER_SECONDS = 0.1  # whoever has just locked a folder has written its name by then
@@ -131,7 +133,28 @@ def _owner(file: BinaryIO) -> str:
     return file.read().decode(errors="replace").strip() or "another process"
 
 
-def _replace_text(path: Path, text: str) -> None:
+def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
+    """Whether the process that a `status.json` names still trains into `folder`.
+
+    True where it runs on another host, of which nothing is known here. Not for that process itself:
+    looking at the lock would drop it.
+    """
+    if status.get("host") != socket.gethostname():
+        return True
+    pid = status.get("pid")
+    if not isinstance(pid, int) or not _is_running(pid):
+        return False
+    try:  # by now another process may have that number
+        with open(folder / LOCK, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is locked, or nothing can be locked here
+        return True
+    return False
+
+
+def replace_text(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -164,7 +187,7 @@ class Status:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             text = json.dumps(self._facts | {"updated": now}, indent=2) + "\n"
             try:
-                _replace_text(self._path, text)
+                replace_text(self._path, text)
             except OSError as error:
                 if not self._has_warned:
                     log.warning("%s is not written: %s", self._path, error.strerror)
@@ -228,7 +251,7 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
                 with _explained(folder):
                     log_to_file(folder / "log.txt")
                     log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-                    _replace_text(folder / "config.json", format_config(config))
+                    replace_text(folder / "config.json", format_config(config))
             except UserError as failure:
                 error = failure
         error = runtime.broadcast_object(error)

@@ -90,3 +90,4 @@ def log_end(config: Config) -> None:
         log.info("done. %s; no best model: %s had no value yet", folder / CURRENT, by)
     log.info("next:   python sample.py --checkpoint %s", folder)
     log.info("        python evaluate.py --checkpoint %s", folder)
+    log.info("        python runs.py report %s", folder)

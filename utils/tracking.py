@@ -9,13 +9,14 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from utils.config import Config
+from utils.config import Config, Problem
 from utils.images import to_array
 
 MAX_FAILURES = 3
@@ -110,6 +111,28 @@ class SwanlabTracker:
 
     def finish(self) -> None:
         self._swanlab.finish()
+
+
+class TensorboardTracker:
+    """Event files for TensorBoard.
+
+    Where a run goes on from `start_step`, TensorBoard is told to forget the later steps.
+    """
+
+    def __init__(self, log_dir: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(log_dir), purge_step=start_step + 1)
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_image(self, name: str, image: Tensor, step: int) -> None:
+        self._writer.add_image(name, image.cpu(), step)
+
+    def finish(self) -> None:
+        self._writer.close()
 
 
 class Lane:
@@ -233,10 +256,19 @@ class TrackerGroup:
             lane.finish()
 
 
+def check_trackers(config: Config) -> Iterator[Problem]:
+    """TensorBoard has to be there where it is asked for; SwanLab comes with requirements.txt."""
+    if config.use_tensorboard and find_spec("tensorboard") is None:
+        yield Problem(
+            ("use_tensorboard",),
+            "use_tensorboard=True needs a package that is not there: pip install tensorboard",
+        )
+
+
 def start_trackers(
     config: Config, *, is_main: bool, start_step: int, run_id: str | None
 ) -> TrackerGroup:
-    """metrics.jsonl always, SwanLab if asked for; nothing on other ranks."""
+    """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
     group = TrackerGroup(run_id)
     if not is_main:
         return group
@@ -245,6 +277,9 @@ def start_trackers(
     group.add(Lane(lambda: JsonlTracker(path, start_step), path.name, max_failures=None))
     if config.use_swanlab:
         group.add(BackgroundLane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
+    if config.use_tensorboard:
+        events = config.run_dir / "tensorboard"
+        group.add(BackgroundLane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
     return group
 
 

@@ -17,7 +17,7 @@ from utils.ema import EMA
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.nonfinite import NonFiniteGuard
 from utils.precision import autocast
-from utils.progress import LossStats, Progress
+from utils.progress import Buckets, LossStats, Progress, memory_mib
 from utils.rng import Stream, derive_seed
 from utils.run_dir import Status
 from utils.saving import LOSS, BestScore, Saver
@@ -49,6 +49,7 @@ class Trainer:
         evaluate: (epoch, step) -> metric name -> value, the same on every rank; every
             `eval_interval` epochs.
         actions: run at epoch ends. One that raises is a warning.
+        buckets: parts of the examples whose loss is logged on its own.
     """
 
     def __init__(
@@ -72,25 +73,21 @@ class Trainer:
         best: BestScore,
         evaluate: Callable[[int, int], dict[str, float | None]] | None = None,
         actions: Sequence[Action] = (),
+        buckets: Buckets | None = None,
     ) -> None:
         self.model, self.network, self.loss_fn, self.batches = model, network, loss_fn, batches
         self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
         self.precision, self.schedule, self.runtime = precision, schedule, runtime
         self.tracker, self.config, self.actions = tracker, config, actions
-        self.extra_state, self.evaluate = extra_state, evaluate
+        self.extra_state, self.evaluate, self.buckets = extra_state, evaluate, buckets
         self.status, self.guard, self.best = status, guard, best
-        self.saver = Saver(
-            config.run_dir,
-            config.keep_last,
-            runtime,
-            lambda state: status.update(step=state["step"], epoch=state["epoch"]),
-        )
+        self.saver = Saver(config.run_dir, config.keep_last, runtime, self._tell_status)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step = 0
         self.best_loss = math.inf
         self._best_before: tuple[float | None, float] = None, math.inf  # the last save
-        self._loss = LossStats(runtime.device)
+        self._loss = LossStats(runtime.device, buckets.names if buckets else ())
         self._grad_norm = torch.zeros((), device=runtime.device)
 
     def train(self) -> int:
@@ -128,7 +125,7 @@ class Trainer:
         for tensor in example:
             chunks = [None] * num_parts if tensor is None else tensor.chunk(num_parts)
             parts = [(*part, chunk) for part, chunk in zip(parts, chunks, strict=True)]
-        loss_sum = torch.zeros((), device=device)
+        loss_sum, losses = torch.zeros((), device=device), []
         for i, part in enumerate(parts):
             # dropout draws from the global generator: key it by this step and these rows
             shard = rank * num_parts + i
@@ -136,12 +133,16 @@ class Trainer:
             is_last = i == num_parts - 1
             with contextlib.nullcontext() if is_last else no_gradient_sync(self.network):
                 with autocast(self.precision, device):
-                    loss = self.loss_fn(self.network, part).mean() / num_parts
+                    per_example = self.loss_fn(self.network, part)
+                    loss = per_example.mean() / num_parts
                 # A loss that is not finite makes all gradients NaN, so every rank hears of it.
                 seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
                 self.scaler.scale(loss).backward(seed)
             loss_sum += loss.detach()
+            losses.append(per_example.detach())
         self._optimizer_step(loss_sum)
+        bucket = self.buckets and self.buckets.index_of(example)
+        self._loss.add(loss_sum, torch.cat(losses), bucket)
 
     def _optimizer_step(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -167,19 +168,20 @@ class Trainer:
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.update(self.model)
-        self._loss.add(loss)
 
     def _log(self, progress: Progress) -> None:
         self.guard.read(self.saver.describe_last())
-        smoothed, loss = self._loss.read(self.runtime)
+        smoothed, loss, of_buckets = self._loss.read(self.runtime)
         self._loss.start_window()
         scalars = {
             "epoch": self.step / self.schedule.steps_per_epoch,
             "train/loss": loss,
             "train/loss_smoothed": smoothed,
+            **of_buckets,
             "train/lr": self.lr_scheduler.get_last_lr()[0],
             "train/grad_norm": float(self._grad_norm),
             "train/images_per_sec": progress.lap(self.step),
+            "train/memory_mib": memory_mib(self.runtime.device),
         }
         self.tracker.log_scalars(scalars, self.step)
         progress.report(self.step, scalars)
@@ -237,7 +239,7 @@ class Trainer:
         self._settle()
         self.guard.read(self.saver.describe_last())
         self._loss.share(self.runtime)
-        smoothed, _ = self._loss.read(self.runtime)
+        smoothed, *_ = self._loss.read(self.runtime)
         if self.best.metric == LOSS:
             score = smoothed
         self._best_before = self.best.value, self.best_loss
@@ -257,6 +259,9 @@ class Trainer:
     def _save_now(self) -> bool:
         self.save()
         return self._settle()
+
+    def _tell_status(self, state: dict[str, Any]) -> None:
+        self.status.update(step=state["step"], epoch=state["epoch"], best=self.best.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; data order and noise follow from `step`. A collective."""
@@ -294,7 +299,7 @@ class Trainer:
         self.step, self.best_loss = state["step"], state["best_loss"]
         self.best.load_state_dict(state.get("best", {"metric": LOSS, "value": self.best_loss}))
         self.guard.restore(state.get("nonfinite_steps", []))
-        self._loss.values.copy_(state["loss_stats"])
+        self._loss.restore(state["loss_stats"])
         self.saver.last_step = self.step
         self.lr_scheduler.last_epoch = self.step
         factor = self.lr_scheduler.lr_lambdas[0](self.step)
@@ -304,3 +309,4 @@ class Trainer:
         if self.ema is not None:
             load_model_state(self.ema.model, state["ema_model_state_dict"])
             self.ema.num_updates = state["ema_num_updates"]
+        self._tell_status(state)
