@@ -32,7 +32,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 
 # Kill, stop, starve and mislead real training runs, and count what is lost.
-# FAULTS=--quick takes two minutes, FAULTS="--only 1,4" some rows.
+# FAULTS=--quick takes two minutes, FAULTS="--only 1,4" some rows; see docs/reliability.md.
 .PHONY: faults
 faults: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --json checkpoints/faults.json $(FAULTS)
