@@ -84,7 +84,7 @@ class Job(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Pictures to work on, uint8 (N, C, H, W), each with a seed, and a class if the model has any."""
+    """Pictures to work on, uint8 (N, C, H, W), each with a seed, a caption, and perhaps a class."""
 
     images: Tensor
     labels: list[int] | None
@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("invert", "pictures to the noise that gives them, and back")
     inputs(add)
     add("--labels", type=parse_int_list, help="a class for all images, or one for each")
-    add("--iterations", type=int, default=4, help="forwards a step on the way to the noise")
+    add("--iterations", type=int, default=5, help="forwards a step on the way to the noise")
 
     add = command("decode", "samples from the noise that invert wrote")
     add("--latents", required=True, metavar="NPZ", help="the file")
@@ -212,7 +212,7 @@ def interpolate(args: argparse.Namespace, run: Run, runtime: Runtime) -> Job:
         save(film, shown, fps=args.fps, final_seconds=args.final_seconds)
         return [strip, film]
 
-    stops = "; ".join(" > ".join(describe_stop(stop) for stop in chain) for chain in chains)
+    stops = "; ".join(" to ".join(describe_stop(stop) for stop in chain) for chain in chains)
     return Job(
         f"{len(frames)} frames, {stops}: {sampling.describe()}",
         write,
@@ -622,13 +622,13 @@ def strips(
 
 
 def title(frame: Frame, class_names: Sequence[str]) -> str:
-    """Such as `2 > 7, seed 3`."""
+    """Such as `2 to 7, seed 3`."""
     seeds = dict.fromkeys(str(stop.seed) for stop in frame[:2])
-    words = f"seed {' > '.join(seeds)}"
+    words = f"seed {' to '.join(seeds)}"
     if frame.start.label is None:
         return words
     names = class_captions([stop.label for stop in frame[:2]], class_names)
-    return f"{' > '.join(dict.fromkeys(names))}, {words}"
+    return f"{' to '.join(dict.fromkeys(names))}, {words}"
 
 
 def describe_stop(stop: Waypoint) -> str:

@@ -131,22 +131,25 @@ def ddim_invert(
 ) -> Iterator[Step]:
     """From pictures to the noise that DDIM with eta = 0 turns into them; the last Step has x_T.
 
-    A step of DDIM goes from x_t to x_s with the eps of x_t. Going back, x_t is not known yet:
+    With sqrt(a) = cos(angle), a step of DDIM from t to s is a rotation (Salimans and Ho 2022,
+    appendix D), x_s = cos(d) x_t - sin(d) v(x_t, t) for d = angle_t - angle_s. So
 
-        x_t = sqrt(a_t / a_s) x_s + (sqrt(1 - a_t) - sqrt(a_t / a_s) sqrt(1 - a_s)) eps(x_t, t)
+        x_t = (x_s + sin(d) v(x_t, t)) / cos(d)
 
-    One iteration takes the eps of x_s for it (Song et al. 2021, section 5.4: the ODE, backwards);
-    more iterate to the fixed point, which undoes the step (Pan et al. 2023).
+    One iteration takes v at x_s, which is the ODE backwards (Song et al. 2021, section 5.4); more
+    of them iterate to the fixed point, which undoes the step (Pan et al. 2023).
     """
     x = x_0
     for t, s in reversed(list(with_previous(timesteps))):
-        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
-        signal = (a_t / a_s) ** 0.5
-        noise = (1 - a_t) ** 0.5 - signal * (1 - a_s) ** 0.5
+        (signal_t, noise_t), (signal_s, noise_s) = (
+            (a**0.5, (1 - a) ** 0.5) for a in map(diffusion.alpha_cumprod, (t, s))
+        )
+        cosine = signal_t * signal_s + noise_t * noise_s
+        sine = noise_t * signal_s - signal_t * noise_s
         x_t = x
         for _ in range(iterations):
             predicted, eps = denoise(x_t, t)
-            x_t = signal * x + noise * eps
+            x_t = (x + sine * (signal_t * eps - noise_t * predicted)) / cosine
         x = x_t
         yield Step(t, x, predicted)
 

@@ -14,7 +14,7 @@ import pytest
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "evaluate")
+SCRIPTS = ("train", "sample", "edit", "evaluate")
 SIBLINGS = ("datasets", "models", "diffusion", "metrics")
 OURS = (*SCRIPTS, *SIBLINGS, "utils", "benchmarks", "tests")
 OPTIONAL = ("swanlab", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d", "diffusers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+import edit
 import evaluate
 import sample
 import train
@@ -27,6 +29,7 @@ PAGES = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS: dict[str, ModuleType] = {
     "train.py": train,
     "sample.py": sample,
+    "edit.py": edit,
     "evaluate.py": evaluate,
 }
 CONFIG_FILES = sorted(p.name for p in (ROOT / "configs").iterdir() if p.is_file())
@@ -68,6 +71,17 @@ def commands() -> list[tuple[str, str, list[str]]]:
             for number, word in enumerate(words):
                 if word in SCRIPTS:
                     found.append((block.page, word, words[number + 1 :]))
+    return found
+
+
+def options_of(script: ModuleType) -> set[str]:
+    """All option names of a script and its subcommands."""
+    found, parsers = set(), [script.make_parser()]
+    while parsers:
+        for action in parsers.pop()._actions:
+            found |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
     return found
 
 
@@ -113,12 +127,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page: Path) -> None:
-    ours = {
-        option
-        for script in SCRIPTS.values()
-        for action in script.make_parser()._actions
-        for option in action.option_strings
-    }
+    ours = set().union(*map(options_of, SCRIPTS.values()))
     theirs = {"--nproc_per_node", "--standalone", "--max-restarts", "--rdzv_endpoint"}
     theirs |= {"--master_port"}
     used = {
@@ -142,11 +151,9 @@ def test_all_options_are_in_the_reference(script: str) -> None:
     if script != "train.py":
         specific = specific.partition(f"\n`{script}`:\n")[2]
     specific = specific.partition("\n`")[0]
-    for action in SCRIPTS[script].make_parser()._actions:
-        for option in action.option_strings:
-            if option != "-h":
-                wanted = re.compile(rf"`{option}[ `]")
-                assert wanted.search(specific) or wanted.search(general), f"{script} {option}"
+    for option in options_of(SCRIPTS[script]) - {"-h"}:
+        wanted = re.compile(rf"`{option}[ `]")
+        assert wanted.search(specific) or wanted.search(general), f"{script} {option}"
 
 
 def test_readmes_have_the_same_code() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
-LINE_HEIGHT = 14  # pixels
+FONT_SIZE = 12  # pixels
+LINE_HEIGHT = 16  # pixels
 MARGIN = 4  # pixels between words and what they stand beside
 TEXT_LEVEL = 235  # grey level
 
@@ -45,7 +46,7 @@ def contact_sheet(
     Returns:
         uint8 (C, H', W').
     """
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(FONT_SIZE)
     gutter = max([round(font.getlength(text)) + 2 * MARGIN for text in left if text], default=0)
     above = above or [()] * len(rows)
     strips = [make_grid(images, [row]) for row in rows]
