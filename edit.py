@@ -328,12 +328,11 @@ def decode(args: argparse.Namespace, run: Run, runtime: Runtime) -> Job:
     if args.seed is not None:
         raise ConfigError("--seed: the noise is that of --latents")
     latents = read_latents(args.latents, run.spec)
-    args.sampling_method = args.sampling_method or "ddim"
-    if args.num_inference_steps is None and args.sampling_method == "ddim":
-        args.num_inference_steps = latents.num_inference_steps
-    if args.cfg_scale is None:
-        args.cfg_scale = latents.cfg_scale
-    sampling = deterministic(sampling_of(args, run))
+    method, steps, scale = args.sampling_method or "ddim", args.num_inference_steps, args.cfg_scale
+    if steps is None and method == "ddim":
+        steps = latents.num_inference_steps
+    scale = latents.cfg_scale if scale is None else scale
+    sampling = deterministic(sampling_from(run.config, method, steps, args.ddim_eta or 0.0, scale))
     count = len(latents.noise)
     labels = labels_of(args, run, latents.labels, count, f"{args.latents} has no labels")
 
@@ -527,7 +526,8 @@ def inputs_of(args: argparse.Namespace, run: Run, runtime: Runtime) -> Inputs:
         numbers = tuple(map(str, range(run.spec.num_classes)))
         names = (run.class_names or numbers) if asked else ()
         data, own, missing = fitted_pictures(args.input, run.spec, names)
-    if not 1 <= (args.num_samples or len(data)) <= min(len(data), MAX_GRID_IMAGES):
+    asked_for = len(data) if args.num_samples is None else args.num_samples
+    if not 1 <= asked_for <= min(len(data), MAX_GRID_IMAGES):
         raise ConfigError(
             f"{name} holds {len(data)} pictures; --num_samples says how many of them to take, at "
             f"most {MAX_GRID_IMAGES}"

@@ -399,15 +399,15 @@ def test_a_hole_as_large_as_the_picture_is_a_plain_sample(do, runs, method):
 
 
 def test_inversion_and_decoding(do, runs):
-    """As the iterations rise the pictures come back, and decode draws them from the file."""
-    options = ("--real_split", "test", "--n", 6, "--steps", 10)
+    """With more steps the pictures come back, and decode draws them from the file."""
     means = []
-    for iterations in (1, 3, 9):
-        said = do("invert", *options, "--iterations", iterations, "--batch_size", 4)
+    for steps in (5, 20, 100):
+        options = ("--real_split", "test", "--n", 6, "--steps", steps, "--batch_size", 4)
+        said = do("invert", *options)
         assert len(re.findall(r"^picture \d \(label \d\): error [\d.]+$", said, re.MULTILINE)) == 6
         means.append(float(re.search(r"mean error ([\d.]+)", said)[1]))
     assert means == sorted(means, reverse=True)
-    assert means[-1] < 2.5
+    assert means[-1] < 4
     sheet = cells("samples/invert.png", 6, 2, line=16)
     error = np.sqrt(np.square(sheet[0].astype(float) - sheet[1]).mean((1, 2))).mean()
     assert error == pytest.approx(means[-1], abs=0.01)
@@ -419,7 +419,7 @@ def test_inversion_and_decoding(do, runs):
     with np.load("samples/invert.npz") as stored:
         assert (stored["x_T"].dtype, stored["x_T"].shape) == (np.float32, (6, 1, 8, 8))
     said = do("decode", "--latents", "samples/invert.npz")
-    assert "ddim, 10 steps, conditional, no guidance" in said
+    assert "ddim, 100 steps, conditional, no guidance" in said
     found = iio.imread("samples/decode.png")
     first_row = found[18 : 18 + 48 : 6, 2:].reshape(8, 3, 50)[:, :, :48:6].swapaxes(0, 1)
     assert_same(first_row, sheet[1, :3])
@@ -438,7 +438,7 @@ def test_guidance_against_steps(do, runs):
     options = ("--labels", 3, "--seeds", 7, "--cfg_scale", 3, "--steps", 5)
     assert_same(plain_samples(runs, "classes", *options), sheet[1, 1][None])
     do("grid", "--steps", "2,5", "--seeds", "0,1", model="plain")
-    assert iio.imread("samples/grid.png").shape[0] == 16 + 54 + 4
+    assert iio.imread("samples/grid.png").shape[0] == 16 + 52 + 4  # a strip in its frame
 
 
 @pytest.mark.parametrize("kind", ["folder", "classes", "npz", "file"])
@@ -461,7 +461,7 @@ def test_pictures_of_any_size_become_those_of_the_model(do, kind):
     said = do("inpaint", "--input", path, "--box", "0,0,4,4", "--save_images", *more)
     count = 1 if kind == "file" else 3
     assert f"{count} pictures, 16 of 64 pixels" in said
-    levels = sorted(saved("inpaint_images")[:, 7, 7].tolist())
+    levels = sorted(saved("inpaint_images")[:, 5, 5].tolist())
     assert levels == [40, 90, 200][:count]
 
 
@@ -568,7 +568,7 @@ def test_dry_runs_and_print_config_write_nothing(do):
 
 
 def test_two_processes_draw_the_same(do, runs, script):
-    options = ("--real_split", "test", "--n", 5, "--labels", 3)
+    options = ("--real_split", "test", "--num_samples", 5, "--labels", 3)
     do("img2img", *options, "--save_images")
     alone = saved("img2img_images")
     result = script(

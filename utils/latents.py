@@ -53,9 +53,7 @@ def read_latents(path: str | Path, spec: ImageSpec) -> Latents:
             steps, scale = int(stored["num_inference_steps"]), float(stored["cfg_scale"])
             labels = stored["labels"] if "labels" in stored.files else None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); give what edit.py invert wrote"
-        ) from error
+        raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
     if x_T.dtype != np.float32 or x_T.shape[1:] != spec.shape or not len(x_T):
         raise DataError(
             f"{path}: x_T is {x_T.dtype} {x_T.shape}, but the model draws from float32 (N, "
@@ -64,8 +62,6 @@ def read_latents(path: str | Path, spec: ImageSpec) -> Latents:
     if not np.isfinite(x_T).all():
         raise DataError(f"{path}: x_T is not finite")
     if labels is not None and (labels.shape != x_T.shape[:1] or labels.dtype.kind not in "iu"):
-        raise DataError(
-            f"{path}: labels are {labels.dtype} {labels.shape}, not {len(x_T)} integers"
-        )
+        raise DataError(f"{path}: labels: {labels.dtype} {labels.shape}, not {len(x_T)} integers")
     given = None if labels is None else labels.tolist()
     return Latents(torch.from_numpy(x_T), given, steps, scale)
