@@ -102,7 +102,7 @@ class Real(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
-    add_sampling_options(parser, SAMPLERS, sweep=True)
+    add_sampling_options(parser, SAMPLERS, sweep=True, needs_checkpoint=False)
     add = parser.add_argument
     add("--images", metavar="DIR|NPZ", help="score these pictures instead of a checkpoint's")
     add("--metrics", help=f"of {','.join(METRICS)}, or all; default: the config's eval_metrics")

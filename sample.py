@@ -24,6 +24,7 @@ import models
 from diffusion import SAMPLERS
 from diffusion.generation import FrameRecorder, Run, Sampling, generate, sampling_from
 from utils import images as pictures
+from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import load_checkpoint, resolve_checkpoint
 from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import (
@@ -117,7 +118,8 @@ def load_run(
     model.eval().requires_grad_(False)
     models.compile_model(model, compile)
     built = diffusion.build_diffusion(config)
-    return Run(model, built, spec, config, path, state["step"], state["epoch"], ema)
+    names = tuple(state.get("class_names") or ())
+    return Run(model, built, spec, config, path, state["step"], state["epoch"], ema, names)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -130,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_name", default="samples", help="their name (default: samples)")
     add("--labels", type=parse_int_list, help="classes to draw, e.g. 0,1,2 or 0-9; default: all")
     add("--seeds", type=parse_int_list, help="a seed for each image, e.g. 0-63")
+    add("--captions", action="store_true", help="class names above the images of the grid")
     add("--create_gif", action="store_true", help="GIF from noise to images")
     add("--gif_fps", type=float, default=20.0, help="frames a second")
     add("--gif_final_seconds", type=float, default=2.0, help="how long the last frame stays")
@@ -154,15 +157,25 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
             f"{num_samples} images, {len(seeds)} seeds, batch_size {args.batch_size}: give at "
             "least one image, one non-negative seed per image, and a batch_size of at least 1"
         )
-    if not run.config.conditional:
-        if args.labels:
-            raise ConfigError("--labels: this model was trained without class labels")
+    if not run.config.conditional and not args.labels:
+        if args.captions:
+            raise ConfigError("--captions: class names, but this model was trained without classes")
         return seeds, None
     classes = args.labels or list(range(run.spec.num_classes))
-    wrong = [label for label in classes if not 0 <= label < run.spec.num_classes]
+    check_labels(classes, run)
+    return seeds, pictures.block_labels(num_samples, classes)
+
+
+def check_labels(labels: Sequence[int], run: Run) -> None:
+    """
+    Raises:
+        ConfigError: the model has no classes, or not these.
+    """
+    if not run.config.conditional:
+        raise ConfigError("--labels: this model was trained without class labels")
+    wrong = [label for label in labels if not 0 <= label < run.spec.num_classes]
     if wrong:
         raise ConfigError(f"--labels {wrong}: classes are 0..{run.spec.num_classes - 1}")
-    return seeds, pictures.block_labels(num_samples, classes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = runtime.gather(torch.cat([empty, *(b for b, _, _ in bar)]), len(seeds))
         frames = [runtime.gather(f, len(seeds)) for f in recorder.frames(run.spec.shape)]
         if images is not None:
-            for path in write_outputs(args, images, labels, frames):
+            for path in write_outputs(args, images, labels, frames, run.class_names):
                 say(f"wrote {path}")
     return EXIT_OK
 
@@ -229,16 +242,28 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
         )
     if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
         raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
+    make_output_dir(args.output_dir)
+
+
+def make_output_dir(path: str) -> None:
+    """
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from error
-    if not os.access(args.output_dir, os.W_OK):
-        raise UserError(f"--output_dir {args.output_dir}: cannot be written")
+        raise UserError(f"--output_dir {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--output_dir {path}: cannot be written")
 
 
 def write_outputs(
-    args: argparse.Namespace, images: Tensor, labels: list[int] | None, frames: list[Tensor]
+    args: argparse.Namespace,
+    images: Tensor,
+    labels: list[int] | None,
+    frames: list[Tensor],
+    class_names: Sequence[str],
 ) -> Iterator[Path]:
     """Write everything that was asked for; yields what was written."""
     folder, name = Path(args.output_dir), args.output_name
@@ -249,7 +274,11 @@ def write_outputs(
     def grid(batch: Tensor) -> Tensor:
         return pictures.make_grid(batch[shown], rows)
 
-    pictures.save_image(folder / f"{name}.png", grid(images))
+    sheet = grid(images)
+    if args.captions:
+        names = class_captions([labels[i] for i in shown], class_names)
+        sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
+    pictures.save_image(folder / f"{name}.png", sheet)
     yield folder / f"{name}.png"
     if args.create_gif:
         grids = [grid(frame) for frame in frames]

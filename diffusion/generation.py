@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import SAMPLERS, GaussianDiffusion, Step, make_denoiser, timestep_grid
+from diffusion.guidance import Denoiser
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
@@ -19,6 +21,8 @@ from utils.precision import autocast, resolve_precision
 from utils.rng import sample_noise
 
 MAX_GIF_FRAMES = 60
+
+SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Run:
     step: int = 0
     epoch: int = 0
     ema: bool = False
+    class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Sampling:
     threshold: str
     spacing: str
     conditional: bool
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the image follows from x_T alone."""
+        return self.method == "dpmpp_2m" or (self.method == "ddim" and self.eta == 0)
 
     def describe(self) -> str:
         kinds = {0.0: "unconditional", 1.0: "conditional, no guidance"}
@@ -102,6 +112,33 @@ def sampling_from(
     )
 
 
+def label_denoiser(
+    run: Run, labels: Sequence[int] | None, sampling: Sampling, device: torch.device
+) -> Denoiser:
+    """The run's model, asked for one class in [0, K) per image; None if it has no classes."""
+    return make_denoiser(
+        run.diffusion,
+        run.model,
+        None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device),
+        cfg_scale=sampling.cfg_scale,
+        cfg_interval=sampling.cfg_interval,
+        threshold=sampling.threshold,
+    )
+
+
+def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
+    """The timesteps that sampling visits, from noise to image."""
+    return timestep_grid(
+        run.diffusion.num_timesteps, sampling.num_inference_steps, sampling.spacing
+    )
+
+
+def sampler_of(sampling: Sampling) -> SamplerFunction:
+    """`sampling`'s function of the table, its options filled in."""
+    function = SAMPLERS[sampling.method].run
+    return partial(function, eta=sampling.eta) if sampling.method == "ddim" else function
+
+
 def sample_steps(
     run: Run,
     seeds: Sequence[int],
@@ -113,23 +150,47 @@ def sample_steps(
 
     Each image depends on its own seed and label alone (up to floating-point rounding).
     """
-    y = None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device)
-    denoise = make_denoiser(
-        run.diffusion,
-        run.model,
-        y,
-        cfg_scale=sampling.cfg_scale,
-        cfg_interval=sampling.cfg_interval,
-        threshold=sampling.threshold,
-    )
+    denoise = label_denoiser(run, labels, sampling, device)
     draw = sample_noise(list(seeds), device)
-    grid = timestep_grid(
-        run.diffusion.num_timesteps, sampling.num_inference_steps, sampling.spacing
-    )
-    options = {"eta": sampling.eta} if sampling.method == "ddim" else {}
     x_T = draw((len(seeds), *run.spec.shape))
-    sampler = SAMPLERS[sampling.method].run
-    yield from sampler(denoise, x_T, run.diffusion, grid, lambda x: draw(tuple(x.shape)), **options)
+    timesteps = timesteps_of(run, sampling)
+    sampler = sampler_of(sampling)
+    yield from sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
+
+
+def last_steps(
+    run: Run,
+    num_images: int,
+    steps_of: Callable[[slice], Iterator[Step]],
+    *,
+    batch_size: int,
+    runtime: Runtime,
+    on_step: Callable[[int, Step], None] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Run this rank's share of `num_images`, a batch at a time, in the config's precision.
+
+    Args:
+        steps_of: the steps of the images in a slice of 0..num_images.
+        on_step: called with (step number, step) during every batch.
+
+    Yields:
+        the slice, and the last step's x, (b, C, H, W) on the device.
+    """
+    precision = resolve_precision(run.config.precision, runtime.device)
+    share = runtime.share(num_images)
+    for start in range(share.start, share.stop, batch_size):
+        rows = slice(start, min(start + batch_size, share.stop))
+        try:
+            with torch.inference_mode(), autocast(precision, runtime.device):
+                for number, step in enumerate(steps_of(rows)):
+                    if on_step is not None:
+                        on_step(number, step)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {runtime.device} while sampling {rows.stop - rows.start} "
+                "images at a time; lower --batch_size"
+            ) from error
+        yield rows, step.x
 
 
 def generate(
@@ -151,23 +212,17 @@ def generate(
     Yields:
         images uint8 (b, C, H, W) on the CPU, their labels and their seeds, in order.
     """
-    precision = resolve_precision(run.config.precision, runtime.device)
-    share = runtime.share(len(seeds))
-    for start in range(share.start, share.stop, batch_size):
-        rows = slice(start, min(start + batch_size, share.stop))
-        batch_labels = None if labels is None else list(labels[rows])
-        try:
-            with torch.inference_mode(), autocast(precision, runtime.device):
-                steps = sample_steps(run, seeds[rows], batch_labels, sampling, runtime.device)
-                for number, step in enumerate(steps):
-                    if on_step is not None:
-                        on_step(number, step)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory on {runtime.device} while sampling {len(seeds[rows])} images at "
-                "a time; lower --batch_size"
-            ) from error
-        yield to_uint8(step.x).cpu(), batch_labels, list(seeds[rows])
+
+    def labels_of(rows: slice) -> list[int] | None:
+        return None if labels is None else list(labels[rows])
+
+    def steps_of(rows: slice) -> Iterator[Step]:
+        return sample_steps(run, seeds[rows], labels_of(rows), sampling, runtime.device)
+
+    for rows, x in last_steps(
+        run, len(seeds), steps_of, batch_size=batch_size, runtime=runtime, on_step=on_step
+    ):
+        yield to_uint8(x).cpu(), labels_of(rows), list(seeds[rows])
 
 
 class FrameRecorder:

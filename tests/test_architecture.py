@@ -14,7 +14,7 @@ import pytest
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "evaluate", "runs")
+SCRIPTS = ("train", "sample", "edit", "evaluate", "runs")
 SIBLINGS = ("datasets", "models", "diffusion", "metrics")
 OURS = (*SCRIPTS, *SIBLINGS, "utils", "benchmarks", "tests")
 OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")

@@ -189,3 +189,15 @@ def test_sampling_leaves_the_global_generator_alone(trained):
     options = dict(sampling=sampling_from(run.config, "ddpm", 3), batch_size=4, runtime=runtime)
     list(generate(run, [1, 2], [0, 1], **options))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_captions_stand_above_the_grid(trained):
+    draw(trained, "--seeds", "0-63")
+    plain = iio.imread("out/samples.png")
+    _, labels = draw(trained, "--seeds", "0-63", "--captions")
+    assert len(labels) == 64
+    captioned = iio.imread("out/samples.png")
+    line = (len(captioned) - len(plain)) // 10  # a line for each of ten rows
+    assert line > 10
+    rows = [captioned[r * (line + 50) + line :][:50] for r in range(10)]
+    assert (np.concatenate(rows) == plain[:500]).all()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options every script has. Finish with `parse_args` of this module."""
-    parser = argparse.ArgumentParser(
+def new_parser(
+    description: str, make: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """A parser with the options every script has. Finish with `parse_args` of this module.
+
+    Args:
+        make: what makes a parser; that of a subcommand is made by its parent.
+    """
+    parser = make(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -29,16 +35,20 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_sampling_options(
-    parser: argparse.ArgumentParser, samplers: Iterable[str], *, sweep: bool = False
+    parser: argparse.ArgumentParser,
+    samplers: Iterable[str],
+    *,
+    sweep: bool = False,
+    needs_checkpoint: bool = True,
 ) -> None:
-    """What sample.py and evaluate.py both take: which weights, and how to sample from them.
+    """What all that sample take: which weights, and how to sample from them.
 
-    With `sweep`, steps and cfg_scale are lists of values, and a checkpoint is not needed.
+    With `sweep`, steps and cfg_scale are lists of values.
     """
     add = parser.add_argument
     steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
     several = "; a list such as %s makes a sweep" if sweep else "%.0s"
-    add("--checkpoint", "--ckpt", required=not sweep, help="a .pth file or a run directory")
+    add("--checkpoint", "--ckpt", required=needs_checkpoint, help="a .pth file or a run directory")
     add("--config", help="config file laid over the one in the checkpoint")
     add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
     add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
@@ -53,9 +63,11 @@ def add_sampling_options(
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(with_underscores(argv))
-    args.overrides = [*args.set_values, *args.overrides]
+    # not intermixed: a subcommand's parser takes nothing in between
+    args, rest = parser.parse_known_args(with_underscores(argv))
+    if unknown := [token for token in rest if token.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = [*args.set_values, *rest]
     return args
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -89,10 +91,16 @@ def block_labels(num_samples: int, labels: Sequence[int]) -> list[int]:
     return [labels[i * len(labels) // num_samples] for i in range(num_samples)]
 
 
-def make_grid(images: Tensor, rows: list[list[int]]) -> Tensor:
-    """uint8 (B, C, H, W) -> (C, H', W'): a cell per index in `rows`, small images enlarged."""
+def make_grid(
+    images: Tensor, rows: list[list[int]], *, min_cell_size: int = MIN_CELL_SIZE
+) -> Tensor:
+    """uint8 (B, C, H, W) -> (C, H', W'): a cell per index in `rows`, small images enlarged.
+
+    Args:
+        min_cell_size: pixels, the least of a cell's longer side.
+    """
     channels, height, width = images.shape[1:]
-    scale = max(1, math.ceil(MIN_CELL_SIZE / max(height, width)))
+    scale = max(1, math.ceil(min_cell_size / max(height, width)))
     height, width = height * scale, width * scale
     step_y, step_x = height + GRID_PADDING, width + GRID_PADDING
     shape = (len(rows) * step_y + GRID_PADDING, max(map(len, rows)) * step_x + GRID_PADDING)
@@ -120,3 +128,22 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
     arrays = [to_array(frame) for frame in frames]
     # Pillow takes no list for a single frame
     iio.imwrite(path, arrays, duration=durations if len(arrays) > 1 else final_ms, loop=0)
+
+
+def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
+    """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer.
+
+    Raises:
+        ImportError: imageio-ffmpeg is not installed; `can_write_mp4` knows before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = [frames[-1]] * max(0, round(final_seconds * fps) - 1)
+    film = to_rgb(torch.stack([*frames, *held]))
+    odd_rows, odd_columns = film.shape[2] % 2, film.shape[3] % 2  # H.264 halves the colours' size
+    film = F.pad(film, (0, odd_columns, 0, odd_rows), value=GRID_BACKGROUND)
+    arrays = film.permute(0, 2, 3, 1).cpu().numpy()
+    iio.imwrite(path, arrays, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1)
+
+
+def can_write_mp4() -> bool:
+    return importlib.util.find_spec("imageio_ffmpeg") is not None

@@ -1,0 +1,288 @@
+"""Samples from something else than fresh noise: paths between samples, and pictures to start from.
+
+First the mathematics, functions of tensors and denoisers; then the steps of one batch of each kind,
+for `generation.last_steps`. The last step's x is the result, (b, C, H, W), pictures are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.gaussian import GaussianDiffusion, Prediction, Step
+from diffusion.generation import (
+    Run,
+    SamplerFunction,
+    Sampling,
+    label_denoiser,
+    sampler_of,
+    timesteps_of,
+)
+from diffusion.guidance import Denoiser
+from diffusion.schedules import with_previous
+from utils.errors import ConfigError
+from utils.rng import sample_noise
+
+PARALLEL = 1e-6  # radians; below it a great circle is not defined, and a straight line is as good
+
+
+def slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Along the great circle from `first` to `second`, each (B, ...); weight (B,) in [0, 1].
+
+    A straight line between two noises would pass through shorter vectors, which no model has seen
+    (Song et al. 2021, DDIM, appendix D.5). The ends are exact; equal ends stay where they are.
+    """
+    a, b = first.double().flatten(1), second.double().flatten(1)
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    angle = cosine.clamp(-1, 1).acos()
+    w = weight.to(angle)
+    is_line = angle < PARALLEL
+    whole = torch.where(is_line, 1.0, angle.sin())
+    of_first = torch.where(is_line, 1 - w, ((1 - w) * angle).sin() / whole)
+    of_second = torch.where(is_line, w, (w * angle).sin() / whole)
+    mixed = of_first[:, None] * a + of_second[:, None] * b
+    return mixed.reshape(first.shape).to(first.dtype)
+
+
+def blend(first: Denoiser, second: Denoiser, weight: Tensor) -> Denoiser:
+    """The predictions of two denoisers, mixed: weight (B,) is the share of the second one.
+
+    For two classes that mixes their (guided) scores, which are then those of p_first^(1 - w) times
+    p_second^w, up to a factor (Liu et al. 2022, composable diffusion). It asks nothing of the
+    network but its predictions. A pair x_0, eps stays one, because x_t is linear in both.
+    """
+
+    def denoise(x_t: Tensor, t: int) -> Prediction:
+        w = weight.to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
+        pairs = zip(first(x_t, t), second(x_t, t), strict=True)
+        return Prediction(*(torch.lerp(a, b, w) for a, b in pairs))
+
+    return denoise
+
+
+def last_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
+    """The share `strength` of the sampling steps that comes last, at least one; 1 is all of them.
+
+    Raises:
+        ConfigError: a strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ConfigError(f"strength={strength:g}: must be above 0 and at most 1")
+    count = max(1, round(strength * len(timesteps)))
+    return list(timesteps[-count:])
+
+
+def keep_known(
+    denoise: Denoiser, diffusion: GaussianDiffusion, x_0: Tensor, unknown: Tensor
+) -> Denoiser:
+    """A denoiser that knows the picture x_0 (B, C, H, W) wherever `unknown` (.., H, W) is False.
+
+    There the sampler goes towards x_0 along the forward process: each x_t is a draw of
+    q(x_t | x_0), as in RePaint (Lugmayr et al. 2022, eq. 8), and the last one is x_0 itself.
+    """
+
+    def denoise_unknown(x_t: Tensor, t: int) -> Prediction:
+        times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        pairs = zip(denoise(x_t, t), diffusion.with_x_0(x_0, x_t, times), strict=True)
+        return Prediction(*(torch.where(unknown, drawn, known) for drawn, known in pairs))
+
+    return denoise_unknown
+
+
+def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
+    """Every step but the last taken `times` times, noised back in between (RePaint, algorithm 1).
+
+    What is drawn so hears of what is known again and again before the noise is less. For samplers
+    whose step follows from x_t alone: ddim and ddpm.
+    """
+
+    def sample(
+        denoise: Denoiser,
+        x_T: Tensor,
+        diffusion: GaussianDiffusion,
+        timesteps: Sequence[int],
+        randn_like: Callable[[Tensor], Tensor],
+    ) -> Iterator[Step]:
+        x = x_T
+        for t, s in with_previous(timesteps):
+            one_step = [t] if s < 0 else [t, s]
+            step = next(sampler(denoise, x, diffusion, one_step, randn_like))
+            for _ in range(times - 1 if s >= 0 else 0):
+                alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
+                x = alpha**0.5 * step.x + (1 - alpha) ** 0.5 * randn_like(step.x)  # q(x_t | x_s)
+                step = next(sampler(denoise, x, diffusion, one_step, randn_like))
+            x = step.x
+            yield step
+
+    return sample
+
+
+def ddim_invert(
+    denoise: Denoiser,
+    x_0: Tensor,
+    diffusion: GaussianDiffusion,
+    timesteps: Sequence[int],
+    *,
+    iterations: int,
+) -> Iterator[Step]:
+    """From pictures to the noise that DDIM with eta = 0 turns into them; the last Step has x_T.
+
+    With sqrt(a) = cos(angle), a step of DDIM from t to s is a rotation (Salimans and Ho 2022,
+    appendix D), x_s = cos(d) x_t - sin(d) v(x_t, t) for d = angle_t - angle_s. So
+
+        x_t = (x_s + sin(d) v(x_t, t)) / cos(d)
+
+    One iteration takes v at x_s, which is the ODE backwards (Song et al. 2021, section 5.4); more
+    of them iterate to the fixed point, which undoes the step (Pan et al. 2023).
+    """
+    x = x_0
+    for t, s in reversed(list(with_previous(timesteps))):
+        (signal_t, noise_t), (signal_s, noise_s) = (
+            (a**0.5, (1 - a) ** 0.5) for a in map(diffusion.alpha_cumprod, (t, s))
+        )
+        cosine = signal_t * signal_s + noise_t * noise_s
+        sine = noise_t * signal_s - signal_t * noise_s
+        x_t = x
+        for _ in range(iterations):
+            predicted, eps = denoise(x_t, t)
+            x_t = (x + sine * (signal_t * eps - noise_t * predicted)) / cosine
+        x = x_t
+        yield Step(t, x, predicted)
+
+
+class Waypoint(NamedTuple):
+    """What one sample comes from; label None for a model without classes."""
+
+    seed: int
+    label: int | None
+
+
+class Frame(NamedTuple):
+    """A point on the way: `weight` is the share of `end`, in [0, 1]."""
+
+    start: Waypoint
+    end: Waypoint
+    weight: float
+
+
+def frames_along(waypoints: Sequence[Waypoint], num_frames: int) -> list[Frame]:
+    """From each waypoint to the next in `num_frames` frames, both ends counted.
+
+    A waypoint in the middle ends one stretch and begins the next, as one frame: n waypoints give
+    (n - 1) (num_frames - 1) + 1 frames.
+    """
+    last = num_frames - 1
+    frames = [Frame(waypoints[0], waypoints[1], 0.0)]
+    for start, end in pairwise(waypoints):
+        frames += [Frame(start, end, i / last) for i in range(1, num_frames)]
+    return frames
+
+
+def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
+    """Bool (1, H, W), True within `box`: x0, y0, x1, y1 in pixels from the left upper corner.
+
+    Raises:
+        ConfigError: no such box; x1 and y1 are the first column and row outside it.
+    """
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ConfigError(
+            f"box {','.join(map(str, box))}: give x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and "
+            f"0 <= y0 < y1 <= {height}"
+        )
+    mask = torch.zeros((1, height, width), dtype=torch.bool)
+    mask[:, box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def morph_steps(
+    run: Run, frames: Sequence[Frame], sampling: Sampling, device: torch.device
+) -> Iterator[Step]:
+    """The samples at these points: noise on the great circle, predictions mixed."""
+    weight = torch.tensor([frame.weight for frame in frames], dtype=torch.float64)
+    starts, ends = [frame.start for frame in frames], [frame.end for frame in frames]
+
+    def noise_of(stops: list[Waypoint]) -> Tensor:
+        draw = sample_noise([stop.seed for stop in stops], weight.device)
+        return draw((len(stops), *run.spec.shape))
+
+    def denoiser_of(stops: list[Waypoint]) -> Denoiser:
+        labels = None if stops[0].label is None else [stop.label for stop in stops]
+        return label_denoiser(run, labels, sampling, device)
+
+    x_T = slerp(noise_of(starts), noise_of(ends), weight).to(device)
+    denoise = denoiser_of(starts)
+    if any(frame.start.label != frame.end.label for frame in frames):
+        denoise = blend(denoise, denoiser_of(ends), weight.float().to(device))
+    yield from steps_from(run, denoise, x_T, sampling)
+
+
+def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> Iterator[Step]:
+    """Deterministic sampling from given noise x_T (b, C, H, W)."""
+
+    def no_noise(x: Tensor) -> Tensor:
+        raise AssertionError(f"{sampling.method} drew noise")
+
+    timesteps = timesteps_of(run, sampling)
+    yield from sampler_of(sampling)(denoise, x_T, run.diffusion, timesteps, no_noise)
+
+
+def img2img_steps(
+    run: Run,
+    x_0: Tensor,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    strength: float,
+    sampling: Sampling,
+) -> Iterator[Step]:
+    """Noise the pictures x_0 as far as `strength` says, and sample from there (Meng et al. 2022,
+    SDEdit). Picture i takes its noise from seeds[i]."""
+    timesteps = last_timesteps(timesteps_of(run, sampling), strength)
+    draw = sample_noise(list(seeds), x_0.device)
+    t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
+    x_t = run.diffusion.q_sample(x_0, t, draw(tuple(x_0.shape)))
+    denoise = label_denoiser(run, labels, sampling, x_0.device)
+    sampler = sampler_of(sampling)
+    yield from sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
+
+
+def inpaint_steps(
+    run: Run,
+    x_0: Tensor,
+    unknown: Tensor,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    num_resamples: int,
+    sampling: Sampling,
+) -> Iterator[Step]:
+    """Draw what is `unknown` (bool (1, H, W)) of the pictures x_0, as `keep_known` keeps the rest.
+
+    Where all is unknown that is a plain sample of the same seeds.
+    """
+    draw = sample_noise(list(seeds), x_0.device)
+    x_T = draw(tuple(x_0.shape))
+    denoise = label_denoiser(run, labels, sampling, x_0.device)
+    sampler = sampler_of(sampling)
+    if num_resamples > 1:
+        sampler = resampling(sampler, num_resamples)
+    yield from sampler(
+        keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device)),
+        x_T,
+        run.diffusion,
+        timesteps_of(run, sampling),
+        lambda x: draw(tuple(x.shape)),
+    )
+
+
+def invert_steps(
+    run: Run, x_0: Tensor, labels: Sequence[int] | None, iterations: int, sampling: Sampling
+) -> Iterator[Step]:
+    """Invert the pictures x_0 to noise, then sample from it: as many steps there as back."""
+    denoise = label_denoiser(run, labels, sampling, x_0.device)
+    timesteps = timesteps_of(run, sampling)
+    for step in ddim_invert(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
+        yield step
+    yield from steps_from(run, denoise, step.x, sampling)

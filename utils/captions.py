@@ -1,0 +1,91 @@
+"""Contact sheets: grids of images with words above and beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
+
+FONT_SIZE = 12  # pixels
+LINE_HEIGHT = 16  # pixels
+MARGIN = 4  # pixels between words and what they stand beside
+TEXT_LEVEL = 235  # grey level
+
+
+def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
+    """A caption per label: the name of its class, or `class 3` where it has none that is ASCII
+    (Pillow's default font has Latin letters only)."""
+    names = {
+        label: name for label, name in enumerate(class_names) if name.isascii() and name.strip()
+    }
+    return [names.get(label, f"class {label}") for label in labels]
+
+
+def contact_sheet(
+    images: Tensor,
+    rows: list[list[int]],
+    *,
+    above: Sequence[Sequence[str]] = (),
+    left: Sequence[str] = (),
+) -> Tensor:
+    """`make_grid` with words.
+
+    Args:
+        images: uint8 (B, C, H, W).
+        rows: indices of the images of each row, see `make_grid`.
+        above: for each row nothing, or a text for each cell; equal ones side by side are written
+            once. What does not fit is cut short.
+        left: a text for each row.
+
+    Returns:
+        uint8 (C, H', W').
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    gutter = max([round(font.getlength(text)) + 2 * MARGIN for text in left if text], default=0)
+    above = above or [()] * len(rows)
+    strips = [make_grid(images, [row]) for row in rows]
+    width = max(strip.shape[2] for strip in strips)
+    lines = [LINE_HEIGHT if any(texts) else 0 for texts in above]
+    height = sum(lines) + sum(strip.shape[1] - GRID_PADDING for strip in strips) + GRID_PADDING
+    sheet = torch.full((len(images[0]), height, gutter + width), GRID_BACKGROUND, dtype=torch.uint8)
+    words: list[tuple[int, int, str]] = []
+    y = 0
+    for r, strip in enumerate(strips):
+        cell = (strip.shape[2] - GRID_PADDING) // len(rows[r])
+        for text, run in groupby(range(len(above[r])), key=lambda c, r=r: above[r][c]):
+            columns = list(run)
+            space = len(columns) * cell - GRID_PADDING
+            words.append((gutter + GRID_PADDING + columns[0] * cell, y, _fit(text, font, space)))
+        y += lines[r]
+        sheet[:, y : y + strip.shape[1], gutter : gutter + strip.shape[2]] = strip
+        if left:
+            middle = y + (strip.shape[1] - LINE_HEIGHT) // 2
+            words.append((MARGIN, middle, left[r]))
+        y += strip.shape[1] - GRID_PADDING
+    return _write(sheet, words, font)
+
+
+def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:
+    """`text`, cut short with two dots if it is wider than `space` pixels."""
+    shown = text
+    while shown and font.getlength(shown) > space:
+        text = text[:-1]
+        shown = text and text + ".."
+    return shown
+
+
+def _write(sheet: Tensor, words: list[tuple[int, int, str]], font: ImageFont.ImageFont) -> Tensor:
+    """The sheet with each text at its left upper corner (x, y)."""
+    image = Image.fromarray(to_array(sheet))
+    draw = ImageDraw.Draw(image)
+    fill = TEXT_LEVEL if image.mode == "L" else (TEXT_LEVEL,) * 3
+    for x, y, text in words:
+        draw.text((x, y + 1), text, fill=fill, font=font)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1)
