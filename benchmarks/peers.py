@@ -57,6 +57,7 @@ from datasets.storage import InMemoryDataset
 from diffusion import build_diffusion, make_denoiser
 from diffusion.generation import Run, generate, sampling_from
 from diffusion.guidance import threshold_x_0
+from diffusion.objective import timestep_quartiles
 from models import compile_model
 from train import best_score, make_examples, make_guard
 from utils.config import Config
@@ -306,6 +307,7 @@ def make_trainer(
         status=Status(None),
         guard=make_guard(config, dataset, runtime),
         best=best_score(config),
+        buckets=timestep_quartiles(config.num_timesteps),
     )
 
 

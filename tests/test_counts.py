@@ -18,6 +18,7 @@ from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from datasets.storage import InMemoryDataset
 from diffusion import build_diffusion
 from diffusion.generation import Run, generate, sampling_from
+from diffusion.objective import timestep_quartiles
 from models.unet import UNet
 from train import best_score, make_examples
 from utils.config import Config
@@ -82,6 +83,7 @@ def make_trainer(folder: Path, runtime: Runtime, network: nn.Module, model: nn.M
         status=Status(None),
         guard=NonFiniteGuard(0, CPU, on_host=False, describe=lambda _: {}, folder=None),
         best=best_score(config),
+        buckets=timestep_quartiles(config.num_timesteps),
     )
 
 
