@@ -51,8 +51,8 @@ from diffusers import DDIMPipeline
 pipe = DDIMPipeline.from_pretrained({folder})
 {code}```
 
-The scheduler has the training's betas. `use_clipped_model_output=True` is needed: without it the
-noise does not follow the thresholded image, and the pictures are others. {steps_note}
+The scheduler has the betas of the training. `use_clipped_model_output=True` belongs to it: the
+noise of a step then follows from the image after clipping.{steps_note}
 """
 
 UNCONDITIONAL = """\
@@ -198,7 +198,7 @@ def model_card(run: Run, sampling: Sampling, folder: str) -> str:
     )
     note = ""
     if sampling.spacing == "trailing":
-        note = f"Take a number of steps that divides {config.num_timesteps}."
+        note = f" Take a number of steps that\ndivides {config.num_timesteps}."
     text = CARD.format(
         name=config.experiment_name,
         step=run.step,

@@ -66,6 +66,8 @@ def unet2d_config(model: nn.Module, config: Config, spec: ImageSpec) -> dict[str
         out_channels=spec.channels,
         block_out_channels=tuple(widths),
         time_embedding_dim=model.time_embedding.mlp[2].out_features,
+        flip_sin_to_cos=True,  # cosines first
+        freq_shift=0,
         layers_per_block=len(levels[0]),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
