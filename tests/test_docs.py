@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import evaluate
+import export
 import runs
 import sample
 import train
@@ -30,6 +31,7 @@ SCRIPTS: dict[str, ModuleType] = {
     "sample.py": sample,
     "evaluate.py": evaluate,
     "runs.py": runs,
+    "export.py": export,
 }
 PARSERS = {name: [script.make_parser()] for name, script in SCRIPTS.items()}
 PARSERS["runs.py"].append(runs.make_parser(runs.REPORT))
