@@ -323,6 +323,7 @@ def test_the_metadata_is_json():
     safetensors = pytest.importorskip("safetensors")
     path = write_checkpoint(model_params=TINY["unet"])
     assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    assert Path("w.safetensors").stat().st_mode == path.stat().st_mode
     with safetensors.safe_open("w.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["config"])["experiment_name"] == "made"
