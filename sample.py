@@ -43,6 +43,7 @@ from utils.labels import save_labels
 from utils.logs import setup_logging
 from utils.precision import resolve_precision
 from utils.resume import SAME_MODEL, changed_settings
+from utils.weights_file import SUFFIX, load_weights
 
 __all__ = ["CONFIG_CHECKS", "Run", "Sampling", "generate", "load_run", "sampling_from"]
 
@@ -75,7 +76,7 @@ def load_run(
     overrides: Sequence[str] = (),
     compile: Literal["model", "blocks"] | None = None,
 ) -> Run:
-    """Rebuild what a checkpoint (a file, or a run directory) holds.
+    """Rebuild what a checkpoint (a file, also an exported one, or a run directory) holds.
 
     Args:
         use_ema: averaged or raw weights; None takes the averaged ones if there are any.
@@ -86,7 +87,7 @@ def load_run(
         CheckpointError, ConfigError: what is missing or does not fit.
     """
     path = resolve_checkpoint(checkpoint)
-    state = load_checkpoint(path)
+    state = load_weights(path) if path.suffix == SUFFIX else load_checkpoint(path)
     raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))
@@ -109,9 +110,12 @@ def load_run(
     if use_ema and not has_ema:
         raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
     ema = has_ema and config.use_ema if use_ema is None else use_ema
+    weights = state.get("ema_model_state_dict" if ema else "model_state_dict")
+    if weights is None:
+        raise CheckpointError(f"{path}: holds EMA weights alone; leave out --no_ema, use_ema=false")
     model = models.build_model(config, spec, device)
     try:
-        model.load_state_dict(state["ema_model_state_dict" if ema else "model_state_dict"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: does not fit the config: {reason}") from error

@@ -14,11 +14,11 @@ import pytest
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "edit", "evaluate", "runs")
+SCRIPTS = ("train", "sample", "edit", "evaluate", "runs", "export")
 SIBLINGS = ("datasets", "models", "diffusion", "metrics")
 OURS = (*SCRIPTS, *SIBLINGS, "utils", "benchmarks", "tests")
 OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")
-OPTIONAL += ("diffusers",)
+OPTIONAL += ("diffusers", "safetensors")
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
 MAY_LEAVE_THE_DEVICE = ("diffusion/generation.py",)
 

@@ -14,6 +14,7 @@ import pytest
 
 import edit
 import evaluate
+import export
 import runs
 import sample
 import train
@@ -33,6 +34,7 @@ SCRIPTS: dict[str, ModuleType] = {
     "edit.py": edit,
     "evaluate.py": evaluate,
     "runs.py": runs,
+    "export.py": export,
 }
 PARSERS = {name: [script.make_parser()] for name, script in SCRIPTS.items()}
 PARSERS["runs.py"].append(runs.make_parser(runs.REPORT))

@@ -97,6 +97,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    check_state(path, state)
+    return state
+
+
+def check_state(path: Path, state: Any) -> None:
+    """Whether what was read from `path` has the parts of a checkpoint.
+
+    Raises:
+        CheckpointError: it has not, or is of a newer format.
+    """
     missing = [key for key in KEY_TYPES if not isinstance(state, dict) or key not in state]
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of this project, lacks {missing}")
@@ -108,7 +118,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: format {state['format_version']} is newer than the {FORMAT_VERSION} "
             "this version reads; update the project"
         )
-    return state
 
 
 def _false_folder(archive: zipfile.ZipFile) -> str | None:

@@ -34,6 +34,16 @@ def new_parser(
     return parser
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Which weights, for every script that reads a checkpoint."""
+    add = parser.add_argument
+    known = "a .pth or exported .safetensors file, or a run directory"
+    add("--checkpoint", "--ckpt", required=required, help=known)
+    add("--config", help="config file laid over the one in the checkpoint")
+    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
+    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
+
+
 def add_sampling_options(
     parser: argparse.ArgumentParser,
     samplers: Iterable[str],
@@ -48,10 +58,7 @@ def add_sampling_options(
     add = parser.add_argument
     steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
     several = "; a list such as %s makes a sweep" if sweep else "%.0s"
-    add("--checkpoint", "--ckpt", required=needs_checkpoint, help="a .pth file or a run directory")
-    add("--config", help="config file laid over the one in the checkpoint")
-    add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
-    add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
+    add_checkpoint_options(parser, required=needs_checkpoint)
     add("--sampling_method", help=f"{', '.join(samplers)}; default: the config's")
     add("--num_inference_steps", "--steps", type=steps, help="sampling steps" + several % "20,50")
     add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")

@@ -1,0 +1,464 @@
+"""export.py: what arrives elsewhere computes what it computed here, or it is refused in a line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import export
+import models
+import sample
+import train
+from diffusion import SCHEDULES, GaussianDiffusion, make_denoiser, timestep_grid
+from diffusion.ddim import ddim
+from diffusion.diffusers_ddim import ddim_scheduler_config
+from diffusion.generation import Sampling, sample_steps, sampling_from
+from models.diffusers_unet import module_names, to_unet2d, unet2d_config
+from tests.conftest import ROOT
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import Config
+from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
+from utils.images import ImageSpec, to_uint8
+from utils.rng import sample_noise
+from utils.weights_file import load_weights
+
+CPU = torch.device("cpu")
+DIGITS = ImageSpec(1, 8, 8, 10)
+SMALLEST = dict(model_channels=128, channel_mult=(1,), num_res_blocks=1, num_head_channels=64)
+TINY = {
+    "unet": dict(model_channels=8, channel_mult=(1, 2), num_res_blocks=1),
+    "dit": dict(patch_size=4, hidden_size=16, depth=1, num_heads=2),
+    "dim": dict(patch_size=4, hidden_size=16, depth=1, state_size=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def moved(model, amount=0.02):
+    """The model with every parameter off its start: no zeros, no norms that do nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def write_checkpoint(spec=DIGITS, *, model_params=SMALLEST, **settings) -> Path:
+    """A checkpoint without training, its raw and its averaged weights different ones."""
+    options = dict(dataset="digits", image_size=(8, 8), conditional=True, num_timesteps=100)
+    options |= dict(experiment_name="made", num_inference_steps=10)
+    config = Config(**{**options, "model_params": model_params, **settings})
+    state = dict(format_version=1, epoch=2, step=7, config=config.to_dict(), spec=tuple(spec))
+    for key, amount in (("model_state_dict", 0.02), ("ema_model_state_dict", 0.03)):
+        state[key] = moved(models.build_model(config, spec), amount).state_dict()
+    save_checkpoint(Path("made.pth"), state)
+    return Path("made.pth")
+
+
+def run_export(checkpoint, file_format, output, *options) -> int:
+    command = ["--checkpoint", checkpoint, "--format", file_format, "--output", output]
+    return export.main([str(word) for word in (*command, "--device", "cpu", *options)])
+
+
+def run_printed(folder: str, monkeypatch, where, name: str, x_T) -> dict:
+    """Run the code of the folder's README.md as it is printed, but for its noise, which
+    `where.name` draws; returns its variables."""
+    (code,) = re.findall(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), re.DOTALL)
+    variables: dict = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, lambda *_, **__: x_T.clone())
+        exec(code, variables)
+    return variables
+
+
+def our_images(run, seeds, labels) -> torch.Tensor:
+    """What sample.py draws, before it becomes 8-bit."""
+    with torch.inference_mode():
+        *_, last = sample_steps(run, seeds, labels, sampling_from(run.config, "ddim"), CPU)
+    return last.x
+
+
+def as_arrays(pictures) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def assert_same_pictures(pictures, images):
+    """diffusers rounds where we truncate at x.5: one grey level of 256."""
+    ours = to_uint8(images).permute(0, 2, 3, 1).squeeze(-1).numpy().astype(int)
+    assert np.abs(ours - as_arrays(pictures)).max() <= 1
+
+
+# --- the network ---------------------------------------------------------------------------------
+
+
+def random_network(seed: int):
+    """A UNet with a counterpart, and the images it is for."""
+    generator = np.random.default_rng(seed)
+
+    def one_of(*values):
+        return values[generator.integers(len(values))]
+
+    size = one_of((8, 8), (8, 16), (16, 8))
+    levels = one_of(1, 2, 3)
+    sides = [8 // 2**level for level in range(levels)]
+    spec = ImageSpec(one_of(1, 3), *size, one_of(0, 3))
+    params = dict(
+        model_channels=128,
+        channel_mult=(1, *(int(m) for m in generator.integers(1, 3, levels - 1))),
+        num_res_blocks=one_of(1, 2),
+        attention_resolutions=tuple(side for side in sides if generator.random() < 0.5),
+        use_attention=generator.random() < 0.8,
+        num_head_channels=one_of(32, 64, 128, 300),
+        use_scale_shift_norm=one_of(False, True),
+    )
+    return spec, params
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_networks_are_equal(seed):
+    pytest.importorskip("diffusers")
+    spec, params = random_network(seed)
+    config = Config(experiment_name="x", conditional=spec.num_classes > 0, model_params=params)
+    ours = moved(models.build_model(config, spec))
+    theirs = to_unet2d(ours, unet2d_config(ours, config, spec))
+    t = torch.tensor([0, 1, 500, 999])
+    x = torch.randn(len(t), *spec.shape, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor([-1, 0, 1, 2]) if spec.num_classes else None
+    with torch.inference_mode():
+        expected = ours(x, t, y)
+        got = theirs(x, t, None if y is None else y + 1).sample
+    assert expected.abs().max() > 0.1, "the comparison would say nothing"
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()))
+
+
+def test_random_networks_have_every_option():
+    drawn = [random_network(seed) for seed in range(10)]
+    specs, params = [spec for spec, _ in drawn], [params for _, params in drawn]
+    assert {spec.channels for spec in specs} == {1, 3}
+    assert {spec.num_classes for spec in specs} == {0, 3}
+    assert {spec.height > spec.width for spec in specs} == {True, False}
+    assert {spec.height < spec.width for spec in specs} == {True, False}
+    assert {len(p["channel_mult"]) for p in params} == {1, 2, 3}
+    assert {p["use_scale_shift_norm"] for p in params} == {True, False}
+    assert {p["use_attention"] for p in params} == {True, False}
+    assert {p["num_res_blocks"] for p in params} == {1, 2}
+    assert len({p["num_head_channels"] for p in params}) == 4
+    attended = {len(p["attention_resolutions"]) for p in params if p["use_attention"]}
+    assert attended >= {0, 1}
+    assert max(attended) > 1
+
+
+def test_no_two_modules_get_one_name():
+    names = [name for found in module_names(3, 2).values() for name in found]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("config_file", ["cifar10_unet.py", "cifar100_unet.py", "celeba_unet.py"])
+def test_large_configs_have_a_counterpart(config_file):
+    config = train.load_config(ROOT / "configs" / config_file, checks=sample.CONFIG_CHECKS)
+    spec = sample.expected_spec(config)
+    with torch.device("meta"):
+        model = models.build_model(config, spec, torch.device("meta"))
+    assert unet2d_config(model, config, spec)["norm_num_groups"] == 32
+
+
+# --- the sampler ---------------------------------------------------------------------------------
+
+
+def toy_model(x, t, y=None):
+    """A smooth function of everything, out of [-1, 1] here and there."""
+    return 1.5 * torch.sin(2 * x + 0.01 * t.reshape(-1, 1, 1, 1)) + 0.1 * x.roll(1, -1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction_type", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("threshold", ["static", "dynamic", "none"])
+@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 10), ("leading", 7)])
+def test_schedulers_take_the_same_steps(schedule, prediction_type, threshold, spacing, steps):
+    diffusers = pytest.importorskip("diffusers")
+    betas = SCHEDULES[schedule](100, 1e-3, 0.1)
+    diffusion = GaussianDiffusion(betas, prediction_type=prediction_type)
+    sampling = Sampling("ddim", steps, 0.5, 1.0, None, threshold, spacing, False)
+    scheduler = diffusers.DDIMScheduler(**ddim_scheduler_config(diffusion, sampling))
+    scheduler.set_timesteps(steps)
+    grid = timestep_grid(100, steps, spacing)
+    assert scheduler.timesteps.tolist() == grid
+
+    generator = torch.Generator().manual_seed(0)
+    x_T, *noise = torch.randn(steps + 1, 4, 3, 8, 8, generator=generator)
+    denoise = make_denoiser(diffusion, toy_model, None, threshold=threshold)
+    draws = iter(noise)
+    *_, last = ddim(denoise, x_T, diffusion, grid, lambda _: next(draws), eta=0.5)
+    x = x_T
+    for t, drawn in zip(scheduler.timesteps, noise, strict=True):
+        options = dict(eta=0.5, use_clipped_model_output=True, variance_noise=drawn)
+        x = scheduler.step(toy_model(x, t), t, x, **options).prev_sample
+    scale = last.x.abs().max().clamp(min=1)
+    assert (x - last.x).abs().max() / scale < 1e-4
+
+
+# --- from the command line -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A few steps of training on digits, classes and all, in images twice as wide as high."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = [
+        "image_size=8,16", "model_params.model_channels=128", "model_params.channel_mult=1,1",
+        "model_params.attention_resolutions=4,", "model_params.num_head_channels=32",
+        "max_steps=6", "batch_size=16", "num_samples=2", "num_inference_steps=20",
+        f"save_dir={folder}", "experiment_name=run",
+    ]  # fmt: skip
+    config = str(ROOT / "configs/digits_unet.py")
+    assert train.main(["--config", config, "--device", "cpu", *settings]) == EXIT_OK
+    return folder / "run"
+
+
+def test_the_printed_code_draws_our_images(trained, script, monkeypatch):
+    pytest.importorskip("diffusers")
+    done = script(
+        "export.py", "--checkpoint", trained, "--format", "diffusers", "--output", "digits"
+    )
+    assert done.returncode == EXIT_OK, done.output
+    assert sorted(path.name for path in Path().iterdir()) == ["digits"]
+    kept = "".join(path.read_text() for path in Path("digits").rglob("*.json"))
+    assert str(trained.parent) not in kept, "paths of this machine"
+
+    run = sample.load_run(trained, CPU)
+    seeds, labels = list(range(10)), list(range(10))
+    x_T = sample_noise(seeds, CPU)((10, *run.spec.shape))
+    names = run_printed("digits", monkeypatch, torch, "randn", x_T)
+    images = our_images(run, seeds, labels)
+    assert (images.abs() < 0.99).float().mean() > 0.2, "the comparison would say little"
+    assert (names["x"] - images).abs().max() < 1e-4
+    assert_same_pictures(names["images"], images)
+
+    with pytest.raises(ValueError, match="class_labels"):  # as the page says
+        names["pipe"]()
+
+
+def test_the_printed_code_for_models_without_classes(monkeypatch):
+    pytest.importorskip("diffusers")
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    path = write_checkpoint(conditional=False, timestep_spacing="leading", num_inference_steps=7)
+    assert run_export(path, "diffusers", "out") == EXIT_OK
+    run = sample.load_run(path, CPU)
+    x_T = sample_noise(list(range(16)), CPU)((16, *run.spec.shape))
+    names = run_printed("out", monkeypatch, pipeline_ddim, "randn_tensor", x_T)
+    images = our_images(run, list(range(16)), None)
+    assert_same_pictures(names["images"], images)
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: x_T)
+    options = dict(num_inference_steps=7, batch_size=16, use_clipped_model_output=True)
+    theirs = names["pipe"](**options, output_type="pt").images
+    assert (theirs - (images / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-4
+
+
+def test_the_printed_code_guides_in_the_interval(monkeypatch):
+    pytest.importorskip("diffusers")
+    path = write_checkpoint(cfg_scale=3.0, cfg_interval=(0.2, 0.6), threshold="dynamic")
+    assert run_export(path, "diffusers", "out") == EXIT_OK
+    run = sample.load_run(path, CPU)
+    x_T = sample_noise(list(range(10)), CPU)((10, *run.spec.shape))
+    names = run_printed("out", monkeypatch, torch, "randn", x_T)
+    assert (names["x"] - our_images(run, list(range(10)), list(range(10)))).abs().max() < 1e-4
+
+
+def test_the_page_says_when_no_class_was_never_trained():
+    pytest.importorskip("diffusers")
+    assert run_export(write_checkpoint(cfg_dropout_prob=0.0), "diffusers", "out") == EXIT_OK
+    card = Path("out/README.md").read_text()
+    assert "leave `scale` at 1" in card
+    assert "scale = 1.0\n" in card
+
+
+@pytest.mark.parametrize("option", [[], ["--no_ema"]])
+def test_both_formats_take_the_weights_asked_for(option):
+    pytest.importorskip("diffusers")
+    from diffusers import UNet2DModel
+
+    path = write_checkpoint()
+    state = load_checkpoint(path)["model_state_dict" if option else "ema_model_state_dict"]
+    assert run_export(path, "safetensors", "w.safetensors", *option) == EXIT_OK
+    assert run_export(path, "diffusers", "out", *option) == EXIT_OK
+    theirs = UNet2DModel.from_pretrained("out/unet").state_dict()
+    assert torch.equal(theirs["conv_in.weight"], state["stem.weight"])
+    loaded = sample.load_run("w.safetensors", CPU)
+    assert loaded.ema == (not option)
+    assert torch.equal(loaded.model.state_dict()["stem.weight"], state["stem.weight"])
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_weights_come_back_bit_for_bit(model_type, monkeypatch):
+    pytest.importorskip("safetensors")
+    path = write_checkpoint(model_type=model_type, model_params=TINY[model_type])
+    assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    before = sample.load_run(path, CPU)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    after = sample.load_run("w.safetensors", CPU)
+    old, new = before.model.state_dict(), after.model.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert after.config == before.config
+    facts = [(run.spec, run.step, run.epoch, run.ema) for run in (before, after)]
+    assert facts[0] == facts[1] == (DIGITS, 7, 2, True)
+    seeds, labels = [3, 4], [0, 9]
+    assert torch.equal(our_images(before, seeds, labels), our_images(after, seeds, labels))
+
+
+def test_the_metadata_is_json():
+    safetensors = pytest.importorskip("safetensors")
+    path = write_checkpoint(model_params=TINY["unet"])
+    assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    assert Path("w.safetensors").stat().st_mode == path.stat().st_mode
+    with safetensors.safe_open("w.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["config"])["experiment_name"] == "made"
+    assert json.loads(metadata["spec"]) == [1, 8, 8, 10]
+    assert json.loads(metadata["step"]) == 7
+
+
+def test_sample_draws_from_the_file():
+    pytest.importorskip("safetensors")
+    path = write_checkpoint(model_params=TINY["unet"])
+    assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    pictures = []
+    for checkpoint in (path, "w.safetensors"):
+        command = ["--checkpoint", str(checkpoint), "--num_samples", "4", "--device", "cpu"]
+        assert sample.main([*command, "--output_dir", "out"]) == EXIT_OK
+        pictures.append(Path("out/samples.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    for option in ("--no_ema", "use_ema=false"):
+        with pytest.raises(CheckpointError, match="holds EMA weights alone"):
+            sample.main(["--checkpoint", "w.safetensors", option])
+
+
+def test_damaged_and_foreign_files_are_refused():
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = write_checkpoint(model_params=TINY["unet"])
+    assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    whole = Path("w.safetensors").read_bytes()
+    broken = Path("broken.safetensors")
+    for position in (-1, len(whole) // 2, whole.index(b"learning_rate")):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        broken.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_weights(broken)
+    broken.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(broken)
+    save_file({"weight": torch.zeros(2)}, broken)
+    with pytest.raises(CheckpointError, match=r"not written by export\.py"):
+        load_weights(broken)
+    with pytest.raises(CheckpointError, match="no such"):
+        sample.load_run("absent.safetensors", CPU)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def assert_refused(kind, message, *arguments):
+    """One line that holds `message`; the folder stays as it was."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    with pytest.raises(kind, match=message) as caught:
+        run_export(*arguments)
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(model_type="dit", model_params=TINY["dit"]), "^model_type='dit'.*frequencies"),
+        (dict(model_type="dim", model_params=TINY["dim"]), "^model_type='dim'.*Mamba"),
+        (dict(model_params=TINY["unet"]), r"model_channels.*levels of 8, 16 .* 2, 4, 6, 8 groups"),
+        (dict(model_params=SMALLEST | {"class_conditioning": "concat"}), "class_conditioning"),
+        (dict(model_params=SMALLEST | {"channel_mult": (2,)}), "channel_mult: .*begin with 1"),
+        (
+            dict(model_params=SMALLEST | {"channel_mult": (1, 3), "num_head_channels": 192}),
+            "num_head_channels: the heads have 128, 192 channels",
+        ),
+        (dict(timestep_spacing="linspace"), "timestep_spacing='linspace'.*trailing or leading"),
+        (dict(num_inference_steps=30), "num_inference_steps=30.*divides 100"),
+        (dict(sampling_method="ddpm", num_timesteps=90), "num_inference_steps=50.*divides 90"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(settings, message):
+    assert_refused(ConfigError, message, write_checkpoint(**settings), "diffusers", "out")
+
+
+def test_sampling_can_be_changed_on_the_command_line():
+    pytest.importorskip("diffusers")
+    path = write_checkpoint(num_inference_steps=30)
+    assert run_export(path, "diffusers", "out", "num_inference_steps=25") == EXIT_OK
+    assert "set_timesteps(25)" in Path("out/README.md").read_text()
+
+
+def test_outputs_that_cannot_be_are_refused():
+    path = write_checkpoint()
+    assert_refused(ConfigError, r"named \*\.safetensors", path, "safetensors", "w.pth")
+    assert_refused(ConfigError, "is not a folder", path, "diffusers", "absent/out")
+    Path("out").mkdir()
+    assert_refused(ConfigError, "exists already", path, "diffusers", "out")
+    Path("w.safetensors").touch()
+    assert_refused(ConfigError, "exists already", path, "safetensors", "w.safetensors")
+    assert_refused(CheckpointError, "no such", "absent", "diffusers", "new")
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "diffusers"])
+def test_absent_packages_are_named(file_format, monkeypatch):
+    path = write_checkpoint()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    wanted = "diffusers safetensors" if file_format == "diffusers" else "safetensors"
+    message = f"^safetensors: not installed; pip install {wanted}$"
+    assert_refused(UserError, message, path, file_format, "out.safetensors")
+
+
+def test_a_dry_run_writes_nothing(capsys):
+    pytest.importorskip("diffusers")
+    path = write_checkpoint()
+    for file_format in ("diffusers", "safetensors"):
+        assert run_export(path, file_format, "out.safetensors", "--dry_run") == EXIT_OK
+    assert [found.name for found in Path().iterdir()] == [path.name]
+    assert "network outputs differ by" in capsys.readouterr().out
+
+
+def test_another_network_is_noticed(monkeypatch):
+    pytest.importorskip("diffusers")
+
+    def wrong(model, arguments):
+        unet = to_unet2d(model, arguments)
+        unet.conv_out.bias.data += 0.01
+        return unet
+
+    monkeypatch.setattr(export, "to_unet2d", wrong)
+    assert_refused(UserError, "outputs that differ", write_checkpoint(), "diffusers", "out")
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "diffusers"])
+def test_a_full_disk_leaves_nothing(file_format, monkeypatch):
+    pytest.importorskip("diffusers")
+    path = write_checkpoint()
+
+    def rename(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", rename)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert_refused(UserError, "No space left", path, file_format, "out.safetensors")
