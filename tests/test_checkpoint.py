@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -182,30 +183,44 @@ def test_leftovers_of_dead_processes_are_swept(tmp_path):
 # --- reading
 
 
-def test_damage_is_noticed_or_harmless(tmp_path):
-    """One flipped bit anywhere: an error, or (in the zip's padding) the same tensors."""
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """Anywhere: in tensors, in the zip's directory and padding, in the checksum."""
     path = tmp_path / CURRENT
-    state = make_state(1)
-    save_checkpoint(path, state)
+    save_checkpoint(path, make_state(1))
     good = path.read_bytes()
     rng = np.random.default_rng(0)
-    noticed = 0
-    for _ in range(200):
+    offsets = [*rng.integers(len(good), size=200).tolist(), *range(len(good) - 40, len(good))]
+    for offset in offsets:
         bad = bytearray(good)
-        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        bad[offset] ^= 1 << int(rng.integers(8))
         path.write_bytes(bad)
-        message = None
-        try:
-            loaded = load_checkpoint(path)
-        except CheckpointError as error:
-            message = str(error)
-        if message is None:
-            assert equal(loaded, state)
-        else:
-            assert message.startswith(f"{path}: ")
-            assert "\n" not in message
-            noticed += 1
-    assert noticed > 100
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path)
+        assert str(error.value).startswith(f"{path}: ")
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    """They have no checksum of the whole; those of their tensors are checked."""
+    path = tmp_path / CURRENT
+    state = {**make_state(1), "format_version": 1}
+    torch.save(state, path)
+    assert equal(load_checkpoint(path), state)
+    torch.save(make_state(1), path)
+    with pytest.raises(CheckpointError, match="checksum is wrong, or was cut off"):
+        load_checkpoint(path)
+
+
+def test_the_checksum_is_that_of_the_file_as_torch_wrote_it(tmp_path):
+    path = tmp_path / CURRENT
+    save_checkpoint(path, make_state(1))
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+        assert archive.testzip() is None
+    plain = data[: -len(comment) - 2] + bytes(2)
+    assert comment == b"crc32 %08x" % zlib.crc32(plain)
+    assert equal(torch.load(io.BytesIO(plain), weights_only=True), make_state(1))
 
 
 def test_a_flipped_bit_in_a_weight_is_always_noticed(tmp_path):

@@ -6,14 +6,18 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from utils.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no checksum of the whole file
+CHECKSUM = b"crc32 %08x"  # the zip's comment, the last bytes of the file
+CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment stands its length
+READ_BYTES = 2**20  # at a time
 BEST, CURRENT = "best_model.pth", "current_model.pth"
 FOLDER_ATTRIBUTE = 0x10  # of MS-DOS; no checksum covers it
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
@@ -41,7 +45,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            summing = _SummingFile(file)
+            torch.save(state, summing)
+            _append_checksum(file, summing.crc32)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -49,6 +55,43 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+class _SummingFile:
+    """What torch.save needs of a file; knows the CRC32 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.crc32 = file, 0
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+
+def _append_checksum(file: BinaryIO, crc32: int) -> None:
+    """As the comment of the zip that has just been written without one.
+
+    The zip's own checksums leave out its directory and padding: there are bits in it that no other
+    check notices, and that hide a tensor.
+    """
+    file.seek(-COUNT_BYTES, os.SEEK_END)
+    file.write(_ending(crc32))
+
+
+def _ending(crc32: int) -> bytes:
+    return CHECKSUM_BYTES.to_bytes(COUNT_BYTES, "little") + CHECKSUM % crc32
+
+
+def _has_its_checksum(path: Path) -> bool:
+    """Whether the file ends with the checksum of what it was before that was appended."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES - COUNT_BYTES
+        file.seek(0)
+        crc32, left = 0, max(0, size)
+        while left and (data := file.read(min(left, READ_BYTES))):
+            crc32, left = zlib.crc32(data, crc32), left - len(data)
+        return file.read() == _ending(zlib.crc32(bytes(COUNT_BYTES), crc32))
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
@@ -78,8 +121,8 @@ def _sync_folder(folder: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint; tensors arrive on the CPU.
 
-    The zip's CRC32s are checked first, because `torch.load` does not notice flipped bits, and
-    `weights_only=True` keeps a file from running code.
+    The checksum of the file (of old files, those in the zip) is checked first, because `torch.load`
+    does not notice flipped bits, and `weights_only=True` keeps a file from running code.
 
     Raises:
         CheckpointError: missing, damaged, or not one of ours.
@@ -87,10 +130,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() or _false_folder(archive)
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
+        if not (is_whole := _has_its_checksum(path)):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() or _false_folder(archive)
+            if damaged is not None:
+                raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -98,6 +142,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     check_state(path, state)
+    if state["format_version"] > 1 and not is_whole:
+        raise CheckpointError(f"{path}: damaged (its checksum is wrong, or was cut off)")
     return state
 
 
