@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from metrics.evaluation import Evaluation
 from metrics.report import summary
 from sample import CONFIG_CHECKS
 from utils import images as pictures
+from utils.captions import class_captions, contact_sheet
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import (
@@ -41,8 +43,8 @@ from utils.distributed import (
 )
 from utils.ema import EMA
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
-from utils.images import ImageSpec
-from utils.labels import requested_labels
+from utils.images import ImageSpec, to_uint8
+from utils.labels import NULL_LABEL, requested_labels
 from utils.logs import setup_logging
 from utils.nonfinite import NonFiniteGuard
 from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
@@ -66,6 +68,8 @@ from utils.trainer import Trainer
 
 PREVIEW_BATCH_SIZE = 64
 EVAL_BATCH_SIZE = 128
+SHEET_IMAGES, SHEET_COLUMNS = 64, 8
+DROPPED = "none"  # on the sheet: the class was left out, for guidance
 
 log = logging.getLogger("diffusion")
 
@@ -73,6 +77,7 @@ log = logging.getLogger("diffusion")
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     parser.add_argument("--config", required=True, help="a .py, .yml or .yaml config file")
+    parser.add_argument("--sheet", metavar="PNG", help="with --dry_run: draw the first batch there")
     return parser
 
 
@@ -83,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_config:
         print(format_config(config))
         return EXIT_OK
+    if args.sheet and not args.dry_run:
+        raise ConfigError(
+            "--sheet draws a batch instead of training; give it together with --dry_run"
+        )
     gpu_ids = config.gpu_ids if torch.cuda.is_available() else None
     with distributed_runtime(
         args.device,
@@ -94,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.gpu_ids and gpu_ids is None:
             log.info("gpu_ids=%s: no CUDA here, ignored", list(config.gpu_ids))
         try:
-            return train(config, runtime, dry_run=args.dry_run)
+            return train(config, runtime, dry_run=args.dry_run, sheet=args.sheet)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory on {runtime.device}; raise gradient_accumulation_steps (now "
@@ -103,8 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
 
 
-def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
-    """Build everything the config names, and run it. Returns the exit code."""
+def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None = None) -> int:
+    """Build everything the config names, and run it. Returns the exit code.
+
+    Args:
+        dry_run: one loss instead; nothing is written, but the first batch to `sheet`.
+    """
     device = runtime.device
     precision = resolve_precision(config.precision, device)
     seen = checkpoints_in(config.run_dir)
@@ -146,9 +159,12 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
             precision=precision,
         )
         if dry_run:
+            example = next(examples(0))
             with torch.no_grad():
-                loss = process.loss(model, *next(examples(0))).mean()
+                loss = process.loss(model, *example).mean()
             log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
+            if sheet is not None and runtime.is_main:
+                draw_sheet(Path(sheet), example, dataset.class_names)
             return EXIT_OK
         status.update(total_steps=schedule.total_steps)
         models.compile_model(model, config.compile)
@@ -214,6 +230,26 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool) -> int:
     if code == EXIT_OK:
         log_end(config)
     return code
+
+
+def draw_sheet(path: Path, example: Example, class_names: Sequence[str]) -> None:
+    """Images as the model gets them: cropped, flipped, with their classes, ordered by these.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    images = to_uint8(example.x_0[:SHEET_IMAGES]).cpu()
+    labels = [0] * len(images) if example.y is None else example.y[:SHEET_IMAGES].tolist()
+    order = sorted(range(len(images)), key=labels.__getitem__)
+    rows = [order[i : i + SHEET_COLUMNS] for i in range(0, len(order), SHEET_COLUMNS)]
+    names = class_captions(labels, class_names)
+    names = [DROPPED if label == NULL_LABEL else names[i] for i, label in enumerate(labels)]
+    above = [] if example.y is None else [[names[i] for i in row] for row in rows]
+    try:
+        pictures.save_image(path, contact_sheet(images, rows, above=above))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sheet {path}: {error}") from error
+    log.info("the first %d images of it: %s", len(images), path)
 
 
 def best_score(config: Config) -> BestScore:

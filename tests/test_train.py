@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import datasets
 import train
 from tests.conftest import start_script
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -436,6 +438,41 @@ def test_dry_run_and_print_config_write_nothing(tiny, capsys):
     assert "M parameters" in output
     assert '"batch_size": 64' in output
     assert [p.name for p in Path().iterdir()] == ["tiny.py"]
+
+
+@pytest.mark.parametrize(
+    "options", [["cfg_dropout_prob=0.3"], ["conditional=false"], ["batch_size=3"]]
+)
+def test_a_dry_run_draws_the_first_batch(tiny, monkeypatch, options):
+    seen = []
+    honest = train.contact_sheet
+    monkeypatch.setattr(
+        train, "contact_sheet", lambda *a, **k: seen.append((a, k)) or honest(*a, **k)
+    )
+    command = ["--config", str(tiny), "--dry_run", "--sheet", "sheet.png", "seed=7"]
+    assert train.main([*command, *options]) == EXIT_OK
+    (((images, rows), words),) = seen
+    shown = [i for row in rows for i in row]
+    assert sorted(shown) == list(range(len(images)))
+    assert len(images) == (3 if "batch_size=3" in options else 64)
+    assert Image.open("sheet.png").width >= 8 * 8
+    assert sorted(p.name for p in Path().iterdir()) == ["sheet.png", "tiny.py"]
+    names = [name for row in words["above"] for name in row]
+    if options != ["cfg_dropout_prob=0.3"]:
+        return
+    assert names == sorted(names, key=lambda name: "" if name == "none" else name)
+    assert 5 < names.count("none") < 35
+    dataset = datasets.build_dataset(Config(dataset="digits", image_size=8), "train")
+    pairs = {(dataset[i][0].numpy().tobytes(), str(dataset[i][1])) for i in range(len(dataset))}
+    labelled = [(images[i].numpy().tobytes(), n) for i, n in zip(shown, names, strict=True)]
+    assert all(pair in pairs for pair in labelled if pair[1] != "none")
+
+
+def test_a_sheet_is_for_dry_runs(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="together with --dry_run"):
+        train.main(["--config", str(tiny), "--sheet", "sheet.png"])
+    with pytest.raises(UserError, match=r"--sheet .*tiny.py/a.png"):
+        train.main(["--config", str(tiny), "--dry_run", "--sheet", f"{tiny}/a.png"])
 
 
 def test_bf16_trains_on_a_cpu_when_asked(tiny):
