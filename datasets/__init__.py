@@ -80,7 +80,13 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
         raise DataError(_unknown(config.dataset))
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
-    return DATASETS[config.dataset].build(config, split)
+    dataset, expected = DATASETS[config.dataset].build(config, split), native_spec(config)
+    if expected is not None and expected != dataset.spec:
+        raise DataError(
+            f"dataset={config.dataset!r}: its builder made images of {dataset.spec}, but the table "
+            f"and the config describe {expected}"
+        )
+    return dataset
 
 
 def has_test_split(config: Config) -> bool:

@@ -24,6 +24,8 @@ from utils.errors import ConfigError, MissingWeightsError
 from utils.real_images import RealImages, RealSets
 
 SOURCES = {"inception": INCEPTION, "lpips": ALEXNET}
+# Of metrics that need no network: (device, *, num_images, shape) -> Scorer.
+PLAIN_SCORERS: dict[str, Callable[..., Scorer]] = {"sanity": SanityScorer}
 Loaded = TypeVar("Loaded")
 
 
@@ -183,8 +185,8 @@ def build_scorers(
         scorers.append(
             MemorizationScorer(device, num_images=num_images, shape=shape, distance=distance)
         )
-    if "sanity" in plan.runnable:
-        scorers.append(SanityScorer(device, num_images=num_images, shape=shape))
+    plain = [name for name in plan.runnable if name in PLAIN_SCORERS]
+    scorers += [PLAIN_SCORERS[name](device, num_images=num_images, shape=shape) for name in plain]
     return scorers
 
 
