@@ -140,8 +140,8 @@ def _num_groups(model: UNet, widths: list[int]) -> int:
     if len(found) > 1:
         raise _no_counterpart(
             f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels",
-            f"their norms have {_listed(found)} groups, UNet2DModel has one number; all have 32 "
-            "where every level is a multiple of 32, from 128 on",
+            f"their norms have {_listed(found)} groups, UNet2DModel has one number; models trained "
+            "with model_params.norm_groups=8 have it, too",
         )
     return found[0]
 

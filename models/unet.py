@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,8 +18,21 @@ MIN_CHANNELS_PER_GROUP = 4
 LARGEST_ATTENTION_SIDE = 16  # default: attend at levels whose shorter side is at most this
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least 4 channels; fewer where the channels do not divide."""
+Norm = Callable[[int], nn.GroupNorm]
+
+
+def group_norm(channels: int, num_groups: int | None = None) -> nn.GroupNorm:
+    """By default at most 32 groups of at least 4 channels; fewer where the channels do not divide.
+
+    Raises:
+        ValueError: `num_groups` does not divide the channels.
+    """
+    if num_groups is not None:
+        if channels % num_groups:
+            raise ValueError(
+                f"norm_groups={num_groups} does not divide a level's {channels} channels"
+            )
+        return nn.GroupNorm(num_groups, channels)
     groups = min(MAX_GROUPS, max(1, channels // MIN_CHANNELS_PER_GROUP))
     while channels % groups:
         groups -= 1
@@ -28,14 +43,21 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions around the conditioning embedding, plus a shortcut."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, scale_shift: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        *,
+        dropout: float,
+        scale_shift: bool,
+        norm: Norm,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
@@ -55,7 +77,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, plus a shortcut."""
 
-    def __init__(self, channels: int, num_head_channels: int) -> None:
+    def __init__(self, channels: int, num_head_channels: int, norm: Norm = group_norm) -> None:
         super().__init__()
         self.num_heads = max(1, channels // num_head_channels)
         if channels % self.num_heads:
@@ -63,7 +85,7 @@ class AttentionBlock(nn.Module):
                 f"num_head_channels={num_head_channels} does not divide a level's {channels} "
                 "channels"
             )
-        self.norm = group_norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -131,6 +153,7 @@ class UNet(nn.Module):
             those of at most 16.
         use_attention: False removes all attention, that of the bottleneck too.
         num_head_channels: channels of one attention head.
+        norm_groups: of every group norm; default: at most 32, of at least 4 channels each.
         dropout: probability within residual blocks.
         use_scale_shift_norm: condition by scale and shift (ADM) instead of by addition (DDPM).
         class_conditioning: `embedding` adds the class to the timestep embedding; `concat`
@@ -153,6 +176,7 @@ class UNet(nn.Module):
         attention_resolutions: tuple[PositiveInt, ...] | None = None,
         use_attention: bool = True,
         num_head_channels: PositiveInt = 64,
+        norm_groups: PositiveInt | None = None,
         dropout: BelowOne = 0.1,
         use_scale_shift_norm: bool = False,
         class_conditioning: Literal["embedding", "concat"] = "embedding",
@@ -182,10 +206,17 @@ class UNet(nn.Module):
             LabelEmbedding(num_classes, emb_dim) if num_classes > 0 and not concat else None
         )
 
+        norm = partial(group_norm, num_groups=norm_groups)
+        residual = partial(
+            ResBlock, emb_dim=emb_dim, dropout=dropout, scale_shift=use_scale_shift_norm, norm=norm
+        )
+        attention = partial(AttentionBlock, num_head_channels=num_head_channels, norm=norm)
+
         def stage(channels_in: int, channels_out: int, side: int) -> Stage:
-            block = ResBlock(channels_in, channels_out, emb_dim, dropout, use_scale_shift_norm)
             attend = use_attention and side in attention_resolutions
-            return Stage(block, AttentionBlock(channels_out, num_head_channels) if attend else None)
+            return Stage(
+                residual(channels_in, channels_out), attention(channels_out) if attend else None
+            )
 
         channels = model_channels * channel_mult[0]
         first_channels = in_channels + (class_emb_size if concat else 0)
@@ -201,13 +232,10 @@ class UNet(nn.Module):
                 self.down.append(Downsample(channels))
                 skips.append(channels)
 
-        attention = AttentionBlock(channels, num_head_channels) if use_attention else None
         self.middle = nn.ModuleList(
             [
-                Stage(
-                    ResBlock(channels, channels, emb_dim, dropout, use_scale_shift_norm), attention
-                ),
-                Stage(ResBlock(channels, channels, emb_dim, dropout, use_scale_shift_norm), None),
+                Stage(residual(channels, channels), attention(channels) if use_attention else None),
+                Stage(residual(channels, channels), None),
             ]
         )
 
@@ -221,7 +249,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(channels))
 
         self.side_factor = 2 ** (levels - 1)
-        self.out_norm = group_norm(channels)
+        self.out_norm = norm(channels)
         self.out = zero_init(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -162,13 +162,36 @@ def test_no_two_modules_get_one_name():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("config_file", ["cifar10_unet.py", "cifar100_unet.py", "celeba_unet.py"])
-def test_large_configs_have_a_counterpart(config_file):
-    config = train.load_config(ROOT / "configs" / config_file, checks=sample.CONFIG_CHECKS)
+@pytest.mark.parametrize(
+    ("config_file", "overrides", "num_groups"),
+    [
+        ("cifar10_unet.py", [], 32),
+        ("cifar100_unet.py", [], 32),
+        ("celeba_unet.py", [], 32),
+        ("digits_unet.py", ["model_params.norm_groups=8"], 8),
+        ("mnist_unet.py", ["model_params.norm_groups=8"], 8),
+        ("custom_folder.py", ["model_params.norm_groups=8"], 8),
+    ],
+)
+def test_which_configs_have_a_counterpart(config_file, overrides, num_groups):
+    path = ROOT / "configs" / config_file
+    config = train.load_config(path, overrides, checks=sample.CONFIG_CHECKS)
     spec = sample.expected_spec(config)
     with torch.device("meta"):
         model = models.build_model(config, spec, torch.device("meta"))
-    assert unet2d_config(model, config, spec)["norm_num_groups"] == 32
+    assert unet2d_config(model, config, spec)["norm_num_groups"] == num_groups
+
+
+def test_a_narrow_network_with_one_number_of_groups_is_the_same_in_diffusers():
+    pytest.importorskip("diffusers")
+    params = TINY["unet"] | {"norm_groups": 4}
+    config = Config(conditional=True, model_params=params)
+    spec = ImageSpec(1, 8, 8, 10)
+    ours = moved(models.build_model(config, spec))
+    theirs = to_unet2d(ours, unet2d_config(ours, config, spec))
+    x, t, y = torch.randn(3, *spec.shape), torch.tensor([0, 3, 9]), torch.tensor([-1, 0, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t, y + 1).sample, ours(x, t, y), atol=1e-5, rtol=1e-5)
 
 
 # --- the sampler ---------------------------------------------------------------------------------

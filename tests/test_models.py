@@ -212,6 +212,13 @@ def test_attention_is_where_it_was_asked_for():
     assert count() == 1 + 3 + 6
 
 
+def test_norm_groups_is_the_number_of_groups_of_every_norm():
+    model = make(norm_groups=4)
+    assert {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)} == {4}
+    with pytest.raises(ConfigError, match="norm_groups=5 does not divide a level's 16 channels"):
+        make(norm_groups=5)
+
+
 def test_attention_can_use_fused_kernels():
     """Fused kernels refuse strided channels without a word and leave a quadratic matrix."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
