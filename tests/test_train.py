@@ -480,6 +480,22 @@ def test_bf16_trains_on_a_cpu_when_asked(tiny):
     assert all(v.dtype == torch.float32 for v in state_of("a")["model_state_dict"].values())
 
 
+@pytest.mark.parametrize(("epochs", "is_told"), [(2, False), (10**9, True)])
+def test_a_run_that_takes_long_on_a_cpu_is_told_so_once(tiny, monkeypatch, capsys, epochs, is_told):
+    stopped = Trainer._end_of_step
+
+    def stop(self):
+        if self.step == 16:
+            signal.raise_signal(signal.SIGTERM)
+        stopped(self)
+
+    monkeypatch.setattr(Trainer, "_end_of_step", stop)
+    run(tiny, "long", f"epochs={epochs}", "log_interval=5")
+    output = capsys.readouterr().out
+    assert output.count("to go on this CPU") == int(is_told)
+    assert output.count("step ") > 3
+
+
 def test_loss_falls(tiny):
     run(tiny, "a", "max_steps=120", "log_interval=20")
     losses = logged("a")

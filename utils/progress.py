@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils.distributed import Runtime
 from utils.schedule import Schedule
 
+LONG_SECONDS = 3 * 3600
 LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
 MEMORY = Path("/proc/self/statm")  # sizes in pages; the second one is resident
 
@@ -102,11 +103,16 @@ def memory_mib(device: torch.device) -> float:
 
 
 class Progress:
-    """A bar on a terminal, a log line per report elsewhere; nothing on ranks other than 0."""
+    """A bar on a terminal, a log line per report elsewhere; nothing on ranks other than 0.
 
-    def __init__(self, schedule: Schedule, step: int, *, is_main: bool) -> None:
+    Args:
+        on_cpu: a run that will take long is told so, once.
+    """
+
+    def __init__(self, schedule: Schedule, step: int, *, is_main: bool, on_cpu: bool) -> None:
         self._schedule = schedule
         self._is_main = is_main
+        self._may_warn, self._num_reports = on_cpu and is_main, 0
         self._step, self._time = step, time.monotonic()
         self._bar = tqdm(
             initial=step,
@@ -137,10 +143,11 @@ class Progress:
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
         loss, speed = scalars["train/loss"], scalars["train/images_per_sec"]
+        images_left = (self._schedule.total_steps - step) * self._schedule.batch_size
+        left = tqdm.format_interval(images_left / speed)
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
         elif self._is_main:
-            images_left = (self._schedule.total_steps - step) * self._schedule.batch_size
             log.info(
                 "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  %s left",
                 step,
@@ -149,5 +156,12 @@ class Progress:
                 loss,
                 scalars["train/lr"],
                 speed,
-                tqdm.format_interval(images_left / speed),
+                left,
+            )
+        self._num_reports += 1  # the first one is of the first step, which is slow
+        if self._may_warn and self._num_reports == 2 and images_left / speed > LONG_SECONDS:
+            log.warning(
+                "about %s to go on this CPU; for a quick look take configs/digits_unet.py, fewer "
+                "epochs, or smaller model_params (model_channels of a unet, hidden_size of others)",
+                left,
             )

@@ -98,7 +98,8 @@ class Trainer:
         """
         self.network.train()
         batches = self.batches(self.step)
-        progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main)
+        on_cpu = self.runtime.device.type == "cpu"
+        progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main, on_cpu=on_cpu)
         with StopSignal() as stop, contextlib.closing(progress), contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
                 if self.runtime.any(stop.name is not None):
