@@ -59,7 +59,7 @@ ROWS = (
     Row(5, inputs.hostile_images, 1, 1),
     Row(6, disk.full_disk, 20, 5),
     Row(7, non_finite.non_finite_values, 12, 2),
-    Row(8, sameness.options_around, 8, 1),
+    Row(8, sameness.options_around, 9, 1),
     Row(9, trackers.trackers, 5, 1),
     Row(10, bad_configs.mutated_configs, 100, 50),
     Row(11, sameness.world_sizes, 1, 0),

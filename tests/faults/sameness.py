@@ -15,6 +15,7 @@ NOT_RESIDENT = "resident=false"
 VARIANTS: dict[str, Sequence[str]] = {
     "workers 2": (NOT_RESIDENT, "num_workers=2"),
     "previews": ("sample_interval=1", "sample_start_epoch=1"),
+    "evaluation": ("eval_interval=1", "eval_num_samples=6", "eval_metrics=class_acc,sanity"),
     "tracker": ("use_swanlab=true", "swanlab_mode=offline"),
     "workers 0": (NOT_RESIDENT, "num_workers=0"),
     "workers 1": (NOT_RESIDENT, "num_workers=1"),
@@ -23,6 +24,7 @@ VARIANTS: dict[str, Sequence[str]] = {
     "all at once": (
         *(NOT_RESIDENT, "num_workers=2", "sample_interval=1", "sample_start_epoch=1"),
         *("use_swanlab=true", "swanlab_mode=offline", "log_interval=3", "save_interval=2"),
+        *("eval_interval=2", "eval_num_samples=6", "eval_metrics=sanity"),
     ),
 }
 TOLERANCE = 1e-4
@@ -55,7 +57,7 @@ def options_around(lab: Lab, trials: int) -> Figure:
     chosen = list(VARIANTS)[:trials]
     bad, detail = count_bad([lambda variant=variant: trial(variant) for variant in chosen])
     return Figure(
-        "workers, previews, tracker, logging: one hash",
+        "workers, previews, evaluation, tracker, logging: one hash",
         trials,
         bad,
         "differ",
