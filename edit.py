@@ -41,7 +41,7 @@ from diffusion.editing import (
 )
 from diffusion.generation import Run, Sampling, last_steps, sample_steps, sampling_from
 from diffusion.sweep import settings_of
-from sample import MAX_GRID_IMAGES, check_labels, load_run, make_output_dir
+from sample import MAX_GRID_IMAGES, check_labels, load_run_of, make_output_dir
 from utils.captions import class_captions, contact_sheet
 from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import format_config
@@ -155,14 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed_runtime(args.device) as runtime:
         say = print if runtime.is_main else (lambda *_: None)
         setup_logging(is_main=runtime.is_main and not args.print_config)
-        run = load_run(
-            args.checkpoint,
-            runtime.device,
-            use_ema=args.use_ema,
-            config_path=args.config,
-            overrides=args.overrides,
-            compile=args.compile,
-        )
+        run = load_run_of(args, runtime.device, args.compile)
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
@@ -171,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.seed is not None and args.seed < 0:
             raise ConfigError(f"--seed {args.seed}: must be 0 or more")
         job = COMMANDS[args.command](args, run, runtime)
-        weights = "EMA weights" if run.ema else "raw weights"
-        say(f"{run.checkpoint} (step {run.step}, {weights}) on {describe_device(runtime.device)}")
+        say(f"{run.describe()} on {describe_device(runtime.device)}")
         say(job.summary)
         if args.dry_run:
             return EXIT_OK

@@ -37,7 +37,7 @@ from metrics.report import code_version, report_path, save_sweep, summary
 from metrics.samples import SampleStore, resumed, sample_key, save_batches
 from metrics.scoring import Batches
 from metrics.weights import file_sha256
-from sample import CONFIG_CHECKS, load_run
+from sample import CONFIG_CHECKS, load_run_of
 from utils.cli import add_sampling_options, new_parser, parse_args
 from utils.config import Config, apply_overrides, format_config, load_config, validate
 from utils.config_files import RawConfig
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(args)
     with distributed_runtime(args.device, timeout_minutes=TIMEOUT_MINUTES) as runtime:
         setup_logging(is_main=runtime.is_main and not args.print_config)
-        run = None if args.images is not None else load_run_of(args, runtime)
+        run = None if args.images is not None else load_run_of(args, runtime.device, args.compile)
         config = config_of_pictures(args) if run is None else run.config
         if args.print_config:
             if runtime.is_main:
@@ -170,17 +170,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed}: must be 0 or more")
     if args.compare is not None:
         read_report(args.compare)
-
-
-def load_run_of(args: argparse.Namespace, runtime: Runtime) -> Run:
-    return load_run(
-        args.checkpoint,
-        runtime.device,
-        use_ema=args.use_ema,
-        config_path=args.config,
-        overrides=args.overrides,
-        compile=args.compile,
-    )
 
 
 def config_of_pictures(args: argparse.Namespace) -> Config:
@@ -262,9 +251,8 @@ def from_checkpoint(args: argparse.Namespace, run: Run, real: Real, runtime: Run
                 save_labels(subfolder, labels)
         return save_batches(drawn, subfolder, runtime.share(count).start, log.warning)
 
-    weights = "EMA weights" if run.ema else "raw weights"
     return Source(
-        name=f"{run.checkpoint} (step {run.step}, {weights})",
+        name=run.describe(),
         spec=run.spec,
         num_images=count,
         labels=labels,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusion.diffusers_ddim import ddim_scheduler_config
 from diffusion.generation import Run, Sampling, sampling_from
 from models.diffusers_unet import to_unet2d, unet2d_config
-from sample import load_run
+from sample import load_run_of
 from utils.cli import add_checkpoint_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import choose_device
@@ -102,18 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(is_main=not args.print_config)
     output = Path(args.output)
     check_output(output, args.format)
-    run = load_run(
-        args.checkpoint,
-        choose_device(args.device),
-        use_ema=args.use_ema,
-        config_path=args.config,
-        overrides=args.overrides,
-    )
+    run = load_run_of(args, choose_device(args.device))
     run.model.cpu()
     if args.print_config:
         print(format_config(run.config))
         return EXIT_OK
-    print(f"{run.checkpoint} (step {run.step}, {weights_of(run)} weights)")
+    print(run.describe())
     if args.format == "safetensors":
         require("safetensors")
         write = partial(write_file, run)
@@ -129,10 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {output}: {error.strerror or error}") from error
     print(f"wrote {output}")
     return EXIT_OK
-
-
-def weights_of(run: Run) -> str:
-    return "EMA" if run.ema else "raw"
 
 
 def check_output(output: Path, file_format: str) -> None:
@@ -202,7 +192,7 @@ def model_card(run: Run, sampling: Sampling, folder: str) -> str:
     text = CARD.format(
         name=config.experiment_name,
         step=run.step,
-        weights=weights_of(run),
+        weights="EMA" if run.ema else "raw",
         folder=json.dumps(folder),
         code=(CONDITIONAL if sampling.conditional else UNCONDITIONAL).format(**values),
         steps_note=note,

@@ -126,6 +126,22 @@ def load_run(
     return Run(model, built, spec, config, path, state["step"], state["epoch"], ema, names)
 
 
+def load_run_of(
+    args: argparse.Namespace,
+    device: torch.device,
+    compile: Literal["model", "blocks"] | None = None,
+) -> Run:
+    """`load_run` of what the command line says, see `cli.add_checkpoint_options`."""
+    return load_run(
+        args.checkpoint,
+        device,
+        use_ema=args.use_ema,
+        config_path=args.config,
+        overrides=args.overrides,
+        compile=compile,
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     add_sampling_options(parser, SAMPLERS)
@@ -187,14 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed_runtime(args.device) as runtime:
         say = print if runtime.is_main else (lambda *_: None)
         setup_logging(is_main=runtime.is_main and not args.print_config)
-        run = load_run(
-            args.checkpoint,
-            runtime.device,
-            use_ema=args.use_ema,
-            config_path=args.config,
-            overrides=args.overrides,
-            compile=args.compile,
-        )
+        run = load_run_of(args, runtime.device, args.compile)
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
@@ -206,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.cfg_scale,
         )
         seeds, labels = plan(args, run)
-        weights = "EMA weights" if run.ema else "raw weights"
-        say(f"{run.checkpoint} (step {run.step}, {weights}) on {describe_device(runtime.device)}")
+        say(f"{run.describe()} on {describe_device(runtime.device)}")
         say(f"{len(seeds)} images: {sampling.describe()}")
         if args.dry_run:
             return EXIT_OK

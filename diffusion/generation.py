@@ -39,6 +39,10 @@ class Run:
     ema: bool = False
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
 
+    def describe(self) -> str:
+        weights = "EMA weights" if self.ema else "raw weights"
+        return f"{self.checkpoint} (step {self.step}, {weights})"
+
 
 @dataclass(frozen=True)
 class Sampling:

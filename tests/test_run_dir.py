@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, start_script
+from tests.conftest import ROOT, largest_file, start_script
 from tests.test_train import children_of, logged, run, state_of, wait_for_step
 from utils import run_dir
 from utils.config import Config
@@ -47,17 +46,6 @@ def is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-@contextmanager
-def full_disk():
-    """No file of this process may grow, as the kernel sees to it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager
@@ -270,7 +258,7 @@ def test_a_full_disk_at_the_start_is_one_line_and_costs_no_file(tmp_path):
     with open_run_dir(config, ALONE, NOTHING):
         pass
     before = (config.run_dir / "config.json").read_text()
-    with full_disk(), pytest.raises(UserError, match=r"cannot be written .*free some space"):
+    with largest_file(0), pytest.raises(UserError, match=r"cannot be written .*free some space"):
         open_run_dir(config, ALONE, NOTHING).__enter__()
     assert (config.run_dir / "config.json").read_text() == before
     assert not list(config.run_dir.glob("*.tmp-*"))
@@ -386,7 +374,7 @@ def test_a_full_disk_keeps_the_old_status_and_is_told_once(tmp_path, caplog):
     path = tmp_path / "status.json"
     status = Status(path)
     status.update(step=1)
-    with full_disk():
+    with largest_file(0):
         status.update(step=2)
         status.update(epoch=1)
     assert json.loads(path.read_text())["step"] == 1

@@ -1,13 +1,13 @@
 """Which checkpoints are written, what a disk that refuses costs, and what counts as best."""
 
 import math
-import resource
 import threading
 from contextlib import closing, contextmanager, nullcontext
 
 import pytest
 import torch
 
+from tests.conftest import largest_file
 from utils import saving
 from utils.checkpoint import BEST, CURRENT, load_checkpoint
 from utils.distributed import Runtime
@@ -37,15 +37,9 @@ def step_in(path):
     return load_checkpoint(path)["step"]
 
 
-@contextmanager
 def almost_full_disk():
     """The kernel refuses the second KiB of a file; the weights alone are four."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return largest_file(1024)
 
 
 def test_names_of_the_files(tmp_path):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, largest_file
 from tests.test_train import assert_same_training, run, state_of
 from utils import tracking
 from utils.config import Config
@@ -153,14 +153,10 @@ def test_metrics_jsonl_goes_on_when_a_full_disk_has_room_again(tmp_path, warning
     """However long it was full; a row that fits in half leaves nothing behind."""
     group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
     path = tmp_path / "run" / "metrics.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for step in range(1, 10):
-        room = path.stat().st_size + 10 if 3 <= step < 8 else limits[0]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        try:
+        is_full = 3 <= step < 8
+        with largest_file(path.stat().st_size + 10) if is_full else nullcontext():
             group.log_scalars({"train/loss": 0.5}, step)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps_in(path) == [1, 2, 8, 9]
     (warning,) = warnings()
     assert warning.startswith("metrics.jsonl failed: OSError: [Errno 28] No space left")
