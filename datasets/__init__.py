@@ -80,11 +80,12 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
         raise DataError(_unknown(config.dataset))
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
-    dataset, expected = DATASETS[config.dataset].build(config, split), native_spec(config)
-    if expected is not None and expected != dataset.spec:
+    entry = DATASETS[config.dataset]
+    dataset = entry.build(config, split)
+    if entry.native is not None and dataset.spec != native_spec(config):
         raise DataError(
             f"dataset={config.dataset!r}: its builder made images of {dataset.spec}, but the table "
-            f"and the config describe {expected}"
+            f"and the config describe {native_spec(config)}"
         )
     return dataset
 

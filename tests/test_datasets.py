@@ -22,7 +22,7 @@ from datasets import (
 )
 from datasets.synthetic import CLASS_NAMES, draw_shapes
 from tests.image_files import assert_data_error, config, write_image
-from utils.images import to_float, to_uint8
+from utils.images import ImageSpec, to_float, to_uint8
 
 SIZES = {"native": None, "square": (16, 16), "tall": (12, 8)}
 
@@ -167,6 +167,14 @@ def test_8_bit_round_trip():
 
 
 # --- built in
+
+
+def test_a_builder_is_held_to_its_line_in_the_table(monkeypatch):
+    wrong = DATASETS["synthetic"]._replace(native=ImageSpec(3, 32, 32, 5))
+    monkeypatch.setitem(DATASETS, "synthetic", wrong)
+    assert_data_error(
+        lambda: build_dataset(config(dataset="synthetic")), "its builder made", "num_classes=5"
+    )
 
 
 def test_digits_split_is_disjoint_stratified_and_complete():

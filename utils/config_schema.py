@@ -213,7 +213,7 @@ class Config(BaseModel):
         description="torch.compile the backbone: `model` as one, or each of its `blocks`, which "
         "compiles sooner; True means `model`",
     )
-    channels_last: bool = Field(
+    channels_last: Bool = Field(
         False, description="lay out images and convolutions as (B, H, W, C) in memory"
     )
     strategy: Literal["ddp", "fsdp"] = Field(
