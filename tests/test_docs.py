@@ -27,8 +27,11 @@ from utils.config import Config, RawConfig, apply_overrides, load_config, refere
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+CONFIGS, CONFIGS_ZH = ROOT / "docs" / "configs.md", ROOT / "docs" / "configs_zh.md"
+TRANSLATIONS = {ENGLISH: CHINESE, CONFIGS: CONFIGS_ZH}
 EXTENDING = ROOT / "docs" / "extending.md"  # tests/test_extending.py does what it says
 PAGES = [ENGLISH, CHINESE, *sorted({*(ROOT / "docs").glob("*.md")} - {EXTENDING})]
+IN_ENGLISH = [page for page in PAGES if page not in TRANSLATIONS.values()]
 SCRIPTS: dict[str, ModuleType] = {
     "train.py": train,
     "sample.py": sample,
@@ -49,6 +52,11 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 OVERRIDE = re.compile(r"([a-z_]+)(\.[a-z_]+)?=\S+")
+COMMENT = re.compile(r"(?:^|[ \t]+)#.*$", re.MULTILINE)
+HEADING = re.compile(r"^#+(?= )", re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*$\n?)+", re.MULTILINE)
+LITERAL = re.compile(r"`[^`]+`|\d+(?:[.,]\d+)*")  # what a translation leaves as it is
+HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
 class Block(NamedTuple):
@@ -65,6 +73,12 @@ def blocks_of(page: Path) -> list[Block]:
 
 def prose_of(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def tables_in(text: str) -> list[list[list[str]]]:
+    """The cells of each row of each table, without the heads."""
+    tables = [table.splitlines()[2:] for table in TABLE.findall(text)]
+    return [[[cell.strip() for cell in row[1:-1].split("|")] for row in rows] for rows in tables]
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
@@ -150,13 +164,13 @@ def test_options_in_the_text_exist(page: Path) -> None:
 
 
 def test_reference_table_is_current() -> None:
-    text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+    text = CONFIGS.read_text(encoding="utf-8")
     assert reference_table() in text, "docs/configs.md: paste utils.config.reference_table() anew"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_all_options_are_in_the_reference(script: str) -> None:
-    text = (ROOT / "docs/configs.md").read_text(encoding="utf-8")
+    text = CONFIGS.read_text(encoding="utf-8")
     general, _, specific = text.partition("\n`train.py`:\n")
     if script != "train.py":
         specific = specific.partition(f"\n`{script}`:\n")[2]
@@ -174,16 +188,50 @@ def test_readmes_have_the_same_code() -> None:
 
 def test_readmes_have_the_same_tables() -> None:
     def first_cells(page: Path) -> list[str]:
-        rows = [line for line in prose_of(page).splitlines() if line.startswith("| ")]
-        cells = [row.split("|")[1].strip() for row in rows]
+        cells = [row[0] for table in tables_in(prose_of(page)) for row in table]
         return [cell if cell.startswith("`") else "" for cell in cells]
 
     assert first_cells(ENGLISH) == first_cells(CHINESE)
 
 
-def test_readmes_link_each_other_on_line_three() -> None:
-    assert "](README_zh.md)" in ENGLISH.read_text(encoding="utf-8").splitlines()[2]
-    assert "](README.md)" in CHINESE.read_text(encoding="utf-8").splitlines()[2]
+def test_configs_zh_has_the_keys_and_defaults_of_the_schema() -> None:
+    schema, page = tables_in(reference_table())[0], tables_in(prose_of(CONFIGS_ZH))[0]
+    assert [row[:2] for row in page] == [row[:2] for row in schema]
+
+
+def test_configs_pages_have_the_same_tables() -> None:
+    english, chinese = (tables_in(prose_of(page)) for page in (CONFIGS, CONFIGS_ZH))
+    for ours, theirs in zip(english, chinese, strict=True):
+        assert [row[0] for row in ours] == [row[0] for row in theirs]
+        for row, translated in zip(ours, theirs, strict=True):
+            assert HAN.search(translated[-1]), f"docs/configs_zh.md, not in Chinese: {translated}"
+            for cell, other in zip(row, translated, strict=True):
+                literals = [set(LITERAL.findall(text)) for text in (cell, other)]
+                assert literals[0] == literals[1], f"{row[0]}: {cell} is not {other}"
+
+
+def test_configs_pages_have_the_same_headings_code_and_links() -> None:
+    def outline(page: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+        prose = prose_of(page)
+        code = [(block.language, COMMENT.sub("", block.text)) for block in blocks_of(page)]
+        _, *links = [a or b for a, b in LINK.findall(prose)]  # the first is the other language
+        return HEADING.findall(prose), code, links
+
+    assert outline(CONFIGS) == outline(CONFIGS_ZH)
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_translations_link_each_other_on_line_three(page: Path) -> None:
+    chinese = TRANSLATIONS[page]
+    assert f"]({chinese.name})" in page.read_text(encoding="utf-8").splitlines()[2]
+    assert f"]({page.name})" in chinese.read_text(encoding="utf-8").splitlines()[2]
+
+
+def test_chinese_readme_links_chinese_pages() -> None:
+    targets = [a or b for a, b in LINK.findall(prose_of(CHINESE))]
+    linked = {CHINESE.parent / target.partition("#")[0] for target in targets}
+    assert CONFIGS_ZH in linked
+    assert CONFIGS not in linked
 
 
 @pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=lambda page: page.name)
@@ -210,7 +258,7 @@ def test_links_and_files_exist(page: Path) -> None:
             assert path.exists(), f"{page.name}: {relative} does not exist"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p != CHINESE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", IN_ENGLISH, ids=lambda page: page.name)
 def test_english_pages_are_ascii(page: Path) -> None:
     page.read_text(encoding="utf-8").encode("ascii")  # UnicodeEncodeError names the place
 
