@@ -363,7 +363,7 @@ def grid(args: argparse.Namespace, run: Run, runtime: Runtime) -> Job:
     )
     if args.labels:
         check_labels(args.labels, run)
-    every = range(run.spec.num_classes) if run.config.conditional else [None]
+    every = run.classes if run.config.conditional else [None]
     labels, seeds = args.labels or list(every), args.seeds or [first_seed(args, run)]
     count = max(len(labels), len(seeds))
     labels, seeds = spread(labels, count, "--labels"), spread(seeds, count, "--seeds")

@@ -212,7 +212,13 @@ def from_checkpoint(args: argparse.Namespace, run: Run, real: Real, runtime: Run
     if run.config.conditional:
         mode = args.label_mode or "balanced"
         train = None if real.sets is None else real.sets.train
-        labels = requested_labels(mode, count, run.spec.num_classes, train and train.labels)
+        labels = requested_labels(
+            mode,
+            count,
+            run.spec.num_classes,
+            classes=run.config.classes,
+            train_labels=train and train.labels,
+        )
     elif args.label_mode is not None:
         raise ConfigError("--label_mode: this model was trained without class labels")
     settings = settings_of(

@@ -212,7 +212,7 @@ def write_file(run: Run, output: Path) -> None:
     save_weights(
         output,
         run.model.state_dict(),
-        config=run.config.to_dict(),
+        config=run.config.to_dict() | {"lora_rank": 0},  # the adapters are in the weights
         spec=run.spec,
         step=run.step,
         epoch=run.epoch,

@@ -23,9 +23,10 @@ import metrics
 import models
 from diffusion import SAMPLERS
 from diffusion.generation import FrameRecorder, Run, Sampling, generate, sampling_from
+from models.lora import merged_weights
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.checkpoint import load_checkpoint, resolve_checkpoint
+from utils.checkpoint import resolve_checkpoint
 from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import (
     Check,
@@ -43,7 +44,7 @@ from utils.labels import save_labels
 from utils.logs import setup_logging
 from utils.precision import resolve_precision
 from utils.resume import SAME_MODEL, changed_settings
-from utils.weights_file import SUFFIX, load_weights
+from utils.weights_file import load_any
 
 __all__ = ["CONFIG_CHECKS", "Run", "Sampling", "generate", "load_run", "sampling_from"]
 
@@ -87,7 +88,7 @@ def load_run(
         CheckpointError, ConfigError: what is missing or does not fit.
     """
     path = resolve_checkpoint(checkpoint)
-    state = load_weights(path) if path.suffix == SUFFIX else load_checkpoint(path)
+    state = load_any(path)
     raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))
@@ -113,6 +114,8 @@ def load_run(
     weights = state.get("ema_model_state_dict" if ema else "model_state_dict")
     if weights is None:
         raise CheckpointError(f"{path}: holds EMA weights alone; leave out --no_ema, use_ema=false")
+    if config.lora_rank:
+        weights = merged_weights(weights, config.lora_alpha)
     model = models.build_model(config, spec, device)
     try:
         model.load_state_dict(weights)
@@ -181,7 +184,7 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
         if args.captions:
             raise ConfigError("--captions: class names, but this model was trained without classes")
         return seeds, None
-    classes = args.labels or list(range(run.spec.num_classes))
+    classes = args.labels or list(run.classes)
     check_labels(classes, run)
     return seeds, pictures.block_labels(num_samples, classes)
 

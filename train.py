@@ -30,6 +30,8 @@ from diffusion.sweep import settings_of
 from metrics import METRICS, check_metric_names
 from metrics.evaluation import Evaluation
 from metrics.report import summary
+from models.lora import add_adapters
+from models.pretrained import load_initial_weights
 from sample import CONFIG_CHECKS
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
@@ -54,7 +56,6 @@ from utils.resume import (
     check_data,
     check_same_step,
     find_resume,
-    load_initial_weights,
     plan_steps,
 )
 from utils.rng import seed_everything
@@ -138,6 +139,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
     model = models.build_model(config, dataset.spec, device)
     if config.init_from is not None and resume is None:
         load_initial_weights(model, config)
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, config.lora_alpha)
     backend = models.backend_of(model)
     check_backend(resume, backend, runtime)
     process = diffusion.build_diffusion(config)
@@ -154,7 +157,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             runtime,
             spec=dataset.spec,
             num_images=len(dataset),
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            model=model,
             schedule=schedule,
             precision=precision,
         )
@@ -334,7 +337,7 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
     count = config.num_samples
     labels = None
     if config.conditional:
-        labels = pictures.block_labels(count, range(run.spec.num_classes))
+        labels = pictures.block_labels(count, run.classes)
     images, error = torch.zeros((0, *run.spec.shape), dtype=torch.uint8), None
     try:
         with evaluation_mode(run) as whole:
@@ -367,7 +370,9 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
         ConfigError: the metric that is to choose the best model cannot run here.
     """
     count, folder = config.eval_num_samples, config.run_dir / "eval"
-    labels = requested_labels("balanced", count, spec.num_classes) if config.conditional else None
+    labels = None
+    if config.conditional:
+        labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
         runtime=runtime,

@@ -18,6 +18,7 @@ from datasets.builtin import (
     build_mnist,
 )
 from datasets.folder import build_custom, has_test_folder
+from datasets.subset import ClassSubset
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import DataError
@@ -74,7 +75,8 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
     Data sets of torchvision are downloaded if they are not under `data_root`.
 
     Raises:
-        DataError: unknown name or split, or data that is missing, broken or labelled wrongly.
+        DataError: unknown name or split, or data that is missing, broken or labelled wrongly, or
+            has no image of one of `classes`.
     """
     if config.dataset not in DATASETS:
         raise DataError(_unknown(config.dataset))
@@ -87,7 +89,7 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
             f"dataset={config.dataset!r}: its builder made images of {dataset.spec}, but the table "
             f"and the config describe {native_spec(config)}"
         )
-    return dataset
+    return dataset if config.classes is None else ClassSubset(dataset, config.classes)
 
 
 def has_test_split(config: Config) -> bool:
@@ -130,6 +132,7 @@ def check_config(config: Config) -> Iterator[Problem]:
     if config.dataset not in DATASETS:
         yield Problem(("dataset",), _unknown(config.dataset))
         return
+    yield from _check_classes(config)
     if config.on_bad_image == "skip" and config.dataset not in IN_FILES:
         yield Problem(
             ("on_bad_image", "dataset"),
@@ -156,6 +159,22 @@ def check_config(config: Config) -> Iterator[Problem]:
             ("conditional", "dataset"),
             f"conditional=True needs labels, which dataset={config.dataset!r} has not; "
             "set conditional=False",
+        )
+
+
+def _check_classes(config: Config) -> Iterator[Problem]:
+    spec = native_spec(config)
+    if config.classes is None or spec is None:
+        return
+    if spec.num_classes == 0:
+        yield Problem(
+            ("classes", "dataset"),
+            f"classes={list(config.classes)}, but these images have no labels; leave classes out",
+        )
+    elif max(config.classes) >= spec.num_classes:
+        yield Problem(
+            ("classes", "dataset"),
+            f"classes={list(config.classes)}: the classes are 0..{spec.num_classes - 1}",
         )
 
 

@@ -39,6 +39,11 @@ class Run:
     ema: bool = False
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
 
+    @property
+    def classes(self) -> Sequence[int]:
+        """Those it was trained on, in [0, K)."""
+        return self.config.classes or range(self.spec.num_classes)
+
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"
         return f"{self.checkpoint} (step {self.step}, {weights})"

@@ -57,6 +57,8 @@ class Mamba(nn.Module):
         ValueError: from the constructor, for sizes that do not fit together.
     """
 
+    reads_weights = ("dt_proj",)  # no adapter may stand between
+
     def __init__(
         self, d_model: int, *, d_state: int = 16, d_conv: int = 3, expand: int = 2
     ) -> None:

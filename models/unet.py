@@ -112,6 +112,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by repetition and a convolution."""
 
+    reads_weights = ("conv",)  # no adapter may stand between
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)

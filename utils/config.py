@@ -251,6 +251,12 @@ def check_values(config: Config) -> Iterable[Problem]:
             f"init_from={config.init_from!r} starts a fresh run, but "
             f"resume_path={config.resume_path!r} goes on with one; give one of them",
         )
+    if config.lora_rank and config.init_from is None:
+        yield Problem(
+            ("lora_rank", "init_from"),
+            f"lora_rank={config.lora_rank} trains adapters of a trained model; set init_from to "
+            "its checkpoint",
+        )
     if config.cfg_interval is not None and config.cfg_interval[0] >= config.cfg_interval[1]:
         yield Problem(
             ("cfg_interval",), f"cfg_interval={config.cfg_interval}: low must be below high"
@@ -301,6 +307,7 @@ def warnings_of(config: Config) -> list[str]:
         "warmup_start_factor": (scheduler != "warmup_cosine", "scheduler_type='warmup_cosine'"),
         "step_size": (scheduler != "step", "scheduler_type='step'"),
         "gamma": (scheduler != "step", "scheduler_type='step'"),
+        "lora_alpha": (config.lora_rank == 0, "lora_rank above 0"),
         "ema_decay": (not config.use_ema, "use_ema=True"),
         "min_snr_gamma": (config.loss_weighting != "min_snr", "loss_weighting='min_snr'"),
         "ddim_eta": (config.sampling_method != "ddim", "sampling_method='ddim'"),

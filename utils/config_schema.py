@@ -57,6 +57,9 @@ Probability = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 
 
+Classes = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence), Field(min_length=1)]
+
+
 def _image_size(value: Any) -> Any:
     if isinstance(value, list | tuple):
         if len(value) != 2:
@@ -123,6 +126,11 @@ class Config(BaseModel):
     )
     use_subdirs: Bool = Field(
         True, description="`custom`: one folder per class; False: flat folder"
+    )
+    classes: Classes | None = Field(
+        None,
+        description="use only the images of these classes, counted from 0; default: all. The "
+        "model still has all of them",
     )
     label_file: str | None = Field(
         None, description='`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled'
@@ -220,6 +228,14 @@ class Config(BaseModel):
         "ddp",
         description="several processes: each holds the model (`ddp`), or each a slice of its "
         "weights, gradients, average and optimizer state (`fsdp`)",
+    )
+    lora_rank: NonNegativeInt = Field(
+        0,
+        description="above 0: freeze the weights of `init_from` and train low-rank adapters of "
+        "this rank beside them (`pip install peft`)",
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="adapters count lora_alpha / lora_rank; default: lora_rank"
     )
     use_ema: Bool = Field(True, description="keep an exponential moving average of the weights")
     ema_decay: BelowOne = Field(0.9999, description="its decay, after a warm-up")

@@ -18,27 +18,35 @@ LABEL_MODES = ("balanced", "train", "uniform")
 
 
 def requested_labels(
-    mode: str, count: int, num_classes: int, train_labels: Tensor | None = None
+    mode: str,
+    count: int,
+    num_classes: int,
+    *,
+    classes: Sequence[int] | None = None,
+    train_labels: Tensor | None = None,
 ) -> list[int]:
     """The class of image 0, 1, ... `count` - 1; each a function of the mode and its index alone.
 
     Args:
-        mode: "balanced" (i mod K), "uniform" (drawn), "train" (drawn as often as in the train
-            images) or a class number.
+        mode: "balanced" (one after the other), "uniform" (drawn), "train" (drawn as often as in
+            the train images) or a class number.
+        classes: those to choose from; default: all.
         train_labels: int64 (N,), for "train".
 
     Raises:
         ConfigError: another mode, no such class, or no train images to count.
     """
+    classes = range(num_classes) if classes is None else classes
     if mode == "balanced":
-        return [i % num_classes for i in range(count)]
+        return [classes[i % len(classes)] for i in range(count)]
     if mode.isdecimal():
         if int(mode) < num_classes:
             return [int(mode)] * count
         raise ConfigError(f"--label_mode {mode}: classes are 0..{num_classes - 1}")
     if mode not in LABEL_MODES:
         raise ConfigError(f"--label_mode {mode!r}: use {', '.join(LABEL_MODES)} or a class number")
-    counts = torch.ones(num_classes)
+    counts = torch.zeros(num_classes)
+    counts[list(classes)] = 1
     if mode == "train":
         if train_labels is None:
             raise ConfigError("--label_mode train: there are no train images to count classes in")

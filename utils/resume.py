@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from utils.checkpoint import (
     CURRENT,
     epochs_saved,
     load_checkpoint,
     newest_checkpoint,
-    resolve_checkpoint,
 )
 from utils.config import Config
 from utils.distributed import Runtime, world_size
@@ -25,7 +23,6 @@ from utils.errors import CheckpointError, ConfigError, UserError
 from utils.schedule import Schedule
 
 AUTO = "auto"
-MAX_SHOWN = 10  # parameters in a message
 
 NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
 NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
@@ -40,6 +37,8 @@ SAME_MODEL = (
     "beta_end",
     "beta_schedule",
     "prediction_type",
+    "lora_rank",
+    "lora_alpha",
 )
 # Arguments of a backbone that say how it is computed, not what.
 FREE_MODEL_PARAMS = ("mamba_backend", "activation_checkpointing")
@@ -63,6 +62,7 @@ MAY_DIFFER = [
     "gradient_accumulation_steps",
     "precision",
     "dataset",
+    "classes",
     "image_size",
     "horizontal_flip",
     "on_bad_image",
@@ -175,36 +175,6 @@ def _check_matches(resume: Resume, config: Config) -> None:
     for key in MAY_DIFFER:
         if key in old and old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
-
-
-def load_initial_weights(model: nn.Module, config: Config) -> None:
-    """Give a fresh model the weights of `init_from`: nothing else of that run.
-
-    Raises:
-        CheckpointError: missing, damaged, or not of this architecture; every parameter that does
-            not fit is named, with both shapes, and the model is left as it was.
-    """
-    path = resolve_checkpoint(config.init_from)
-    state = load_checkpoint(path)
-    weights = state.get("ema_model_state_dict", state["model_state_dict"])
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [
-        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} here"
-        for name in dict.fromkeys((*ours, *theirs))
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
-        raise CheckpointError(
-            f"init_from={config.init_from}: {path} is of another architecture:\n       "
-            + "\n       ".join([*wrong[:MAX_SHOWN], *more])
-        )
-    keys = [key for key in SAME_MODEL if key not in ("model_type", "model_params")]
-    for line in changed_settings(state["config"], config.to_dict(), keys):
-        log.warning("init_from: %s", line)
-    model.load_state_dict(weights)
-    log.info("weights of %s, step %d", path, state["step"])
 
 
 def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> None:

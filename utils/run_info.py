@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import Config, warnings_of
@@ -53,7 +54,7 @@ def log_start(
     *,
     spec: ImageSpec,
     num_images: int,
-    num_parameters: int,
+    model: nn.Module,
     schedule: Schedule,
     precision: str,
 ) -> None:
@@ -71,7 +72,16 @@ def log_start(
         torch.__version__,
     )
     log.info("data:   %s, %d images %dx%dx%d, %s", config.dataset, num_images, *spec.shape, classes)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("model:  %s, %.2f M parameters, %s", config.model_type, num_parameters / 1e6, used)
+    if num_trained < num_parameters:
+        log.info(
+            "lora:   rank %d, trains %.3f M of them, %.1f %%",
+            config.lora_rank,
+            num_trained / 1e6,
+            100 * num_trained / num_parameters,
+        )
     log.info(
         "plan:   %d steps of %d images, %.1f steps per epoch",
         schedule.total_steps,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.checkpoint import FORMAT_VERSION, check_state
+from utils.checkpoint import FORMAT_VERSION, check_state, load_checkpoint
 from utils.errors import CheckpointError
 from utils.images import ImageSpec
 from utils.optional import require
@@ -87,6 +87,16 @@ def load_weights(path: Path) -> dict[str, Any]:
     check_state(path, state | {"model_state_dict": weights})
     kind = "ema_model_state_dict" if state.pop("ema") else "model_state_dict"
     return state | {kind: weights}
+
+
+def load_any(path: Path) -> dict[str, Any]:
+    """A checkpoint, or what `save_weights` wrote, as the file's name tells.
+
+    Raises:
+        CheckpointError: missing or damaged.
+        UserError: safetensors is needed and not installed.
+    """
+    return load_weights(path) if path.suffix == SUFFIX else load_checkpoint(path)
 
 
 def _checksum(weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:

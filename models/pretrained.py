@@ -1,0 +1,80 @@
+"""A fresh run that starts from another one's weights (`init_from`)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import LabelEmbedding
+from models.lora import merged_weights
+from utils.checkpoint import resolve_checkpoint
+from utils.config import Config
+from utils.errors import CheckpointError
+from utils.resume import SAME_MODEL, changed_settings
+from utils.weights_file import load_any
+
+MAX_SHOWN = 10  # parameters in a message
+# Of what weights mean: what their shapes tell, and what a fresh run chooses for itself.
+CHECKED = [
+    key
+    for key in SAME_MODEL
+    if key not in ("model_type", "model_params", "lora_rank", "lora_alpha")
+]
+
+log = logging.getLogger("diffusion")
+
+
+def load_initial_weights(model: nn.Module, config: Config) -> None:
+    """Give a fresh model the weights of `init_from`: nothing else of that run.
+
+    Adapters are merged. Where the numbers of classes differ, those that both have are taken over
+    and the others start anew.
+
+    Raises:
+        CheckpointError: missing, damaged, or not of this architecture; every parameter that does
+            not fit is named, with both shapes, and the model is left as it was.
+    """
+    path = resolve_checkpoint(config.init_from)
+    state = load_any(path)
+    weights = state.get("ema_model_state_dict") or state["model_state_dict"]
+    if state["config"].get("lora_rank"):
+        weights = merged_weights(weights, state["config"]["lora_alpha"])
+    weights = _with_our_classes(weights, model)
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [
+        f"{name}: {theirs.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} here"
+        for name in dict.fromkeys((*ours, *theirs))
+        if ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
+        raise CheckpointError(
+            f"init_from={config.init_from}: {path} is of another architecture:\n       "
+            + "\n       ".join([*wrong[:MAX_SHOWN], *more])
+        )
+    for line in changed_settings(state["config"], config.to_dict(), CHECKED):
+        log.warning("init_from: %s", line)
+    model.load_state_dict(weights)
+    log.info("weights of %s, step %d", path, state["step"])
+
+
+def _with_our_classes(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights, with as many rows in the label table as `model` has."""
+    fitted = dict(weights)
+    for prefix, module in model.named_modules():
+        name = f"{prefix}.table.weight"
+        if not isinstance(module, LabelEmbedding) or name not in weights:
+            continue
+        ours, theirs = module.table.weight.detach(), weights[name]
+        if len(ours) != len(theirs) and ours.shape[1:] == theirs.shape[1:]:
+            fitted[name] = torch.cat([theirs[: len(ours)], ours.to(theirs.device)[len(theirs) :]])
+            log.warning(
+                "init_from: %d classes there, %d here: taken over class by class, new ones are "
+                "untrained",
+                len(theirs) - 1,
+                len(ours) - 1,
+            )
+    return fitted
