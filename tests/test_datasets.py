@@ -20,6 +20,7 @@ from datasets import (
     default_flip,
     native_spec,
 )
+from datasets.loader import make_resident
 from datasets.synthetic import CLASS_NAMES, draw_shapes
 from tests.image_files import assert_data_error, config, write_image
 from utils.images import ImageSpec, to_float, to_uint8
@@ -175,6 +176,36 @@ def test_a_builder_is_held_to_its_line_in_the_table(monkeypatch):
     assert_data_error(
         lambda: build_dataset(config(dataset="synthetic")), "its builder made", "num_classes=5"
     )
+
+
+def test_some_classes_of_a_data_set():
+    whole = build_dataset(config())
+    some = build_dataset(config(classes=(7, 2)))
+    wanted = [i for i, label in enumerate(whole.labels.tolist()) if label in (2, 7)]
+    assert some.labels.tolist() == whole.labels[wanted].tolist()
+    assert len(some) == len(wanted)
+    assert (some.spec, some.class_names) == (whole.spec, whole.class_names)
+    for i in (0, len(some) - 1):
+        image, label = some[i]
+        assert torch.equal(image, whole[wanted[i]][0])
+        assert label == whole[wanted[i]][1]
+    # whoever trains on them sees that the data is another, and not that the order of naming is
+    prints = [build_dataset(config(classes=c)).fingerprint for c in ((2, 7), (7, 2), (2,))]
+    assert prints[0] == prints[1] == some.fingerprint != prints[2]
+    assert some.fingerprint != whole.fingerprint
+    resident = make_resident(some, torch.device("cpu"))
+    assert torch.equal(resident[3][0], some[3][0])
+    assert resident.fingerprint == some.fingerprint
+
+
+def test_classes_that_are_not_there():
+    for dataset, classes, said in (
+        ("digits", (3, 10), "classes=[3, 10]: the classes are 0..9"),
+        ("celeba", (0,), "classes=[0], but these images have no labels"),
+    ):
+        found = [p.message for p in check_config(config(dataset=dataset, classes=classes))]
+        assert any(said in message for message in found), found
+    assert not list(check_config(config(classes=(3, 9))))
 
 
 def test_digits_split_is_disjoint_stratified_and_complete():

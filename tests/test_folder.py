@@ -30,6 +30,17 @@ def test_class_folders_are_sorted_by_bytes(tmp_path):
     assert_data_error(lambda: build_dataset(custom(tmp_path), "test"), tmp_path, "no test split")
 
 
+def test_some_classes_of_a_folder(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/2.png", "d/1.png"):
+        write_image(tmp_path / name)
+    dataset = build_dataset(custom(tmp_path, classes=(2, 1)))
+    assert dataset.names == ["b/1.png", "b/2.png", "d/1.png"]
+    assert dataset.labels.tolist() == [1, 1, 2]
+    assert dataset.class_names == ("a", "b", "d")
+    build = lambda: build_dataset(custom(tmp_path, classes=(1, 7, 5)))  # noqa: E731
+    assert_data_error(build, "classes=[1, 7, 5]: the data has no image of [5, 7]", "3 of 3 classes")
+
+
 @pytest.mark.parametrize("test_name", ["test", "val"])
 @pytest.mark.parametrize("use_subdirs", [True, False])
 def test_split_folders(tmp_path, test_name, use_subdirs):

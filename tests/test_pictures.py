@@ -212,12 +212,17 @@ def test_labels_are_a_function_of_mode_and_index():
     assert requested_labels("balanced", 7, 3) == [0, 1, 2, 0, 1, 2, 0]
     assert requested_labels("2", 3, 4) == [2, 2, 2]
     for mode in ("uniform", "train"):
-        long = requested_labels(mode, 20_000, 4, train)
-        assert requested_labels(mode, 10, 4, train) == long[:10]
+        long = requested_labels(mode, 20_000, 4, train_labels=train)
+        assert requested_labels(mode, 10, 4, train_labels=train) == long[:10]
         shares = torch.tensor(long).bincount(minlength=4) / 20_000
         expected = [0.25] * 4 if mode == "uniform" else [0.6, 0.3, 0, 0.1]
         assert torch.allclose(shares, torch.tensor(expected), atol=0.012), mode
-    assert 2 not in requested_labels("train", 20_000, 4, train)
+    assert requested_labels("balanced", 5, 4, classes=(3, 1)) == [3, 1, 3, 1, 3]
+    some = torch.tensor(requested_labels("uniform", 20_000, 4, classes=(3, 1)))
+    assert torch.allclose(
+        some.bincount(minlength=4) / 20_000, torch.tensor([0, 0.5, 0, 0.5]), atol=0.012
+    )
+    assert 2 not in requested_labels("train", 20_000, 4, train_labels=train)
     for mode, message in (("4", "0..3"), ("even", "balanced, train, uniform"), ("train", "no tr")):
         with pytest.raises(ConfigError, match=message):
             requested_labels(mode, 3, 4)

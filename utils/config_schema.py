@@ -106,13 +106,13 @@ class Config(BaseModel):
     )
 
     # --- model
-    model_type: str = Field("unet", description="backbone, see the table of backbones")
+    model_type: str = Field("unet", description="backbone: unet, dit or dim, see below")
     model_params: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the backbone, checked against its signature"
     )
 
     # --- data
-    dataset: str = Field("digits", description="see the table of data sets")
+    dataset: str = Field("digits", description="name of a data set, or `custom`: a folder")
     data_root: str = Field("./data", description="folder that holds the data")
     image_size: ImageSize | None = Field(
         None, description="side, or (height, width), in pixels; default: the data set's own"
@@ -141,13 +141,15 @@ class Config(BaseModel):
         "their place (at most 1 %), for which all are decoded once at the start",
     )
     horizontal_flip: Bool | None = Field(
-        None, description="random mirroring; default: on, except for digits and shapes"
+        None, description="random mirroring; default: on, but off for digits, mnist and synthetic"
     )
     num_workers: NonNegativeInt = Field(
         4, description="loader processes of data not held in memory, at most one per core"
     )
     resident: Bool | None = Field(
-        None, description="hold all images in device memory as uint8; default: if below 1 GiB"
+        None,
+        description="hold all images in device memory as uint8; default: if they take at most "
+        "1 GiB",
     )
 
     # --- diffusion
@@ -169,10 +171,10 @@ class Config(BaseModel):
     cfg_scale: NonNegativeFloat | None = Field(
         None,
         description="guidance u + s (c - u): 0 unconditional, 1 conditional, above 1 guided; "
-        "default: 2 if conditional, else 1",
+        "default: 2 if conditional and trained with dropped labels, else 1",
     )
     cfg_interval: tuple[Probability, Probability] | None = Field(
-        None, description="guide only while t / T lies in (low, high); outside it is conditional"
+        None, description="guide only while low <= t / T <= high; outside it is conditional"
     )
     sampling_method: str = Field("ddim", description="ddpm, ddim or dpmpp_2m")
     num_inference_steps: PositiveInt | None = Field(
@@ -209,7 +211,7 @@ class Config(BaseModel):
         "stop", description="where loss or gradient is not finite: end the run, or skip the step"
     )
     max_nonfinite_steps: Annotated[Int, Field(ge=1, le=10_000)] = Field(
-        10, description="`on_nonfinite=skip`: so many in a run, then it ends"
+        10, description="`on_nonfinite=skip`: steps a run may skip before it ends"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
