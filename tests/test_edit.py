@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import Tensor
 
 import edit
@@ -36,6 +36,7 @@ from diffusion.editing import (
 from diffusion.generation import sampling_from, timesteps_of
 from diffusion.guidance import Denoiser
 from tests.conftest import TINY_CONFIG
+from utils import captions
 from utils.captions import class_captions, contact_sheet
 from utils.errors import EXIT_OK, ConfigError, UserError
 from utils.images import can_write_mp4, make_grid, save_mp4, to_float, to_uint8
@@ -237,9 +238,23 @@ def test_words_stand_beside_the_images_and_never_on_them(channels):
     assert bright[52:].any()
 
 
-def test_names_that_the_font_has_not_are_numbers():
+def test_names_that_no_font_has_are_numbers(monkeypatch):
+    monkeypatch.setattr(captions, "wide_font", lambda: None)
     assert class_captions([1, 0, 2], ["cat", "\u732b", ""]) == ["class 1", "cat", "class 2"]
     assert class_captions([3], []) == ["class 3"]
+
+
+def test_other_letters_take_the_font_that_has_them(monkeypatch):
+    """Here an obvious one: three times as large."""
+    monkeypatch.setattr(captions, "wide_font", lambda: ImageFont.load_default(36))
+    names = ["cat", "\u732b"]
+    assert class_captions([1, 0], names) == ["\u732b", "cat"]
+    images = torch.zeros(1, 1, 48, 192, dtype=torch.uint8)
+    ink = [
+        (contact_sheet(images, [[0]], above=[[text]])[0, : captions.LINE_HEIGHT] > 128).sum()
+        for text in ("iii", "iii\u00e9")
+    ]
+    assert ink[1] > 2 * ink[0] > 0
 
 
 def test_films(tmp_path):
@@ -257,12 +272,17 @@ def test_films(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with two tiny trained runs, `classes` and `plain`."""
+    """A folder with tiny trained runs: `classes` and `plain` are UNets."""
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "tiny.py"
     config.write_text(TINY_CONFIG, encoding="utf-8")
     options = ["max_steps=30", "learning_rate=5e-3", "beta_schedule=cosine", f"save_dir={folder}"]
-    for name, more in (("classes", []), ("plain", ["conditional=false"])):
+    for name, more in (
+        ("classes", []),
+        ("plain", ["conditional=false"]),
+        ("dit", ["model_type=dit", "model_params.hidden_size=32", "model_params.depth=2"]),
+        ("dim", ["model_type=dim", "model_params.hidden_size=32", "model_params.depth=3"]),
+    ):
         command = [
             "--config",
             config,
@@ -423,6 +443,38 @@ def test_inversion_and_decoding(do, runs):
     found = iio.imread("samples/decode.png")
     first_row = found[18 : 18 + 48 : 6, 2:].reshape(8, 3, 50)[:, :, :48:6].swapaxes(0, 1)
     assert_same(first_row, sheet[1, :3])
+
+
+@pytest.mark.parametrize("model", ["dit", "dim"])
+def test_every_command_with_every_backbone(do, runs, model):
+    options = ("--steps", 5, "--cfg_scale", 2)
+    do("interpolate", "--seeds", "3,8", "--labels", "2,7", "--frames", 3, *options, model=model)
+    strip = cells("samples/interpolate.png", 3, 1)[0]
+    for seed, label, frame in ((3, 2, strip[0]), (8, 7, strip[-1])):
+        plain = plain_samples(runs, model, "--seeds", seed, "--labels", label, *options)
+        assert_same(plain, frame[None])
+
+    real = ("--real_split", "test", "--n", 3)
+    box = ("--box", "1,2,7,5", "--save_images")
+    do("inpaint", *real, *box, *options, model=model)
+    shown = cells("samples/inpaint.png", 3, 3, line=16)[0]
+    drawn, inside = saved("inpaint_images"), np.zeros((8, 8), bool)
+    inside[2:5, 1:7] = True
+    assert (drawn[:, ~inside] == shown[:, ~inside]).all()
+    assert (drawn[:, inside] != shown[:, inside]).any()
+
+    errors = []
+    for steps in (5, 100):
+        said = do("invert", *real, "--steps", steps, model=model)
+        errors.append(float(re.search(r"mean error ([\d.]+)", said)[1]))
+    assert errors[1] < min(errors[0], 4)
+    sheet = cells("samples/invert.png", 3, 2, line=16)
+    do("decode", "--latents", "samples/invert.npz", model=model)
+    found = iio.imread("samples/decode.png")[18 : 18 + 48 : 6, 2:]
+    assert_same(found.reshape(8, 3, 50)[:, :, :48:6].swapaxes(0, 1), sheet[1])
+
+    do("img2img", *real, *options, "--strength", 1, "--seeds", "1,2,3", model=model)
+    do("grid", "--cfg_scale", "1,3", "--steps", "2,4", "--labels", 3, model=model)
 
 
 def test_inverting_without_classes(do):

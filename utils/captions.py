@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -14,15 +15,42 @@ from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
+BASELINE = 13  # of the letters, from the top of the line
 MARGIN = 4  # pixels between words and what they stand beside
 TEXT_LEVEL = 235  # grey level
+# Pillow's own font has Latin letters only. These have Chinese ones, too; Linux, Windows, macOS.
+WIDE_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "msyh.ttc",
+    "simhei.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+)
+
+
+@functools.cache
+def wide_font() -> ImageFont.FreeTypeFont | None:
+    """The first of `WIDE_FONTS` that is installed."""
+    for name in WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, FONT_SIZE)
+        except OSError:
+            continue
+    return None
 
 
 def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
-    """A caption per label: the name of its class, or `class 3` where it has none that is ASCII
-    (Pillow's default font has Latin letters only)."""
+    """A caption per label: the name of its class, or `class 3` where it has none, or none that can
+    be written here."""
     names = {
-        label: name for label, name in enumerate(class_names) if name.isascii() and name.strip()
+        label: name
+        for label, name in enumerate(class_names)
+        if name.strip() and (name.isascii() or wide_font() is not None)
     }
     return [names.get(label, f"class {label}") for label in labels]
 
@@ -47,6 +75,8 @@ def contact_sheet(
         uint8 (C, H', W').
     """
     font = ImageFont.load_default(FONT_SIZE)
+    if not all(text.isascii() for texts in (*above, left) for text in texts):
+        font = wide_font() or font
     gutter = max([round(font.getlength(text)) + 2 * MARGIN for text in left if text], default=0)
     above = above or [()] * len(rows)
     strips = [make_grid(images, [row]) for row in rows]
@@ -86,6 +116,6 @@ def _write(sheet: Tensor, words: list[tuple[int, int, str]], font: ImageFont.Ima
     draw = ImageDraw.Draw(image)
     fill = TEXT_LEVEL if image.mode == "L" else (TEXT_LEVEL,) * 3
     for x, y, text in words:
-        draw.text((x, y + 1), text, fill=fill, font=font)
+        draw.text((x, y + BASELINE), text, fill=fill, font=font, anchor="ls")
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1)
