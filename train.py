@@ -138,7 +138,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
     seed_everything(config.seed)
     model = models.build_model(config, dataset.spec, device)
     if config.init_from is not None and resume is None:
-        load_initial_weights(model, config)
+        load_initial_weights(model, config, dataset.class_names)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha)
     backend = models.backend_of(model)

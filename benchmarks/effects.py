@@ -98,7 +98,7 @@ class Section(NamedTuple):
 def make_networks(setting: Setting, *names: str) -> list[Network]:
     networks = [make_network(c, WIDTHS[c.name]) for c in CANDIDATES if c.name in names]
     for network in networks:
-        place(network, setting, None)
+        place(network, setting)
     return networks
 
 
@@ -282,21 +282,15 @@ def checkpoint(setting: Setting, folder: Path) -> Section:
         trainer.optimizer.step()
         path = folder / f"{name}.pth"
         steps = repeated(step, STEPS_PER_SAVE)
-        section.tasks |= {
-            f"steps {name}": steps,
-            f"save {name}": functools.partial(save_and_train, trainer.save, steps),
-            f"torch.save {name}": functools.partial(
-                save_and_train, functools.partial(plain_save, trainer, path), steps
-            ),
-        }
-        section.pairs += [
-            (
-                f"{STEPS_PER_SAVE} steps and a checkpoint, {name}, torch.save",
-                f"save {name}",
-                f"torch.save {name}",
-            ),
-            (f"the same, no checkpoint, {name}", f"save {name}", f"steps {name}"),
-        ]
+        ways = {"steps": None, "save": trainer.save}
+        ways["torch.save"] = functools.partial(plain_save, trainer, path)
+        for way, save in ways.items():
+            task = steps if save is None else functools.partial(save_and_train, save, steps)
+            section.tasks[f"{way} {name}"] = task
+        label = f"{STEPS_PER_SAVE} steps and a checkpoint, {name}, torch.save"
+        section.pairs.append((label, f"save {name}", f"torch.save {name}"))
+        label = f"the same, no checkpoint, {name}"
+        section.pairs.append((label, f"save {name}", f"steps {name}"))
     return section
 
 

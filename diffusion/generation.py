@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from utils.rng import sample_noise
 MAX_GIF_FRAMES = 60
 
 SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,17 @@ def last_steps(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory on {runtime.device} while sampling {rows.stop - rows.start} "
-                "images at a time; lower --batch_size"
+                "images at a time; lower --batch_size (of previews: num_samples)"
             ) from error
+        finite = int(torch.isfinite(step.x).flatten(1).all(1).sum())
+        if finite < len(step.x):
+            log.warning(
+                "%d of %d images are not finite and come out black: the network overflows in %s; "
+                "try precision=fp32, or an earlier checkpoint",
+                len(step.x) - finite,
+                len(step.x),
+                precision,
+            )
         yield rows, step.x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,14 @@ CHECKED = [
 log = logging.getLogger("diffusion")
 
 
-def load_initial_weights(model: nn.Module, config: Config) -> None:
+def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence[str] = ()) -> None:
     """Give a fresh model the weights of `init_from`: nothing else of that run.
 
     Adapters are merged. Where the numbers of classes differ, those that both have are taken over
     and the others start anew.
+
+    Args:
+        class_names: what the data calls its classes, to be compared with the names there.
 
     Raises:
         CheckpointError: missing, damaged, or not of this architecture; every parameter that does
@@ -57,6 +61,13 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
         )
     for line in changed_settings(state["config"], config.to_dict(), CHECKED):
         log.warning("init_from: %s", line)
+    names = zip(state.get("class_names") or (), class_names, strict=False)
+    if config.conditional and (other := [pair for pair in names if pair[0] != pair[1]]):
+        log.warning(
+            "init_from: classes go by their numbers, and %d have another name: %s",
+            len(other),
+            ", ".join(f"{there} is now {here}" for there, here in other[:MAX_SHOWN]),
+        )
     model.load_state_dict(weights)
     log.info("weights of %s, step %d", path, state["step"])
 

@@ -218,6 +218,21 @@ def test_other_numbers_of_classes(base, num_classes, caplog):
     assert warned == (num_classes != 10)
 
 
+def test_other_names_of_the_classes_are_told(base, caplog):
+    config = Config(
+        conditional=True,
+        init_from="checkpoints/base",
+        model_params=state_of("base")["config"]["model_params"],
+        num_timesteps=100,
+    )
+    model = models.build_model(config, ImageSpec(1, 8, 8, 10))
+    names = [str(number) for number in range(10)]
+    load_initial_weights(model, config, names)
+    assert "another name" not in caplog.text
+    load_initial_weights(model, config, [*names[:8], "cat", "dog", "eel"])
+    assert "2 have another name: 8 is now cat, 9 is now dog" in caplog.text
+
+
 def test_what_cannot_be_is_refused(base, monkeypatch):
     with pytest.raises(ConfigError, match=r"lora_rank=2 trains adapters .* set init_from"):
         run(base, "a", "lora_rank=2")
