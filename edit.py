@@ -43,7 +43,7 @@ from diffusion.generation import Run, Sampling, last_steps, sample_steps, sampli
 from diffusion.sweep import settings_of
 from sample import MAX_GRID_IMAGES, check_labels, load_run_of, make_output_dir
 from utils.captions import class_captions, contact_sheet
-from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
+from utils.cli import Parser, add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import format_config
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, DataError, exit_code_of
@@ -93,9 +93,7 @@ class Inputs(NamedTuple):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *, sweep: bool = False) -> Callable[..., argparse.Action]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import with_underscores
+from utils.cli import Parser, with_underscores
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
 from utils.run_dir import replace_text
@@ -33,7 +33,7 @@ REPORT = "report"
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
     """Of `python runs.py`, or of `python runs.py report`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"runs.py {command}".strip(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -174,7 +174,9 @@ def test_a_builder_is_held_to_its_line_in_the_table(monkeypatch):
     wrong = DATASETS["synthetic"]._replace(native=ImageSpec(3, 32, 32, 5))
     monkeypatch.setitem(DATASETS, "synthetic", wrong)
     assert_data_error(
-        lambda: build_dataset(config(dataset="synthetic")), "its builder made", "num_classes=5"
+        lambda: build_dataset(config(dataset="synthetic")),
+        "its builder made",
+        "32x32 pixels, 3 channel(s), 5 classes",
     )
 
 

@@ -280,7 +280,7 @@ def runs(tmp_path_factory) -> Path:
     for name, more in (
         ("classes", []),
         ("plain", ["conditional=false"]),
-        ("dit", ["model_type=dit", "model_params.hidden_size=32", "model_params.depth=2"]),
+        ("dit", ["model_type=dit", "model_params.hidden_size=32", "model_params.num_heads=2"]),
         ("dim", ["model_type=dim", "model_params.hidden_size=32", "model_params.depth=3"]),
     ):
         command = [
@@ -454,10 +454,10 @@ def test_every_command_with_every_backbone(do, runs, model):
         plain = plain_samples(runs, model, "--seeds", seed, "--labels", label, *options)
         assert_same(plain, frame[None])
 
-    real = ("--real_split", "test", "--n", 3)
+    real = ("--real_split", "test", "--n", 6)
     box = ("--box", "1,2,7,5", "--save_images")
     do("inpaint", *real, *box, *options, model=model)
-    shown = cells("samples/inpaint.png", 3, 3, line=16)[0]
+    shown = cells("samples/inpaint.png", 6, 3, line=16)[0]
     drawn, inside = saved("inpaint_images"), np.zeros((8, 8), bool)
     inside[2:5, 1:7] = True
     assert (drawn[:, ~inside] == shown[:, ~inside]).all()
@@ -468,12 +468,12 @@ def test_every_command_with_every_backbone(do, runs, model):
         said = do("invert", *real, "--steps", steps, model=model)
         errors.append(float(re.search(r"mean error ([\d.]+)", said)[1]))
     assert errors[1] < min(errors[0], 4)
-    sheet = cells("samples/invert.png", 3, 2, line=16)
+    sheet = cells("samples/invert.png", 6, 2, line=16)
     do("decode", "--latents", "samples/invert.npz", model=model)
     found = iio.imread("samples/decode.png")[18 : 18 + 48 : 6, 2:]
-    assert_same(found.reshape(8, 3, 50)[:, :, :48:6].swapaxes(0, 1), sheet[1])
+    assert_same(found.reshape(8, 3, 50)[:, :, :48:6].swapaxes(0, 1), sheet[1, :3])
 
-    do("img2img", *real, *options, "--strength", 1, "--seeds", "1,2,3", model=model)
+    do("img2img", *real, *options, "--strength", 1, "--seeds", "1,2,3,4,5,6", model=model)
     do("grid", "--cfg_scale", "1,3", "--steps", "2,4", "--labels", 3, model=model)
 
 

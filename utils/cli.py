@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from utils.errors import EXIT_USAGE
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a fault in one line, and not below the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message}; see python {self.prog} --help\n")
 
 
 def new_parser(
-    description: str, make: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser
+    description: str, make: Callable[..., argparse.ArgumentParser] = Parser
 ) -> argparse.ArgumentParser:
     """A parser with the options every script has. Finish with `parse_args` of this module.
 

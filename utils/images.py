@@ -30,6 +30,10 @@ class ImageSpec(NamedTuple):
     width: int
     num_classes: int
 
+    def __str__(self) -> str:
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
+        return f"{self.height}x{self.width} pixels, {self.channels} channel(s), {classes}"
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
