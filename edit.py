@@ -41,7 +41,13 @@ from diffusion.editing import (
 )
 from diffusion.generation import Run, Sampling, last_steps, sample_steps, sampling_from
 from diffusion.sweep import settings_of
-from sample import MAX_GRID_IMAGES, check_labels, load_run_of, make_output_dir
+from sample import (
+    MAX_GRID_IMAGES,
+    check_labels,
+    check_picture_folder,
+    load_run_of,
+    make_output_dir,
+)
 from utils.captions import class_captions, contact_sheet
 from utils.cli import Parser, add_sampling_options, new_parser, parse_args, parse_int_list
 from utils.config import format_config
@@ -500,6 +506,7 @@ def inputs_of(args: argparse.Namespace, run: Run, runtime: Runtime) -> Inputs:
 
     Raises:
         ConfigError, DataError: no pictures, too many, or numbers that do not go together.
+        UserError: the folder of --save_images holds pictures that would stay.
     """
     if (args.input is None) == (args.real_split is None):
         raise ConfigError("give --input or --real_split, one of them")
@@ -529,6 +536,8 @@ def inputs_of(args: argparse.Namespace, run: Run, runtime: Runtime) -> Inputs:
     count = max(len(images), len(args.labels or ()), len(seeds or ()))
     if len(images) not in (1, count):
         raise ConfigError(f"{len(images)} pictures, but {count} --labels or --seeds")
+    if args.save_images:
+        check_picture_folder(output(args, "_images"), count)
     own = own and [own[i] for i in chosen]
     first = first_seed(args, run)
     labels = labels_of(args, run, own, count, missing)

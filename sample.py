@@ -257,7 +257,22 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
         )
     if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
         raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
+    if args.save_images:
+        check_picture_folder(Path(args.output_dir) / "images", num_images)
     make_output_dir(args.output_dir)
+
+
+def check_picture_folder(folder: Path, num_images: int) -> None:
+    """
+    Raises:
+        UserError: pictures that are there would stay beside 000000.png ... and look like of them.
+    """
+    replaced = {f"{i:06d}.png" for i in range(num_images)}
+    if others := sorted(path.name for path in folder.glob("*.png") if path.name not in replaced):
+        raise UserError(
+            f"--save_images: {folder} holds {len(others)} pictures ({others[0]} ...) that these "
+            f"{num_images} would not replace; choose another --output_dir, or remove them"
+        )
 
 
 def make_output_dir(path: str) -> None:

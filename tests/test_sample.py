@@ -13,7 +13,7 @@ import train
 from diffusion.generation import generate, sampling_from
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.errors import EXIT_OK, ConfigError
+from utils.errors import EXIT_OK, ConfigError, UserError
 
 CPU = torch.device("cpu")
 
@@ -105,6 +105,15 @@ def test_every_output_is_written(trained):
     files = sorted((out / "images").glob("*.png"))
     assert [p.name for p in files] == [f"{i:06d}.png" for i in range(20)]
     assert (np.stack([iio.imread(p) for p in files]) == images[..., 0]).all()
+
+
+def test_pictures_of_a_larger_call_do_not_stay(trained):
+    draw(trained, "--num_samples", 5, "--save_images")
+    draw(trained, "--num_samples", 5, "--save_images")
+    said = r"holds 2 pictures \(000003.png \.\.\.\) that these 3 would not replace"
+    with pytest.raises(UserError, match=said):
+        draw(trained, "--num_samples", 3, "--save_images")
+    assert len(list(Path("out/images").glob("*.png"))) == 5
 
 
 def test_averaged_weights_are_the_default(trained):
