@@ -619,6 +619,8 @@ def test_dry_runs_and_print_config_write_nothing(do):
     assert not Path("samples").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_draw_the_same(do, runs, script):
     options = ("--real_split", "test", "--num_samples", 5, "--labels", 3)
     do("img2img", *options, "--save_images")

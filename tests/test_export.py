@@ -247,6 +247,8 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_printed_code_draws_our_images(trained, script, monkeypatch):
     pytest.importorskip("diffusers")
     done = script(

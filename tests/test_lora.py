@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 import export
 import models
@@ -53,6 +52,12 @@ def outputs(model):
     return model(x, torch.tensor([0, 500, 999]), torch.tensor([-1, 3, 9]))
 
 
+def adapted_layers(model):
+    from peft.tuners.lora import LoraLayer  # takes seconds, which only those pay who run this
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
 def move_adapters(model):
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -98,7 +103,7 @@ def test_merged_weights_compute_the_same(name, alpha):
     merged = merged_weights(model.state_dict(), alpha)
     plain.load_state_dict(merged)
     torch.testing.assert_close(outputs(plain), after, rtol=1e-4, atol=1e-5)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = adapted_layers(model)
     assert layers
     for layer_name, layer in layers.items():
         layer.merge()
@@ -113,7 +118,7 @@ def test_every_dense_layer_but_those_read_directly_has_an_adapter(model):
         if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and getattr(m, "groups", 1) == 1
     }
     add_adapters(model, 2)
-    adapted = {name for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted = set(adapted_layers(model))
     left_out = dense - adapted
     assert adapted <= dense
     upsampling = isinstance(model, UNet) and {n for n in left_out if n.startswith("up.")}
@@ -164,6 +169,8 @@ def test_resume_is_exact(base):
         run(base, "halves", *options, "lora_rank=4", "max_steps=9", "resume_path=auto")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_processes_agree(base, script):
     options = ["--config", base, *LORA, "max_steps=4", "model_params.dropout=0"]
     assert run(base, "one", *options[2:]) == EXIT_OK

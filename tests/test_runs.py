@@ -139,6 +139,8 @@ def test_a_resumed_run_logs_the_same_quartiles(tiny):
     assert whole == halves
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_log_the_quartiles_of_one(tiny, script):
     common = ["--config", tiny, "max_steps=5", "model_params.dropout=0"]
     run(tiny, "one", *common[2:])
