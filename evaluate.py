@@ -216,7 +216,7 @@ def from_checkpoint(args: argparse.Namespace, run: Run, real: Real, runtime: Run
             mode,
             count,
             run.spec.num_classes,
-            classes=run.config.classes,
+            classes=run.classes,
             train_labels=train and train.labels,
         )
     elif args.label_mode is not None:

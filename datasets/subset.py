@@ -33,7 +33,7 @@ class ClassSubset:
         self._dataset, self._indices = dataset, torch.isin(dataset.labels, wanted).nonzero()[:, 0]
         self.labels = dataset.labels[self._indices]
         if hasattr(dataset, "names"):
-            self.names = [dataset.names[i] for i in self._indices]
+            self.names = [dataset.names[i] for i in self._indices.tolist()]
         text = f"{dataset.fingerprint} {wanted.tolist()}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 

@@ -55,8 +55,6 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Probability = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
-
-
 Classes = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence), Field(min_length=1)]
 
 
