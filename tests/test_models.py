@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import BACKBONES, build_model, check_config, compile_model
-from models.layers import LabelEmbedding, timestep_features
+from models.layers import LabelEmbedding, gelu, timestep_features
 from models.unet import AttentionBlock, Upsample
 from utils.config import Config
 from utils.ema import EMA
@@ -164,6 +164,25 @@ def test_compiled_backward_keeps_the_recurrence_out_of_autocast():
         found = gradients()
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_compiled_gelu_is_the_same_function():
+    torch._dynamo.reset()
+    traced = []
+
+    def keep_graph(graph, _inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(gelu, backend=keep_graph, fullgraph=True)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+        x = torch.linspace(-200, 200, 4001, dtype=dtype).requires_grad_()
+        expected, found = F.gelu(x, approximate="tanh"), compiled(x)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (expected, found)]
+        torch.testing.assert_close(grads[1], grads[0], rtol=tolerance, atol=tolerance)
+        assert torch.equal(gelu(x), expected)
+    assert any("sigmoid" in name for name in traced)
 
 
 def test_compile_model_does_what_it_says():
