@@ -16,7 +16,7 @@ from utils.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "sample", "edit", "evaluate", "runs", "export")
 SIBLINGS = ("datasets", "models", "diffusion", "metrics")
-OURS = (*SCRIPTS, *SIBLINGS, "utils", "benchmarks", "tests")
+OURS = (*SCRIPTS, *SIBLINGS, "editing", "utils", "benchmarks", "tests")
 OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")
 OPTIONAL += ("diffusers", "safetensors")
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
@@ -24,7 +24,7 @@ MAY_LEAVE_THE_DEVICE = ("diffusion/generation.py",)
 
 FILES = sorted(
     path.relative_to(ROOT)
-    for folder in (*SIBLINGS, "utils")
+    for folder in (*SIBLINGS, "editing", "utils")
     for path in (ROOT / folder).rglob("*.py")
 ) + [Path(f"{name}.py") for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
 IDS = [path.as_posix() for path in FILES]
@@ -64,6 +64,8 @@ def test_imports_point_one_way(path):
         allowed = {package, "utils"}
     else:  # previews and evaluation use the one sampling path, that of sample.py
         allowed = {*SIBLINGS, "utils", "sample"}
+        if package in ("edit", "editing"):
+            allowed.add("editing")
     for module, line in imported(tree_of(path)):
         top = module.partition(".")[0]
         assert top not in OURS or top in allowed, f"{path}:{line} imports {module}"

@@ -35,6 +35,7 @@ from diffusion.editing import (
 )
 from diffusion.generation import sampling_from, timesteps_of
 from diffusion.guidance import Denoiser
+from editing import interpolate
 from tests.conftest import TINY_CONFIG
 from utils import captions
 from utils.captions import class_captions, contact_sheet
@@ -570,7 +571,7 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "message"), BAD)
 def test_bad_input_is_one_line_and_writes_nothing(do, command, message, monkeypatch):
-    monkeypatch.setattr(edit, "can_write_mp4", lambda: False)
+    monkeypatch.setattr(interpolate, "can_write_mp4", lambda: False)
     Path("text.png").write_text("no image", encoding="utf-8")
     Image.fromarray(np.zeros((4, 6), np.uint8)).save("mask.png")
     wrong = np.zeros((2, 3, 8, 8), np.float32)
