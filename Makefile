@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := checkpoints/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint faults gpu clean
 
 .venv/.installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,9 +33,26 @@ lint: .venv/.installed
 
 # Kill, stop, starve and mislead real training runs, and count what is lost.
 # FAULTS=--quick takes two minutes, FAULTS="--only 1,4" some rows; see docs/reliability.md.
-.PHONY: faults
 faults: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --json checkpoints/faults.json $(FAULTS)
+
+# What only an NVIDIA GPU can show: its tests, speed beside other packages, and a CIFAR-10 run of
+# 10 million images with its evaluation. DATA="dataset=custom data_root=FOLDER" trains on own images.
+GPU_RUN := checkpoints/gpu_cifar10
+gpu: .venv/.installed
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("error: no CUDA device")'
+	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt -c constraints.txt
+	$(BIN)/python -m pytest -m gpu
+	mkdir -p checkpoints
+	$(BIN)/python -m benchmarks.peers --device cuda --dtype bf16 --batch_size 128 --gflops 12 \
+	  --channels_last --compile blocks --json checkpoints/gpu_peers.jsonl
+	$(BIN)/python -m benchmarks.effects --device cuda --batch_size 128 \
+	  --json checkpoints/gpu_effects.jsonl
+	$(BIN)/python train.py --config configs/cifar10_unet.py experiment_name=gpu_cifar10 \
+	  epochs=200 channels_last=true compile=blocks resume_path=auto $(DATA)
+	$(BIN)/python sample.py --checkpoint $(GPU_RUN) --captions --output_dir $(GPU_RUN)/pictures
+	$(BIN)/python evaluate.py --checkpoint $(GPU_RUN) --num_samples 10000 --compile blocks
+	$(BIN)/python runs.py report $(GPU_RUN)
 
 # The environment and caches; never checkpoints.
 clean:

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.networks import CANDIDATES, OUR_DIT, OUR_UNET
-from benchmarks.peers import (
+from benchmarks.tasks import (
     Network,
     Setting,
     make_config,

@@ -25,7 +25,8 @@ SIDE, CHANNELS, NUM_CLASSES = 32, 3, 10
 SHAPE = (CHANNELS, SIDE, SIDE)
 UNET_MULT, UNET_BLOCKS, UNET_ATTENTION = (1, 2, 2), 2, 16
 PATCH_SIZE, DEPTH, HEAD_DIM = 2, 6, 64
-UNET_WIDTHS = range(32, 257, 8)
+UNET_WIDTHS = range(32, 257, 32)  # the attention's channels are twice as many, in heads of 64
+LUCIDRAINS_WIDTHS = range(32, 257, 8)
 DIT_WIDTHS = range(64, 1025, 64)
 RANDOM_STD = 0.02
 
@@ -157,9 +158,9 @@ CANDIDATES = (
         "diffusers UNet2D, default groups and heads",
         "unet",
         partial(DiffusersUNet, num_groups=32, head_dim=8),
-        range(32, 257, 32),
+        UNET_WIDTHS,
     ),
-    Candidate("denoising-diffusion-pytorch Unet", "unet", LucidrainsUnet, UNET_WIDTHS),
+    Candidate("denoising-diffusion-pytorch Unet", "unet", LucidrainsUnet, LUCIDRAINS_WIDTHS),
     Candidate(OUR_DIT, "dit", our_dit, DIT_WIDTHS),
     Candidate("diffusers DiT", "dit", DiffusersDiT, DIT_WIDTHS),
     Candidate("our DiM", "dim", partial(our_dim, mixer="mamba1", pad_tokens=3), ()),

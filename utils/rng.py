@@ -73,6 +73,9 @@ def sample_noise(seeds: list[int], device: torch.device) -> Callable[[tuple[int,
         if shape[0] != len(generators):
             raise ValueError(f"{shape[0]} rows asked of {len(generators)} per-image generators")
         rows = [g.standard_normal(shape[1:], dtype=np.float32) for g in generators]
-        return torch.from_numpy(np.stack(rows)).to(device)
+        noise = torch.from_numpy(np.stack(rows))
+        if device.type == "cuda":  # pinned, so the host draws on while the device still computes
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
 
     return draw

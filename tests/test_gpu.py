@@ -1,0 +1,80 @@
+"""What only a CUDA device can show: `python -m pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_counts import make_trainer, tiny_unet
+from utils.distributed import Runtime
+from utils.errors import EXIT_OK
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = torch.device("cuda")
+
+
+def losses(run_dir) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_no_step_waits_for_the_device(tmp_path):
+    model = tiny_unet().to(CUDA).train()
+    trainer = make_trainer(tmp_path, Runtime(CUDA), model, model)
+    examples = trainer.batches(0)
+    for step in range(5):
+        if step == 2:  # tables and images are on the device by now
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer._train_step(next(examples))
+        finally:
+            if step == 4:
+                torch.cuda.set_sync_debug_mode("default")
+        trainer.step += 1
+
+
+@pytest.mark.parametrize("settings", [["compile=blocks"], ["channels_last=true"]])
+def test_bf16_run_goes_on_where_it_stopped(settings, tiny, script, tmp_path):
+    def train(*more):
+        command = ["--config", tiny, "--device", "cuda", "log_interval=1", *settings, *more]
+        done = script("train.py", *command)
+        assert done.returncode == EXIT_OK, done.output
+        return done.output
+
+    said = train("experiment_name=whole", "max_steps=12")
+    assert "bf16" in said or not torch.cuda.is_bf16_supported()
+    train("experiment_name=parts", "max_steps=6")
+    train("experiment_name=parts", "max_steps=12", "resume_path=auto")
+    whole, parts = (losses(tmp_path / "checkpoints" / name) for name in ("whole", "parts"))
+    np.testing.assert_allclose(parts, whole, rtol=0.02)
+
+
+def test_images_are_those_of_the_cpu(tiny, script, tmp_path):
+    assert script("train.py", "--config", tiny, "max_steps=12").returncode == EXIT_OK
+    pictures = []
+    for device in ("cpu", "cuda"):
+        options = ["--device", device, "--output_dir", device, "precision=fp32"]
+        done = script("sample.py", "--checkpoint", "checkpoints/tiny", *options)
+        assert done.returncode == EXIT_OK, done.output
+        pictures.append(np.asarray(Image.open(tmp_path / device / "samples.png"), dtype=int))
+    assert abs(pictures[0] - pictures[1]).mean() < 1  # grey levels of 256; TF32 may move a few
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_train_as_one(strategy, tiny, script, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        options = [f"experiment_name={name}", f"strategy={strategy}", "max_steps=10"]
+        command = ["--config", tiny, *options, "log_interval=1", "precision=fp32"]
+        done = script("train.py", *command, "model_params.dropout=0.0", processes=processes)
+        assert done.returncode == EXIT_OK, done.output
+    one, two = (losses(tmp_path / "checkpoints" / name) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=0.02)
