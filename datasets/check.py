@@ -55,6 +55,7 @@ class Split(NamedTuple):
     """One split before its images are decoded."""
 
     listing: Listing
+    classes: dict[int, str]  # names of the labels that are trained on
     channels: int
     size: tuple[int, int] | None  # None: the files' own
     look: Callable[[int], Looked | DataError]  # by index
@@ -127,9 +128,11 @@ def open_split(config: Config, split: str) -> Split:
             names = [f"image {i}" for i in range(len(dataset))]
             mode = "grey" if channels == 1 else "RGB"
             listing = Listing(Path(config.data_root), names, labels, class_names)
-            return Split(
-                listing, channels, size, lambda i: look_at(dataset[i][0].numpy(), size, mode)
-            )
+
+            def look_at_one(index: int) -> Looked:
+                return look_at(dataset[index][0].numpy(), size, mode)
+
+            return Split(listing, chosen_classes(config, class_names), channels, size, look_at_one)
         listing = Listing(dataset.root, dataset.names, labels, class_names)
 
     def look(index: int) -> Looked | DataError:
@@ -142,7 +145,13 @@ def open_split(config: Config, split: str) -> Split:
             return error
         return look_at(pixels, own_size, mode)
 
-    return Split(listing, channels, size, look)
+    return Split(listing, chosen_classes(config, listing.class_names), channels, size, look)
+
+
+def chosen_classes(config: Config, class_names: Sequence[str]) -> dict[int, str]:
+    """Those of `classes`, else all: label -> name."""
+    chosen = range(len(class_names)) if config.classes is None else config.classes
+    return {label: name for label, name in enumerate(class_names) if label in chosen}
 
 
 def look_at(pixels: np.ndarray, size: tuple[int, int], mode: str) -> Looked:
@@ -182,7 +191,7 @@ def look_over_split(split: str, images: Split, train: dict[bytes, str]) -> dict[
             elif found.digest in train:
                 in_train.append([train[found.digest], names[i]])
     counts = Counter(labels)
-    classes = {name: counts[label] for label, name in enumerate(images.listing.class_names)}
+    classes = {name: counts[label] for label, name in images.classes.items()}
     fewest = min(classes.values(), default=0)
     mean, square = sums[1:] / np.maximum(sums[0], 1) / [[255], [255**2]]
     by_area = sorted(sizes, key=math.prod)

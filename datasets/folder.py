@@ -21,6 +21,7 @@ from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size, show
 from datasets.label_file import read_label_file
 from datasets.storage import ImageFileDataset, Listing
+from datasets.subset import require_classes
 from utils.config import Config
 from utils.errors import DataError
 
@@ -53,11 +54,19 @@ def has_test_folder(config: Config) -> bool:
 
 
 def list_images(config: Config, split: str) -> Listing:
-    """Sorted images of `split` with their labels.
+    """Sorted images of `split`, of all or of some `classes`, with their labels.
 
     Raises:
         DataError: see `build_custom`.
     """
+    listing = _list_split(config, split)
+    if config.classes is None or not listing.class_names:
+        return listing
+    require_classes(config.classes, listing.labels, len(listing.class_names))
+    return listing.of_classes(config.classes)
+
+
+def _list_split(config: Config, split: str) -> Listing:
     root = Path(config.data_root)
     _require_folder(config, root)
     splits = find_splits(config, root)

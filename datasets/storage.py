@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,11 @@ class Listing(NamedTuple):
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
+
+    def of_classes(self, classes: Collection[int]) -> Listing:
+        kept = [i for i, label in enumerate(self.labels) if label in classes]
+        names, labels = ([column[i] for i in kept] for column in (self.names, self.labels))
+        return self._replace(names=names, labels=labels)
 
 
 class ImageFileDataset:

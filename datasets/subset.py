@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from datasets.base import ImageDataset
 from utils.errors import DataError
+
+
+def require_classes(classes: Iterable[int], labels: Iterable[int], num_classes: int) -> None:
+    """
+    Raises:
+        DataError: there is a class without any label.
+    """
+    present = set(labels)
+    if absent := sorted(set(classes) - present):
+        raise DataError(
+            f"classes={list(classes)}: the data has no image of {absent}; it has images of "
+            f"{len(present)} of {num_classes} classes"
+        )
 
 
 class ClassSubset:
@@ -22,12 +35,8 @@ class ClassSubset:
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[int]) -> None:
-        present = set(dataset.labels.tolist()) if dataset.spec.num_classes else set()
-        if absent := sorted(set(classes) - present):
-            raise DataError(
-                f"classes={list(classes)}: the data has no image of {absent}; it has images of "
-                f"{len(present)} of {dataset.spec.num_classes} classes"
-            )
+        num_classes = dataset.spec.num_classes
+        require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
         self.spec, self.class_names = dataset.spec, dataset.class_names
         wanted = torch.tensor(sorted(set(classes)))
         self._dataset, self._indices = dataset, torch.isin(dataset.labels, wanted).nonzero()[:, 0]

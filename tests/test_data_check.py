@@ -194,6 +194,24 @@ def test_pixels_are_those_of_training(check, tmp_path):
     assert found["std"] == pytest.approx(pixels.std((0, 2, 3)).tolist())
 
 
+def test_only_the_classes_asked_for_are_looked_at(check, tmp_path):
+    for name, count in (("cat", 3), ("cow", 2), ("dog", 4)):
+        for i in range(count):
+            write_image(tmp_path / "images" / name / f"{i}.png", seed=i)
+    (tmp_path / "images/cow/bad.png").write_bytes(b"no image")
+    found = check("image_size=8", "classes=0,2")
+    assert found.code == EXIT_OK, found.text
+    split = found["splits"]["train"]
+    assert (split["num_images"], split["classes"], split["bad"]) == (7, {"cat": 3, "dog": 4}, {})
+    assert check("image_size=8").code == EXIT_FAILURE
+    found = check("dataset=digits", "classes=3,7")
+    assert list(found["splits"]["test"]["classes"]) == ["3", "7"]
+    assert found["splits"]["test"]["imbalance"] is not None
+    found = check("image_size=8", "classes=5")
+    assert found.code == EXIT_USAGE
+    assert "classes" in found.error
+
+
 def test_many_classes_are_shown_short(check, tmp_path):
     for i in range(30):
         for j in range(1 + i % 3):
