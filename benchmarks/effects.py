@@ -11,8 +11,8 @@ data        resident images beside Pillow and a DataLoader; what they cost of a 
 attention   scaled_dot_product_attention beside its definition
 precision   bf16 autocast beside fp32
 checkpoint  what a training waits for, beside a blocking torch.save; wall clock
-memory      malloc that keeps what is freed beside its defaults; CPU and glibc only, and every turn
-            a process of its own, so fewer rounds
+memory      a malloc that keeps what is freed, as in our scripts, beside its defaults; CPU and glibc
+            only, and every turn a process of its own, so fewer rounds
 
 The two ways run in every round, in an order drawn anew; ratios are taken within rounds.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import os
 import random
 import subprocess
 import sys
@@ -67,6 +66,7 @@ from benchmarks.timing import (
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
 from train import make_examples
+from utils.allocator import keep_freed_memory
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime
 from utils.ema import EMA
@@ -77,9 +77,8 @@ DATA_BATCH_SIZE = 128
 ATTENTION_SHAPE = (16, 4, 256, 64)  # batch, heads, tokens, channels of a head
 EMA_DECAY = 0.9999
 STEPS_PER_SAVE = 4
-CHILD_STEPS, CHILD_SHARE = 8, 3  # training steps of a turn of its own; its share of the rounds
-# Never give memory back, and take blocks of up to 1 GiB from what was kept.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+CHILD_WARM_UP, CHILD_STEPS = 5, 25  # training steps of a turn in a process of its own
+CHILD_SHARE = 3  # one such turn to so many rounds
 
 
 class Section(NamedTuple):
@@ -307,12 +306,14 @@ def plain_save(trainer: Trainer, path: Path) -> None:
 # --- memory
 
 
-def child(name: str, setting: Setting) -> None:
+def child(name: str, setting: Setting, *, keep: bool) -> None:
     """Print the CPU seconds of a training step."""
+    if keep and not keep_freed_memory():
+        raise SystemExit("error: this needs glibc, and no MALLOC_... in the environment")
     (network,) = make_networks(setting, name)
     step = training_step(network.model, setting)
-    step()
-    step()
+    for _ in range(CHILD_WARM_UP):
+        step()
     start = time.process_time()
     for _ in range(CHILD_STEPS):
         step()
@@ -325,7 +326,7 @@ def memory(args: argparse.Namespace) -> tuple[Section, Times]:
     for name in WIDTHS:
         ours, other = f"kept {name}", f"returned {name}"
         times |= {ours: [], other: []}
-        label = f"training step, memory kept, {name}, glibc's defaults"
+        label = f"training step, freed memory kept, {name}, glibc's defaults"
         section.pairs.append((label, ours, other))
     generator, order = random.Random(0), list(times)
     rounds = max(2, args.rounds // CHILD_SHARE)
@@ -333,17 +334,16 @@ def memory(args: argparse.Namespace) -> tuple[Section, Times]:
         generator.shuffle(order)
         for task in order:
             way, _, name = task.partition(" ")
-            times[task].append(seconds_of_child(name, args, KEEP_MEMORY if way == "kept" else {}))
+            times[task].append(seconds_of_child(name, args, keep=way == "kept"))
         show_progress(number + 1, rounds)
     return section, times
 
 
-def seconds_of_child(name: str, args: argparse.Namespace, environment: dict[str, str]) -> float:
+def seconds_of_child(name: str, args: argparse.Namespace, *, keep: bool) -> float:
     command = [sys.executable, "-m", "benchmarks.effects", "--child", name]
     command += ["--batch_size", str(args.batch_size), "--threads", str(args.threads)]
-    output = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, **environment}
-    ).stdout
+    command += ["--keep"] if keep else []
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.split()[-1])
 
 
@@ -368,6 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = (*SECTIONS, MEMORY)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--child", choices=list(WIDTHS), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -377,7 +378,7 @@ def main() -> None:
     device = torch.device(args.device)
     setting = Setting(device, "fp32", torch.contiguous_format, args.batch_size)
     if args.child:
-        child(args.child, setting)
+        child(args.child, setting, keep=args.keep)
         return
     report = Report(describe(args))
     with tempfile.TemporaryDirectory() as folder:

@@ -61,6 +61,7 @@ from benchmarks.timing import (
     ratio,
     run_rounds,
 )
+from utils.allocator import keep_freed_memory
 from utils.precision import autocast
 
 SECTIONS = ("networks", "loop", "sampler", "guidance")
@@ -232,6 +233,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()  # as our scripts do; it serves every network here
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     setting = Setting(torch.device(args.device), args.dtype, layout, args.batch_size)
     report = Report(describe(args, PACKAGES))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.allocator import keep_freed_memory
 from utils.config import Config, Problem
 from utils.errors import ConfigError
 from utils.precision import allow_tf32
@@ -239,6 +240,8 @@ def distributed_runtime(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         allow_tf32()
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     runtime = Runtime(chosen, rank, world_size(), local_rank)
     if runtime.world_size == 1:
         yield runtime
