@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 COUNT_FAULTS = """
+import ctypes
 import resource
 import torch
 from utils.distributed import distributed_runtime
@@ -19,6 +20,8 @@ from utils.distributed import distributed_runtime
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # pages of one size, to count them
 with distributed_runtime("cpu"):
     for turn in range(10):
         before = faults()
@@ -43,11 +46,12 @@ def faults_of_a_turn(**environment: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+
+
 def test_freed_blocks_are_used_again():
     assert faults_of_a_turn() < PAGES / 100
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_settings_from_outside_stay():
     assert faults_of_a_turn(MALLOC_MMAP_THRESHOLD_="1000000") > PAGES / 2
