@@ -38,6 +38,8 @@ assert not [name for name in names if "gloo" in name], names
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_process_group_leaves_no_threads_behind(tmp_path):
     """A thread that outlives the interpreter aborts the process after all its work is done."""

@@ -45,10 +45,9 @@ def test_custom_config_starts(tmp_path, monkeypatch):
     assert dry_run("custom_folder.py", *options) == EXIT_OK
 
 
-SLOW = (pytest.mark.slow, pytest.mark.ci)
-
-
-@pytest.mark.parametrize("backbone", ["dit", pytest.param("dim", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("backbone", ["dit", "dim"])
 def test_other_backbones_through_two_processes(backbone, script, tmp_path):
     """Trained by two processes, sampled by one."""
     options = ["image_size=8", "model_params.hidden_size=32", "model_params.depth=3"]

@@ -366,6 +366,8 @@ with distributed_runtime("cpu") as runtime:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_each_rank_holds_a_slice(tmp_path, script):
     """... of everything, puts it together where asked, and leaves no threads at exit."""
     path = tmp_path / "worker.py"
