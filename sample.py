@@ -265,7 +265,7 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
 def check_picture_folder(folder: Path, num_images: int) -> None:
     """
     Raises:
-        UserError: pictures that are there would stay beside 000000.png ... and look like of them.
+        UserError: older pictures in there would stay among 000000.png ..., the new ones.
     """
     replaced = {f"{i:06d}.png" for i in range(num_images)}
     if others := sorted(path.name for path in folder.glob("*.png") if path.name not in replaced):

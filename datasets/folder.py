@@ -54,7 +54,8 @@ def has_test_folder(config: Config) -> bool:
 
 
 def list_images(config: Config, split: str) -> Listing:
-    """Sorted images of `split`, of all or of some `classes`, with their labels.
+    """Sorted images of `split` with their labels: of `classes` alone, if given, so that no file of
+    another class is ever opened.
 
     Raises:
         DataError: see `build_custom`.

@@ -81,7 +81,7 @@ def make_trainer(folder: Path, runtime: Runtime, network: nn.Module, model: nn.M
         config=config,
         extra_state={},
         status=Status(None),
-        guard=NonFiniteGuard(0, CPU, on_host=False, describe=lambda _: {}, folder=None),
+        guard=NonFiniteGuard(0, runtime.device, on_host=False, describe=lambda _: {}, folder=None),
         best=best_score(config),
         buckets=timestep_quartiles(config.num_timesteps),
     )

@@ -30,15 +30,18 @@ def test_no_step_waits_for_the_device(tmp_path):
     model = tiny_unet().to(CUDA).train()
     trainer = make_trainer(tmp_path, Runtime(CUDA), model, model)
     examples = trainer.batches(0)
-    for step in range(5):
-        if step == 2:  # tables and images are on the device by now
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+
+    def train(num_steps: int) -> None:
+        for _ in range(num_steps):
             trainer._train_step(next(examples))
-        finally:
-            if step == 4:
-                torch.cuda.set_sync_debug_mode("default")
-        trainer.step += 1
+            trainer.step += 1
+
+    train(2)  # which puts images and tables on the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("settings", [["compile=blocks"], ["channels_last=true"]])

@@ -26,6 +26,6 @@ def keep_freed_memory() -> bool:
     if is_set or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # The first call turns off the dynamic threshold, and alone would be worse than nothing.
+    # Setting one ends glibc's own adjustment of both, so it is both or none.
     taken = any(mallopt(M_MMAP_THRESHOLD, size) for size in BLOCK_SIZES)
     return taken and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
