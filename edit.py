@@ -17,11 +17,12 @@ from functools import partial
 
 from diffusion import SAMPLERS
 from editing import COMMANDS
-from sample import load_run_of, make_output_dir
+from generation.run import load_run_of
 from utils.cli import Parser, add_sampling_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of
+from utils.files import make_output_dir
 from utils.logs import setup_logging
 
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(job.summary)
         if args.dry_run:
             return EXIT_OK
-        make_output_dir(args.output_dir)
+        make_output_dir(args.output_dir, "--output_dir")
         paths = job.write()
         say(f"wrote {', '.join(map(str, paths))}; next: {job.following}")
     return EXIT_OK

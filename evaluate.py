@@ -24,10 +24,11 @@ from tqdm import tqdm
 import datasets
 from datasets.loader import image_batches
 from datasets.pictures import folder_settings, read_pictures
-from datasets.real import real_sets
+from datasets.real import RealSets, chosen_images, real_sets
 from diffusion import SAMPLERS
-from diffusion.generation import Run, generate
-from diffusion.sweep import Setting, settings_of
+from generation.run import CONFIG_CHECKS, load_run_of
+from generation.sampling import Run, generate
+from generation.sweep import Setting, settings_of
 from metrics import METRICS, check_metric_names
 from metrics.comparison import read_report
 from metrics.evaluation import Evaluation, Report
@@ -37,7 +38,6 @@ from metrics.report import code_version, report_path, save_sweep, summary
 from metrics.samples import SampleStore, resumed, sample_key, save_batches
 from metrics.scoring import Batches
 from metrics.weights import file_sha256
-from sample import CONFIG_CHECKS, load_run_of
 from utils.cli import add_sampling_options, new_parser, parse_args
 from utils.config import Config, apply_overrides, format_config, load_config, validate
 from utils.config_files import RawConfig
@@ -53,7 +53,6 @@ from utils.errors import (
 from utils.images import ImageSpec
 from utils.labels import LABEL_MODES, requested_labels, save_labels
 from utils.logs import setup_logging
-from utils.real_images import RealSets, choose_indices
 
 TIMEOUT_MINUTES = 240.0  # the others wait while the main process downloads, trains, or is slower
 # name -> images of one set, sets with seeds of their own
@@ -313,7 +312,7 @@ def from_pictures(args: argparse.Namespace, config: Config, real: Real, runtime:
         image_channels=config.image_channels if train is None else train.spec.channels,
     )
     data, labels = pictures.data, pictures.labels
-    chosen = list(choose_indices(len(data), args.num_samples))
+    chosen = list(chosen_images(len(data), args.num_samples))
     if args.num_samples is not None and args.num_samples > len(data):
         raise ConfigError(f"--num_samples {args.num_samples}: {path} holds {len(data)} pictures")
     if labels is not None:

@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.diffusers_ddim import ddim_scheduler_config
-from diffusion.generation import Run, Sampling, sampling_from
-from models.diffusers_unet import to_unet2d, unet2d_config
-from sample import load_run_of
+from exporting.diffusers_ddim import ddim_scheduler_config
+from exporting.diffusers_unet import to_unet2d, unet2d_config
+from generation.run import load_run_of
+from generation.sampling import Run, Sampling, sampling_from
 from utils.cli import add_checkpoint_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require
 from utils.logs import setup_logging
-from utils.optional import require
 from utils.weights_file import SUFFIX, save_weights
 
 MAX_DIFFERENCE = 1e-4  # of the networks' outputs, over the largest of ours; rounding gives 1e-6

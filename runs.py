@@ -12,11 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import Parser, with_underscores
-from utils.config import Config
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
-from utils.run_dir import replace_text
-from utils.run_files import (
+from reporting.run_files import (
     RunFacts,
     epoch_text,
     facts_of,
@@ -27,6 +23,10 @@ from utils.run_files import (
     step_text,
     time_text,
 )
+from training.run_dir import replace_text
+from utils.cli import Parser, with_underscores
+from utils.config import Config
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
 
 REPORT = "report"
 
@@ -81,7 +81,7 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         ConfigError: a folder that is not that of a run.
         UserError: the page cannot be written.
     """
-    from utils.run_report import render_report  # Pillow and numpy, which the list does without
+    from reporting.run_report import render_report  # Pillow and numpy, which the list does without
 
     for folder in folders:
         if not is_run(folder):

@@ -24,48 +24,43 @@ import diffusion
 import models
 from datasets.loader import batches, global_indices, make_resident
 from datasets.real import real_sets
-from diffusion.generation import Run, generate, sampling_from
-from diffusion.objective import Example, timestep_quartiles, training_examples
-from diffusion.sweep import settings_of
+from generation.run import CONFIG_CHECKS
+from generation.sampling import Run, generate, sampling_from
+from generation.sweep import settings_of
 from metrics import METRICS, check_metric_names
 from metrics.evaluation import Evaluation
 from metrics.report import summary
 from models.lora import add_adapters
-from models.pretrained import load_initial_weights
-from sample import CONFIG_CHECKS
-from utils import images as pictures
-from utils.captions import class_captions, contact_sheet
-from utils.cli import new_parser, parse_args
-from utils.config import Config, format_config, load_config
-from utils.distributed import (
-    Runtime,
-    check_processes,
-    distributed_runtime,
-    wrap_for_training,
-)
-from utils.ema import EMA
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
-from utils.images import ImageSpec, to_uint8
-from utils.labels import NULL_LABEL, requested_labels
-from utils.logs import setup_logging
-from utils.nonfinite import NonFiniteGuard
-from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
-from utils.precision import resolve_precision
-from utils.resume import (
+from training.ema import EMA
+from training.nonfinite import NonFiniteGuard
+from training.objective import Example, timestep_quartiles, training_examples
+from training.optim import build_lr_scheduler, build_optimizer, lr_factor
+from training.pretrained import load_initial_weights
+from training.resume import (
     check_backend,
     check_data,
     check_same_step,
     find_resume,
     plan_steps,
 )
+from training.run_dir import checkpoints_in, mark_complete, open_run_dir
+from training.run_info import fixed_state, log_end, log_start
+from training.saving import LOSS, BestScore
+from training.schedule import Action
+from training.sharding import check_processes, full_model, wrap_for_training
+from training.tracking import TrackerGroup, check_trackers, start_trackers
+from training.trainer import Trainer
+from utils import images as pictures
+from utils.captions import class_captions, contact_sheet
+from utils.cli import new_parser, parse_args
+from utils.config import Config, format_config, load_config
+from utils.distributed import Runtime, distributed_runtime
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.images import ImageSpec, to_uint8
+from utils.labels import NULL_LABEL, requested_labels
+from utils.logs import setup_logging
+from utils.precision import resolve_precision
 from utils.rng import seed_everything
-from utils.run_dir import checkpoints_in, mark_complete, open_run_dir
-from utils.run_info import fixed_state, log_end, log_start
-from utils.saving import LOSS, BestScore
-from utils.schedule import Action
-from utils.sharding import full_model
-from utils.tracking import TrackerGroup, check_trackers, start_trackers
-from utils.trainer import Trainer
 
 PREVIEW_BATCH_SIZE = 64
 EVAL_BATCH_SIZE = 128

@@ -68,11 +68,10 @@ from benchmarks.timing import (
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
 from train import make_examples
-from utils.allocator import keep_freed_memory
+from training.ema import EMA
+from training.trainer import Trainer
 from utils.checkpoint import save_checkpoint
-from utils.distributed import Runtime
-from utils.ema import EMA
-from utils.trainer import Trainer
+from utils.distributed import Runtime, keep_freed_memory
 
 WIDTHS = {OUR_UNET: 32, OUR_DIT: 128, "our DiM": 128}  # 0.84, 0.81 and 0.59 GFLOP
 DATA_BATCH_SIZE = 128

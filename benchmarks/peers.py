@@ -61,7 +61,7 @@ from benchmarks.timing import (
     ratio,
     run_rounds,
 )
-from utils.allocator import keep_freed_memory
+from utils.distributed import keep_freed_memory
 from utils.precision import autocast
 
 SECTIONS = ("networks", "loop", "sampler", "guidance")

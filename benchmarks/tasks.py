@@ -23,22 +23,22 @@ from benchmarks.timing import Task
 from datasets.loader import make_resident
 from datasets.storage import InMemoryDataset
 from diffusion import build_diffusion, make_denoiser
-from diffusion.generation import Run, generate, sampling_from
 from diffusion.guidance import threshold_x_0
-from diffusion.objective import timestep_quartiles
+from generation.sampling import Run, generate, sampling_from
 from models import compile_model
 from train import best_score, make_examples, make_guard
+from training.ema import EMA
+from training.objective import timestep_quartiles
+from training.optim import build_lr_scheduler, build_optimizer
+from training.run_dir import Status
+from training.schedule import Schedule
+from training.tracking import start_trackers
+from training.trainer import Trainer
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.ema import EMA
 from utils.images import ImageSpec
 from utils.labels import NULL_LABEL
-from utils.optim import build_lr_scheduler, build_optimizer
 from utils.precision import autocast
-from utils.run_dir import Status
-from utils.schedule import Schedule
-from utils.tracking import start_trackers
-from utils.trainer import Trainer
 
 NUM_IMAGES = 50_000  # as CIFAR-10
 LOOP_STEPS = 5  # optimizer steps of one turn

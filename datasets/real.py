@@ -1,17 +1,74 @@
-"""The images of a config's data set, as the metrics take them."""
+"""The images of a config's data set by index, as evaluation takes them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from datasets import build_dataset, has_test_split
 from datasets.loader import image_batches
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError
-from utils.real_images import RealImages, RealSets, choose_indices
+from utils.images import ImageSpec
+from utils.rng import EvaluationDraw, fixed_subset
 
 log = logging.getLogger("diffusion")
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images by index, wherever they come from.
+
+    Attributes:
+        labels: (N,) int64; all 0 when unlabelled.
+        indices: those to compare with, sorted; normally all N.
+        fetch: indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
+    """
+
+    labels: Tensor
+    indices: Sequence[int]
+    fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
+    spec: ImageSpec
+    fingerprint: str
+    split: str = "train"
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    def share(self, runtime: Runtime) -> Sequence[int]:
+        part = runtime.share(len(self.indices))
+        return self.indices[part.start : part.stop]
+
+    def load(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (len(indices), C, H, W), all in memory."""
+        return torch.cat([images for images, _ in self.fetch(indices)])
+
+
+class RealSets(NamedTuple):
+    """The real images by their part in an evaluation; `reference` may be one of the others.
+
+    Attributes:
+        reference: to compare with.
+        train: what the model was trained on: copies are looked for here, classifiers are trained.
+        test: what neither has seen, if there is any.
+    """
+
+    reference: RealImages
+    train: RealImages
+    test: RealImages | None = None
+
+
+def chosen_images(num_images: int, limit: int | None) -> Sequence[int]:
+    """The indices of all images, or of `limit` of them, always the same ones, ascending."""
+    return fixed_subset(num_images, limit, EvaluationDraw.REAL_IMAGES).tolist()
 
 
 def real_sets(
@@ -38,7 +95,7 @@ def real_sets(
             data = build_dataset(config, split)
         return RealImages(
             labels=data.labels.cpu(),
-            indices=choose_indices(len(data), limits[split]),
+            indices=chosen_images(len(data), limits[split]),
             fetch=lambda indices: image_batches(
                 data, indices, batch_size, num_workers=config.num_workers
             ),

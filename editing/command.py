@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import Step
-from diffusion.generation import Run, Sampling, last_steps, sampling_from
-from sample import check_labels
+from generation.run import check_labels
+from generation.sampling import Run, Sampling, last_steps, sampling_from
 from utils.captions import class_captions
 from utils.cli import parse_int_list
 from utils.distributed import Runtime

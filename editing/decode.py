@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion import Step
-from diffusion.editing import label_denoiser, steps_from
-from diffusion.generation import Run, sampling_from
 from editing.command import (
     AddOption,
     Command,
@@ -20,12 +18,14 @@ from editing.command import (
     output,
     part,
 )
+from editing.latents import read_latents
+from editing.mathematics import label_denoiser, steps_from
+from generation.sampling import Run, sampling_from
 from utils.captions import contact_sheet
 from utils.cli import parse_int_list
 from utils.distributed import Runtime
 from utils.errors import ConfigError
 from utils.images import grid_rows, save_image
-from utils.latents import read_latents
 
 
 def add_options(add: AddOption) -> None:

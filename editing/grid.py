@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 
 from diffusion import Step
-from diffusion.generation import Run, Sampling, sample_steps
-from diffusion.sweep import settings_of
 from editing.command import (
     AddOption,
     Command,
@@ -23,11 +21,13 @@ from editing.command import (
     output,
     spread,
 )
-from sample import MAX_GRID_IMAGES, check_labels
+from generation.run import check_labels
+from generation.sampling import Run, Sampling, sample_steps
+from generation.sweep import settings_of
 from utils.captions import contact_sheet
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.images import make_grid, save_image
+from utils.images import MAX_GRID_IMAGES, make_grid, save_image
 
 
 def add_options(add: AddOption) -> None:

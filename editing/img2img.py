@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion import Step
-from diffusion.editing import img2img_steps, last_timesteps, timesteps_of
-from diffusion.generation import Run
 from editing.command import (
     AddOption,
     Command,
@@ -19,7 +17,9 @@ from editing.command import (
     part,
     sampling_of,
 )
+from editing.mathematics import img2img_steps, last_timesteps, timesteps_of
 from editing.pictures import add_input_options, inputs_of, write_pictures
+from generation.sampling import Run
 from utils.distributed import Runtime
 from utils.images import to_float
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from datasets.pictures import read_mask
 from diffusion import Step
-from diffusion.editing import box_mask, inpaint_steps
-from diffusion.generation import Run
 from editing.command import (
     AddOption,
     Command,
@@ -20,7 +18,9 @@ from editing.command import (
     part,
     sampling_of,
 )
+from editing.mathematics import box_mask, inpaint_steps
 from editing.pictures import add_input_options, inputs_of, write_pictures
+from generation.sampling import Run
 from utils.cli import parse_int_list
 from utils.distributed import Runtime
 from utils.errors import ConfigError

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from diffusion import Step
-from diffusion.editing import Frame, Waypoint, frames_along, morph_steps
-from diffusion.generation import Run
 from editing.command import (
     AddOption,
     Command,
@@ -22,7 +20,9 @@ from editing.command import (
     sampling_of,
     spread,
 )
-from sample import check_labels
+from editing.mathematics import Frame, Waypoint, frames_along, morph_steps
+from generation.run import check_labels
+from generation.sampling import Run
 from utils.captions import class_captions, contact_sheet
 from utils.cli import parse_int_list
 from utils.distributed import Runtime

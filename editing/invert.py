@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from diffusion import Step
-from diffusion.editing import invert_steps
-from diffusion.generation import Run, sampling_from
 from editing.command import AddOption, Command, Job, add_label_option, draw, output, part
+from editing.latents import Latents, save_latents
+from editing.mathematics import invert_steps
 from editing.pictures import Inputs, add_input_options, inputs_of, write_pictures
+from generation.sampling import Run, sampling_from
 from utils.distributed import Runtime
 from utils.errors import ConfigError
 from utils.images import to_float
-from utils.latents import Latents, save_latents
 
 
 def add_options(add: AddOption) -> None:

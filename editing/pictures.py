@@ -12,15 +12,15 @@ from torch import Tensor
 
 import datasets
 from datasets.pictures import fitted_pictures
-from diffusion.generation import Run
+from datasets.real import chosen_images
 from editing.command import AddOption, captions_of, first_seed, labels_of, output, spread
-from sample import MAX_GRID_IMAGES, check_picture_folder
+from generation.sampling import Run
 from utils.captions import contact_sheet
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError
-from utils.images import MAX_COLUMNS, save_image
+from utils.files import check_picture_folder
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
 from utils.labels import save_labels
-from utils.real_images import choose_indices
 
 
 class Inputs(NamedTuple):
@@ -55,7 +55,7 @@ def inputs_of(args: argparse.Namespace, run: Run, runtime: Runtime) -> Inputs:
             f"{name} holds {len(data)} pictures; --num_samples says how many of them to take, at "
             f"most {MAX_GRID_IMAGES}"
         )
-    chosen = choose_indices(len(data), args.num_samples)
+    chosen = chosen_images(len(data), args.num_samples)
     images = torch.stack([data[i][0] for i in chosen])
     seeds = getattr(args, "seeds", None)  # inverting takes none
     count = max(len(images), len(args.labels or ()), len(seeds or ()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from utils.html import safe
+from reporting.html import safe
 
 MAX_CLASSES, WORST = 100, 20  # with more classes than that, only the worst are shown
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics.classifier import (
     MAX_TEST_IMAGES,
     Classifier,
@@ -28,7 +29,6 @@ from metrics.classifier import (
 from metrics.domain import DomainDistances
 from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
-from utils.real_images import RealSets
 
 MIN_CEILING = 0.9
 MAX_FAILURES = 40  # pictures of wrong classes kept for the report

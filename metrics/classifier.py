@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets.real import RealSets
 from utils.checkpoint import save_checkpoint
 from utils.images import to_float
 from utils.precision import full_float32
-from utils.real_images import RealSets
 from utils.rng import Stream, derive_seed, numpy_generator, torch_generator
 
 VERSION = 1  # of the classifier and its training; part of its key

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.real import RealSets
 from metrics.comparison import compare
 from metrics.features import remove_features
 from metrics.gallery import Gallery
@@ -17,7 +18,6 @@ from metrics.report import build_report, count_warnings, pictures_of, save_repor
 from metrics.scoring import Batches, Scoring
 from utils.distributed import Runtime
 from utils.images import ImageSpec
-from utils.real_images import RealSets
 
 Report = dict[str, Any]
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics.rows import KeptRows
 from metrics.scoring import Entry
 from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid
-from utils.real_images import RealSets
 
 MAX_IMAGES = 100
 MAX_CLASSES = 20

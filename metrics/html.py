@@ -1,4 +1,4 @@
-"""report.html: the report as one page that needs nothing but itself, see `utils.html`."""
+"""report.html: the report as one page that needs nothing but itself, see `reporting.html`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metrics.charts import bars, matrix
-from utils.html import Picture, figures, number, page, plain, safe, section, table
-from utils.plot import Point, line_chart
+from reporting.html import Picture, figures, number, page, plain, safe, section, table
+from reporting.plot import Point, line_chart
 
 MAX_BYTES = 2_000_000  # of the page
 MARKS = {"ok": "&#10003;", "unreliable": "&#9650;", "skipped": "&#9675;", "failed": "&#10005;"}

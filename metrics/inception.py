@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics import fid
 from metrics.features import FeatureStore
 from metrics.inception_score import InceptionScoreSums
@@ -27,7 +28,6 @@ from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_rgb
 from utils.precision import full_float32
-from utils.real_images import RealSets
 
 INCEPTION = WeightsSource(
     name="Inception",

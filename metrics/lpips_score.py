@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics.rows import KeptRows
 from metrics.scoring import Entry, entry
 from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
-from utils.real_images import RealSets
 from utils.rng import Stream, numpy_generator
 
 ALEXNET = WeightsSource(

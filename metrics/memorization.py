@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.real import RealImages, RealSets
 from metrics.lpips_score import PAIR_BATCH, Distance, lpips_input
 from metrics.rows import KeptRows
 from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
 from utils.images import to_array
 from utils.precision import full_float32
-from utils.real_images import RealImages, RealSets
 from utils.rng import Stream, numpy_generator
 
 NUM_CHECKED = 1000

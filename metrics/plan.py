@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from datasets.real import RealImages, RealSets
 from metrics import METRICS
 from metrics.class_accuracy import ClassScorer
 from metrics.inception import INCEPTION, Extractor, InceptionScorer, load_inception
@@ -21,7 +22,6 @@ from metrics.scoring import Entry, Scorer, entry
 from metrics.weights import Weights, shared_weights
 from utils.distributed import Runtime
 from utils.errors import ConfigError, MissingWeightsError
-from utils.real_images import RealImages, RealSets
 
 SOURCES = {"inception": INCEPTION, "lpips": ALEXNET}
 # Of metrics that need no network: (device, *, num_images, shape) -> Scorer.

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics import METRICS, fid
 from metrics.class_accuracy import ClassScorer
 from metrics.gallery import Gallery
 from metrics.html import render_html
 from metrics.memorization import MemorizationScorer
 from metrics.scoring import Entry, Scorer
-from utils.html import Picture
+from reporting.html import Picture
 from utils.images import grid_rows, make_grid, to_array
-from utils.real_images import RealSets
 
 SCHEMA_VERSION = 1
 PAIRS_PER_ROW = 4  # of a generated image and its neighbours

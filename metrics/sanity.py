@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.real import RealSets
 from metrics.scoring import Entry, entry
 from utils.distributed import Runtime
-from utils.real_images import RealSets
 
 
 class PixelCounts:

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from datasets.real import RealSets
 from utils.distributed import Runtime
-from utils.real_images import RealSets
 
 Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
 Batches = Iterable[tuple[Tensor, "list[int] | None", Any]]  # as `sample.generate` yields them

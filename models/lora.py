@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from models.layers import LabelEmbedding
-from utils.optional import require
+from utils.errors import require
 
 # as peft names what it puts in the place of a layer
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"

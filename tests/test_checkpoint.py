@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.run_dir import prepare_run_dir
 from utils import checkpoint as files
 from utils.checkpoint import (
     BEST,
@@ -32,7 +33,6 @@ from utils.checkpoint import (
 )
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.run_dir import prepare_run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sample import CONFIG_CHECKS
+from generation.run import CONFIG_CHECKS
 from utils.cli import new_parser, parse_args, parse_int_list
 from utils.config import (
     ALIASES,

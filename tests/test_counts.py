@@ -17,21 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from datasets.storage import InMemoryDataset
 from diffusion import build_diffusion
-from diffusion.generation import Run, generate, sampling_from
-from diffusion.objective import timestep_quartiles
+from generation.sampling import Run, generate, sampling_from
 from models.unet import UNet
 from train import best_score, make_examples
+from training.ema import EMA
+from training.nonfinite import NonFiniteGuard
+from training.objective import timestep_quartiles
+from training.optim import build_lr_scheduler, build_optimizer
+from training.run_dir import Status
+from training.schedule import Schedule
+from training.sharding import wrap_for_training
+from training.tracking import start_trackers
+from training.trainer import Trainer
 from utils.config import Config
-from utils.distributed import Runtime, wrap_for_training
-from utils.ema import EMA
+from utils.distributed import Runtime
 from utils.images import ImageSpec
-from utils.nonfinite import NonFiniteGuard
-from utils.optim import build_lr_scheduler, build_optimizer
 from utils.precision import resolve_precision
-from utils.run_dir import Status
-from utils.schedule import Schedule
-from utils.tracking import start_trackers
-from utils.trainer import Trainer
 
 CPU = torch.device("cpu")
 SIDE, NUM_CLASSES, BATCH_SIZE = 8, 3, 8

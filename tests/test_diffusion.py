@@ -10,7 +10,7 @@ from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
 from diffusion.guidance import threshold_x_0
-from diffusion.objective import training_examples
+from training.objective import training_examples
 from utils.labels import NULL_LABEL
 
 T = 100

@@ -6,9 +6,9 @@ import torch
 from models import build_model, check_config
 from models.dim import SIZES, DiM
 from models.scan_paths import mirrored, moves, scan_paths
+from training.optim import build_optimizer
 from utils.config import Config
 from utils.images import ImageSpec
-from utils.optim import build_optimizer
 
 SCANS = {"cross4": 4, "row": 1, "row_bidir": 2, "zigzag8": 8}
 GRIDS = [(4, 4), (3, 5), (6, 2), (1, 4)]

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from utils.distributed import Runtime, agree_on_name, check_gpu_ids, choose_device
+from training.sharding import check_gpu_ids
+from utils.distributed import Runtime, agree_on_name, choose_device
 from utils.errors import ConfigError
 
 CPU = torch.device("cpu")

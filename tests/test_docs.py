@@ -20,6 +20,7 @@ import sample
 import train
 from datasets import DATASETS
 from diffusion import SAMPLERS
+from generation.run import CONFIG_CHECKS
 from metrics import METRICS
 from models import BACKBONES
 from utils.cli import parse_args
@@ -124,11 +125,11 @@ def test_commands_are_accepted(page: str, script: str, arguments: list[str]) -> 
     if script == "train.py":
         known = args.config not in EXAMPLE_CONFIGS
         path = ROOT / (args.config if known else "configs/custom_folder.py")
-        load_config(path, args.overrides, checks=sample.CONFIG_CHECKS)
+        load_config(path, args.overrides, checks=CONFIG_CHECKS)
         return
     raw = RawConfig({"experiment_name": "documented"}, {})
     problems = apply_overrides(raw, args.overrides)
-    validate(raw, checks=sample.CONFIG_CHECKS, problems=problems)
+    validate(raw, checks=CONFIG_CHECKS, problems=problems)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("python", "yaml")])
@@ -137,7 +138,7 @@ def test_configs_in_the_text_load(block: Block, tmp_path: Path) -> None:
         shutil.copy(ROOT / "configs" / name, tmp_path)
     path = tmp_path / ("documented.py" if block.language == "python" else "documented.yml")
     path.write_text(block.text, encoding="utf-8")
-    load_config(path, checks=sample.CONFIG_CHECKS)
+    load_config(path, checks=CONFIG_CHECKS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,11 +16,12 @@ import edit
 import sample
 import train
 from diffusion import SAMPLERS
-from diffusion.editing import (
+from editing import interpolate
+from editing.mathematics import (
     img2img_steps,
 )
-from diffusion.generation import sampling_from, timesteps_of
-from editing import interpolate
+from generation.run import load_run
+from generation.sampling import sampling_from, timesteps_of
 from tests.conftest import TINY_CONFIG
 from utils import captions
 from utils.captions import class_captions, contact_sheet
@@ -186,7 +187,7 @@ def test_noise_alone_for_a_model_without_classes(do, runs):
 
 
 def test_pictures_are_noised_as_far_as_the_strength_says(do, runs):
-    run = sample.load_run(runs / "classes", torch.device("cpu"))
+    run = load_run(runs / "classes", torch.device("cpu"))
     sampling = sampling_from(run.config, "ddim", 10)
     pictures = torch.zeros(2, 1, 8, 8)
     for strength, count in ((1.0, 10), (0.6, 6)):

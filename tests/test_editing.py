@@ -1,4 +1,4 @@
-"""diffusion/editing.py: what is known of morphs, noised pictures, holes and inversion holds, to
+"""editing/mathematics.py: what is known of morphs, noised pictures, holes and inversion holds, to
 the last bit where it should."""
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, Prediction, timestep_grid
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
-from diffusion.editing import (
+from diffusion.guidance import Denoiser
+from editing.mathematics import (
     Waypoint,
     blend,
     box_mask,
@@ -23,7 +24,6 @@ from diffusion.editing import (
     resampling,
     slerp,
 )
-from diffusion.guidance import Denoiser
 from utils.errors import ConfigError
 from utils.images import to_float, to_uint8
 

@@ -17,12 +17,13 @@ import sample
 import train
 from diffusion import SCHEDULES, GaussianDiffusion, make_denoiser, timestep_grid
 from diffusion.ddim import ddim
-from diffusion.diffusers_ddim import ddim_scheduler_config
-from diffusion.generation import Sampling, sample_steps, sampling_from
-from models.diffusers_unet import module_names, to_unet2d, unet2d_config
+from exporting.diffusers_ddim import ddim_scheduler_config
+from exporting.diffusers_unet import module_names, to_unet2d, unet2d_config
+from generation.run import CONFIG_CHECKS, expected_spec, load_run
+from generation.sampling import Sampling, sample_steps, sampling_from
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.config import Config
+from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
 from utils.images import ImageSpec, to_uint8
 from utils.rng import sample_noise
@@ -175,8 +176,8 @@ def test_no_two_modules_get_one_name():
 )
 def test_which_configs_have_a_counterpart(config_file, overrides, num_groups):
     path = ROOT / "configs" / config_file
-    config = train.load_config(path, overrides, checks=sample.CONFIG_CHECKS)
-    spec = sample.expected_spec(config)
+    config = load_config(path, overrides, checks=CONFIG_CHECKS)
+    spec = expected_spec(config)
     with torch.device("meta"):
         model = models.build_model(config, spec, torch.device("meta"))
     assert unet2d_config(model, config, spec)["norm_num_groups"] == num_groups
@@ -259,7 +260,7 @@ def test_the_printed_code_draws_our_images(trained, script, monkeypatch):
     kept = "".join(path.read_text() for path in Path("digits").rglob("*.json"))
     assert str(trained.parent) not in kept, "paths of this machine"
 
-    run = sample.load_run(trained, CPU)
+    run = load_run(trained, CPU)
     seeds, labels = list(range(10)), list(range(10))
     x_T = sample_noise(seeds, CPU)((10, *run.spec.shape))
     names = run_printed("digits", monkeypatch, torch, "randn", x_T)
@@ -278,7 +279,7 @@ def test_the_printed_code_for_models_without_classes(monkeypatch):
 
     path = write_checkpoint(conditional=False, timestep_spacing="leading", num_inference_steps=7)
     assert run_export(path, "diffusers", "out") == EXIT_OK
-    run = sample.load_run(path, CPU)
+    run = load_run(path, CPU)
     x_T = sample_noise(list(range(16)), CPU)((16, *run.spec.shape))
     names = run_printed("out", monkeypatch, pipeline_ddim, "randn_tensor", x_T)
     images = our_images(run, list(range(16)), None)
@@ -293,7 +294,7 @@ def test_the_printed_code_guides_in_the_interval(monkeypatch):
     pytest.importorskip("diffusers")
     path = write_checkpoint(cfg_scale=3.0, cfg_interval=(0.2, 0.6), threshold="dynamic")
     assert run_export(path, "diffusers", "out") == EXIT_OK
-    run = sample.load_run(path, CPU)
+    run = load_run(path, CPU)
     x_T = sample_noise(list(range(10)), CPU)((10, *run.spec.shape))
     names = run_printed("out", monkeypatch, torch, "randn", x_T)
     assert (names["x"] - our_images(run, list(range(10)), list(range(10)))).abs().max() < 1e-4
@@ -318,7 +319,7 @@ def test_both_formats_take_the_weights_asked_for(option):
     assert run_export(path, "diffusers", "out", *option) == EXIT_OK
     theirs = UNet2DModel.from_pretrained("out/unet").state_dict()
     assert torch.equal(theirs["conv_in.weight"], state["stem.weight"])
-    loaded = sample.load_run("w.safetensors", CPU)
+    loaded = load_run("w.safetensors", CPU)
     assert loaded.ema == (not option)
     assert torch.equal(loaded.model.state_dict()["stem.weight"], state["stem.weight"])
 
@@ -331,9 +332,9 @@ def test_weights_come_back_bit_for_bit(model_type, monkeypatch):
     pytest.importorskip("safetensors")
     path = write_checkpoint(model_type=model_type, model_params=TINY[model_type])
     assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
-    before = sample.load_run(path, CPU)
+    before = load_run(path, CPU)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    after = sample.load_run("w.safetensors", CPU)
+    after = load_run("w.safetensors", CPU)
     old, new = before.model.state_dict(), after.model.state_dict()
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -392,7 +393,7 @@ def test_damaged_and_foreign_files_are_refused():
     with pytest.raises(CheckpointError, match=r"not written by export\.py"):
         load_weights(broken)
     with pytest.raises(CheckpointError, match="no such"):
-        sample.load_run("absent.safetensors", CPU)
+        load_run("absent.safetensors", CPU)
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n# (\S+\.py)(.*?)\n(.*?)```", PAGE, flags=re.DOTALL)
-FOLDERS = ("configs", "datasets", "diffusion", "metrics", "models", "utils")
+FOLDERS = ("configs", "datasets", "diffusion", "generation", "metrics", "models")
+FOLDERS += ("reporting", "training", "utils")
 SMALL = ("max_steps=12", "num_inference_steps=3", "num_samples=4", "batch_size=32")
 
 

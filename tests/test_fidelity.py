@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.real import RealImages, RealSets
 from metrics.inception import Extractor, InceptionScorer, load_inception
 from metrics.scoring import Entry
 from utils.distributed import Runtime
 from utils.images import ImageSpec, to_rgb
-from utils.real_images import RealImages, RealSets
 
 CPU = torch.device("cpu")
 ALL = ("fid", "kid", "is")

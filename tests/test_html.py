@@ -22,8 +22,8 @@ from metrics import charts
 from metrics.html import MAX_BYTES, SCHEMA, render_html
 from metrics.report import build_report
 from metrics.scoring import entry
-from utils import plot
-from utils.html import Picture
+from reporting import plot
+from reporting.html import Picture
 
 EVIL = '<b>"x"&</b>'
 VOID = {"meta", "img", "br"}

@@ -9,17 +9,18 @@ import torch
 import export
 import models
 import sample
+from generation.run import load_run
 from models.dim import DiM
 from models.dit import DiT
 from models.layers import LabelEmbedding
 from models.lora import add_adapters, merged_weights
-from models.pretrained import load_initial_weights
 from models.unet import UNet
 from tests.test_train import assert_same_training, run, state_of
+from training.optim import build_optimizer
+from training.pretrained import load_initial_weights
 from utils.config import Config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
 from utils.images import ImageSpec
-from utils.optim import build_optimizer
 
 SIZES = dict(in_channels=1, num_classes=10)
 UNET = dict(image_size=(8, 8), model_channels=8, channel_mult=(1, 2), dropout=0.0, **SIZES)
@@ -153,7 +154,7 @@ def test_a_run_leaves_the_weights_it_starts_from(base, capsys):
     assert all(v.any() for v in moved)
 
     assert sample.main(["--checkpoint", "checkpoints/a"]) == EXIT_OK
-    drawn = sample.load_run("checkpoints/a", torch.device("cpu"))
+    drawn = load_run("checkpoints/a", torch.device("cpu"))
     assert type(drawn.model) is UNet
     assert tuple(drawn.classes) == (9,)
     assert set(drawn.model.state_dict()) == set(before)
@@ -191,7 +192,7 @@ def test_an_exported_file_has_the_adapters_in_it(base):
     )
     assert done == EXIT_OK
     cpu = torch.device("cpu")
-    a, b = (sample.load_run(p, cpu) for p in ("checkpoints/a", "a.safetensors"))
+    a, b = (load_run(p, cpu) for p in ("checkpoints/a", "a.safetensors"))
     assert all(torch.equal(x, b.model.state_dict()[n]) for n, x in a.model.state_dict().items())
     # and both are something to start from again, with adapters or without
     options = ("max_steps=1", "learning_rate=1e-30", "use_ema=false")

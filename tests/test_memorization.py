@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from datasets.real import RealImages
 from metrics.memorization import MemorizationScorer, chance_of_hits, choose, compare, nearest_images
 from metrics.sanity import SanityScorer
 from metrics.scoring import Scoring, run_scorers
@@ -28,7 +29,6 @@ from tests.test_metrics import (
 )
 from tests.test_sanity import score, with_real
 from utils.distributed import distributed_runtime
-from utils.real_images import RealImages
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from datasets.real import RealImages, RealSets, chosen_images
 from metrics import METRICS, check_metric_names, classifier, fid, inception, lpips_score, weights
 from metrics.class_accuracy import ClassScorer, ClassTotals, wilson_interval
 from metrics.classifier import ClassifierSpec
@@ -30,7 +31,6 @@ from utils.distributed import Runtime, distributed_runtime
 from utils.errors import ConfigError, MissingWeightsError
 from utils.images import ImageSpec
 from utils.precision import allow_tf32, full_float32
-from utils.real_images import RealImages, RealSets, choose_indices
 
 CPU = torch.device("cpu")
 SINGLE = Runtime(CPU)
@@ -357,10 +357,10 @@ def test_tf32_stays_out_of_metrics_and_comes_back_after_them():
 
 
 def test_real_indices_are_a_fixed_sorted_subset():
-    chosen = choose_indices(1000, 10)
-    assert list(chosen) == sorted(set(chosen)) == list(choose_indices(1000, 10))
+    chosen = chosen_images(1000, 10)
+    assert list(chosen) == sorted(set(chosen)) == list(chosen_images(1000, 10))
     assert max(chosen) > 500
-    assert choose_indices(5, 10) == range(5)
+    assert chosen_images(5, 10) == range(5)
 
 
 # --- weights

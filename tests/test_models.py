@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from models import BACKBONES, build_model, check_config, compile_model
 from models.layers import LabelEmbedding, gelu, timestep_features
 from models.unet import AttentionBlock, Upsample
+from training.ema import EMA
 from utils.config import Config
-from utils.ema import EMA
 from utils.errors import ConfigError
 from utils.images import ImageSpec
 

@@ -18,11 +18,11 @@ import train
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
 from tests.test_train import assert_same_training, logged, run, state_of
+from training.nonfinite import NonFiniteError, NonFiniteGuard
+from training.trainer import Trainer
 from utils.config import Config
 from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED
 from utils.images import to_float
-from utils.nonfinite import NonFiniteError, NonFiniteGuard
-from utils.trainer import Trainer
 
 CPU = torch.device("cpu")
 LAST = "current_model.pth, step 2"
@@ -292,7 +292,7 @@ import hashlib, json, math, os, sys
 sys.path.insert(0, sys.argv[1])
 import train
 from utils.errors import exit_code_of
-from utils.trainer import Trainer
+from training.trainer import Trainer
 
 rank, trainers = int(os.environ["RANK"]), []
 honest = Trainer.train

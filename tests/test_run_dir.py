@@ -24,13 +24,13 @@ from PIL import Image
 
 from tests.conftest import ROOT, largest_file, start_script
 from tests.test_train import children_of, logged, run, state_of, wait_for_step
-from utils import run_dir
+from training import run_dir
+from training.nonfinite import NonFiniteError
+from training.run_dir import Status, locked, open_run_dir
+from training.trainer import Trainer
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UserError
-from utils.nonfinite import NonFiniteError
-from utils.run_dir import Status, locked, open_run_dir
-from utils.trainer import Trainer
 
 HOST = socket.gethostname()
 ALONE = Runtime(torch.device("cpu"))

@@ -21,18 +21,18 @@ from PIL import Image
 
 import runs
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.objective import timestep_quartiles
+from reporting import plot
+from reporting.run_files import METRICS, facts_of, find_runs, names_of, parse_row, read_series
+from reporting.run_report import config_differences, evenly, render_report
 from tests.conftest import ROOT, TINY_CONFIG
 from tests.test_html import EVIL, Page, find_chromium, open_in_chromium
 from tests.test_train import assert_same_training, run, state_of
-from utils import plot
+from training.objective import timestep_quartiles
+from training.progress import LossStats, memory_mib
+from training.run_dir import locked
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK, EXIT_USAGE, ConfigError, UserError
-from utils.progress import LossStats, memory_mib
-from utils.run_dir import locked
-from utils.run_files import METRICS, facts_of, find_runs, names_of, parse_row, read_series
-from utils.run_report import config_differences, evenly, render_report
 
 PICTURES = ["num_samples=4", "sample_interval=1", "sample_start_epoch=1", "num_inference_steps=1"]
 
@@ -227,7 +227,7 @@ def test_a_run_that_trains_is_running_and_stays_locked(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils.run_dir import locked
+from training.run_dir import locked
 with locked(Path({str(tmp_path)!r})):
     print("locked", flush=True)
     sys.stdin.read()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import models
 import sample
 import train
-from diffusion.generation import generate, sampling_from
+from generation.run import load_run
+from generation.sampling import generate, sampling_from
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK, ConfigError, UserError
@@ -131,7 +133,7 @@ def test_scale_zero_ignores_the_label_and_null_guidance_is_linear(trained):
 
 
 def test_run_directory_means_its_best_checkpoint(trained):
-    run = sample.load_run(trained, CPU)
+    run = load_run(trained, CPU)
     assert run.checkpoint == trained / "best_model.pth"
     assert (run.step, run.ema, run.spec.shape) == (8, True, (1, 8, 8))
     assert not run.model.training
@@ -139,19 +141,19 @@ def test_run_directory_means_its_best_checkpoint(trained):
 
 def test_compile_is_the_networks(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.models, "compile_model", lambda model, how: asked.append(how))
+    monkeypatch.setattr(models, "compile_model", lambda model, how: asked.append(how))
     for option in ([], ["--compile", "blocks"]):
         draw(trained, "--num_samples", 1, *option)
     assert asked == [None, "blocks"]
 
 
 def test_overrides_reach_sampling_but_not_the_shape_of_the_model(trained):
-    run = sample.load_run(trained, CPU, overrides=["num_inference_steps=5", "threshold=none"])
+    run = load_run(trained, CPU, overrides=["num_inference_steps=5", "threshold=none"])
     assert sampling_from(run.config).num_inference_steps == 5
     assert sampling_from(run.config).threshold == "none"
     for override in ("model_params.model_channels=16", "prediction_type=v", "image_size=16"):
         with pytest.raises(ConfigError, match="belong to"):
-            sample.load_run(trained, CPU, overrides=[override])
+            load_run(trained, CPU, overrides=[override])
 
 
 def test_sampling_takes_the_defaults_of_its_method():
@@ -183,7 +185,7 @@ def test_impossible_sampling_is_refused(options, message):
 
 
 def test_empty_shares_are_fine(trained):
-    run = sample.load_run(trained, CPU)
+    run = load_run(trained, CPU)
     runtime = Runtime(CPU, rank=2, world_size=3)
     parts = generate(
         run, [1, 2], [0, 1], sampling=sampling_from(run.config), batch_size=4, runtime=runtime
@@ -192,7 +194,7 @@ def test_empty_shares_are_fine(trained):
 
 
 def test_sampling_leaves_the_global_generator_alone(trained):
-    run = sample.load_run(trained, CPU)
+    run = load_run(trained, CPU)
     before = torch.get_rng_state()
     runtime = Runtime(CPU)
     options = dict(sampling=sampling_from(run.config, "ddpm", 3), batch_size=4, runtime=runtime)

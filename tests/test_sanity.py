@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets.real import RealImages, RealSets
 from metrics.sanity import PixelCounts, SanityScorer, image_hash
 from metrics.scoring import Scorer, Scoring, run_scorers
 from tests.test_metrics import CPU, batches_of, random_images, real_images_of, real_sets
 from utils.distributed import Runtime
-from utils.real_images import RealImages, RealSets
 
 
 class Board:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.conftest import largest_file
-from utils import saving
+from training import saving
+from training.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver, snapshot
 from utils.checkpoint import BEST, CURRENT, load_checkpoint
 from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, UserError
-from utils.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver, snapshot
 
 ALONE = Runtime(torch.device("cpu"))
 

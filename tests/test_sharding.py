@@ -12,11 +12,10 @@ import torch
 
 from tests.conftest import ROOT
 from tests.test_train import assert_same_training, logged, run, state_of
+from training.ema import EMA
+from training.sharding import check_processes, copy_with, full_model, full_state
 from utils.config import Config
-from utils.distributed import check_processes
-from utils.ema import EMA
 from utils.errors import EXIT_OK, ConfigError
-from utils.sharding import copy_with, full_model, full_state
 
 DIT = ["model_type=dit", "model_params.hidden_size=32", "model_params.depth=3"]
 DIT += ["model_params.num_heads=2"]
@@ -30,6 +29,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import train
 from diffusion.gaussian import GaussianDiffusion
+from generation.run import CONFIG_CHECKS
 from utils.config import load_config
 from utils.distributed import distributed_runtime
 from utils.logs import setup_logging
@@ -54,7 +54,7 @@ with distributed_runtime("cpu") as runtime:
     for arguments, bad_call in json.loads(sys.argv[2]):
         GaussianDiffusion.loss = poison(runtime, bad_call)
         train.make_guard = deferred if bad_call else make_guard
-        config = load_config(arguments[0], arguments[1:], checks=train.CONFIG_CHECKS)
+        config = load_config(arguments[0], arguments[1:], checks=CONFIG_CHECKS)
         assert train.train(config, runtime, dry_run=False) == 0
 """
 
@@ -206,9 +206,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from models.dit import DiT
 from models.unet import UNet
-from utils.distributed import distributed_runtime, no_gradient_sync, wrap_for_training
-from utils.ema import EMA
-from utils.sharding import (
+from training.sharding import no_gradient_sync, wrap_for_training
+from utils.distributed import distributed_runtime
+from training.ema import EMA
+from training.sharding import (
     full_model, full_state, full_tensor, load_model_state, load_optimizer_state, local_parameters
 )
 

@@ -8,15 +8,15 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from utils import signals
-from utils.signals import REPEAT_SECONDS, SIGNALS, StopSignal
+from training import signals
+from training.signals import REPEAT_SECONDS, SIGNALS, StopSignal
 
 NAMES = [number.name for number in SIGNALS]
 
 WAIT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from utils.signals import StopSignal
+from training.signals import StopSignal
 
 with StopSignal() as stop:
     print("ready", flush=True)

@@ -17,10 +17,8 @@ import torch
 
 from tests.conftest import ROOT, largest_file
 from tests.test_train import assert_same_training, run, state_of
-from utils import tracking
-from utils.config import Config
-from utils.errors import EXIT_OK, ConfigError
-from utils.tracking import (
+from training import tracking
+from training.tracking import (
     BackgroundLane,
     JsonlTracker,
     Lane,
@@ -28,6 +26,8 @@ from utils.tracking import (
     TrackerGroup,
     start_trackers,
 )
+from utils.config import Config
+from utils.errors import EXIT_OK, ConfigError
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_tensorboard_is_loaded_by_those_who_ask_for_it(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from utils.config import Config
-from utils.tracking import start_trackers
+from training.tracking import start_trackers
 from pathlib import Path
 Path("run").mkdir()
 config = Config(save_dir=".", experiment_name="run")

@@ -15,6 +15,11 @@ from PIL import Image
 import datasets
 import train
 from tests.conftest import start_script
+from training.nonfinite import NonFiniteError
+from training.optim import build_lr_scheduler, build_optimizer, lr_factor
+from training.resume import check_backend, find_resume, plan_steps
+from training.schedule import Schedule
+from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import Config
 from utils.errors import (
@@ -25,11 +30,6 @@ from utils.errors import (
     ConfigError,
     UserError,
 )
-from utils.nonfinite import NonFiniteError
-from utils.optim import build_lr_scheduler, build_optimizer, lr_factor
-from utils.resume import check_backend, find_resume, plan_steps
-from utils.schedule import Schedule
-from utils.trainer import Trainer
 
 
 def run(config, name, *overrides):
@@ -419,7 +419,7 @@ def test_a_full_disk_is_a_warning_and_then_an_error(tiny, monkeypatch, capsys):
     def refuse(path, state):
         raise RuntimeError("unexpected pos")
 
-    monkeypatch.setattr("utils.saving.files.save_checkpoint", refuse)
+    monkeypatch.setattr("training.saving.files.save_checkpoint", refuse)
     with pytest.raises(UserError, match="3 checkpoints in a row"):
         run(tiny, "a", "epochs=5", "save_interval=1")
     assert capsys.readouterr().out.count("no checkpoint at step") == 3

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
-import inspect
-import logging
 import os
+import platform
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
-from utils.allocator import keep_freed_memory
-from utils.config import Config, Problem
 from utils.errors import ConfigError
 from utils.precision import allow_tf32
 
@@ -29,7 +26,10 @@ DEFAULT_TIMEOUT_MINUTES = 10.0
 POLL_SECONDS = 0.01
 PATIENCE_HOURS = 12  # longest download, longest work of one process alone
 
-log = logging.getLogger("diffusion")
+# Of glibc's malloc.h; see mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+NEVER = -1
+BLOCK_SIZES = (2**30, 2**25)  # bytes; not every glibc takes more than the second
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,20 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` in place with rank 0's values, and return it."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (plain types, CPU tensors), by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
         """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`.
@@ -176,48 +190,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
-    """What is wrong with `gpu_ids` for the processes of this node, or None."""
-    if not gpu_ids:
-        return None
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if len(gpu_ids) != local_world_size:
-        return (
-            f"gpu_ids={list(gpu_ids)} names {len(gpu_ids)} GPU(s), but this node runs "
-            f"{local_world_size} process(es), one per GPU; change gpu_ids or start it with "
-            f"`torchrun --standalone --nproc_per_node={len(gpu_ids)} train.py ...`"
-        )
-    if len(set(gpu_ids)) != len(gpu_ids):
-        return f"gpu_ids={list(gpu_ids)}: each GPU serves one process, name it once"
-    if torch.cuda.is_available() and max(gpu_ids) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
-    return None
-
-
-def check_processes(config: Config) -> Iterator[Problem]:
-    """`gpu_ids` and `batch_size` against the number of processes; what `strategy` cannot do."""
-    if message := check_gpu_ids(config.gpu_ids):
-        yield Problem(("gpu_ids",), message)
-    parts = world_size() * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        yield Problem(
-            ("batch_size", "gradient_accumulation_steps"),
-            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
-            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
-            f"multiple of {parts}",
-        )
-    if config.strategy == "fsdp" and config.precision == "fp16":
-        yield Problem(
-            ("precision", "strategy"),
-            "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32",
-        )
-    if config.strategy == "fsdp" and config.channels_last:
-        yield Problem(
-            ("channels_last", "strategy"), "channels_last=True works with strategy='ddp' only"
-        )
-
-
 @contextlib.contextmanager
 def distributed_runtime(
     device: str | None = None,
@@ -300,41 +272,20 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timede
     return word
 
 
-def wrap_for_training(
-    model: nn.Module, runtime: Runtime, strategy: str = "ddp", precision: str = "fp32"
-) -> tuple[nn.Module, nn.Module]:
-    """Make the ranks train one model.
+def keep_freed_memory() -> bool:
+    """Let glibc reuse what is freed, where it would give large blocks back to the system.
 
-    Args:
-        strategy: `ddp`, whose ranks hold the model each, or `fsdp`, whose ranks hold it together.
-        precision: resolved: fp32 or bf16.
+    A training step on a CPU frees and asks for the same large tensors as the one before. Given
+    back, each of their pages is zeroed and mapped anew. Settings from outside (`MALLOC_...`,
+    `GLIBC_TUNABLES`) are left as they are.
 
     Returns:
-        the module to optimize, average, save and load, and the one to call, whose gradients are
-        averaged over the ranks.
+        whether glibc was told to; False where another C library or a setting rules.
     """
-    if runtime.world_size == 1:
-        if strategy == "fsdp":
-            log.info("strategy=fsdp: one process, nothing to shard")
-        return model, model
-    if strategy == "fsdp":
-        from utils.sharding import shard  # a slow import, which sampling has no use for
-
-        return shard(model, runtime.device, runtime.world_size, precision=precision), model
-    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-    # Buffers are constants. Since torch 2.13 the argument has another name.
-    names = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return model, DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
-    )
-
-
-def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
-    """Context for all but the last micro-batch: gradients stay local.
-
-    Not under FSDP: unreduced gradients are whole ones, the memory it is there to save.
-    """
-    if isinstance(network, DistributedDataParallel):
-        return network.no_sync()
-    return contextlib.nullcontext()
+    is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if is_set or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Setting one ends glibc's own adjustment of both, so it is both or none.
+    taken = any(mallopt(M_MMAP_THRESHOLD, size) for size in BLOCK_SIZES)
+    return taken and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

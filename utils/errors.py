@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,23 @@ class CheckpointError(UserError):
 
 class MissingWeightsError(UserError):
     """Pretrained weights of a metric that are neither on disk nor downloadable."""
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """The message of an error on one line, cut to `limit` characters; its class if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def require(*packages: str) -> None:
+    """Make sure, without importing them, that optional packages are installed.
+
+    Raises:
+        UserError: one is not. The message says how to install it.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise UserError(f"{names}: not installed; pip install {' '.join(packages)}")
 
 
 def exit_code_of(main: Callable[[], int]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.rng import Stream, numpy_generator
+from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
 LABELS_FILE = "labels.json"  # in a flat folder of pictures: {"000000.png": 3, ...}
@@ -52,7 +52,7 @@ def requested_labels(
             raise ConfigError("--label_mode train: there are no train images to count classes in")
         counts = train_labels.bincount(minlength=num_classes)
     # Doubles, one an image: the classes of the first images do not depend on `count`.
-    drawn = numpy_generator(0, Stream.EVALUATION, 8).random(count)
+    drawn = numpy_generator(0, Stream.EVALUATION, EvaluationDraw.LABELS).random(count)
     edges = counts.double().cumsum(0) / counts.sum()
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 

@@ -29,6 +29,17 @@ class Stream(IntEnum):
     CLASSIFIER = 9  # index: epoch
 
 
+class EvaluationDraw(IntEnum):
+    """What `Stream.EVALUATION` draws. Values are part of the reproducibility contract."""
+
+    CLASSIFIER_SPLIT = 3
+    REAL_IMAGES = 4
+    CHECKED_FOR_COPIES = 5
+    STAND_INS_FOR_TEST_IMAGES = 6
+    NEIGHBOUR_ROWS = 7
+    LABELS = 8
+
+
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
     """Mix the keys into 64 bits. (`seed + step` would make run 0 step 6 equal run 1 step 5.)"""
     return int(_mix(seed, stream, *index).generate_state(1, np.uint64)[0])
@@ -51,6 +62,21 @@ def _mix(seed: int, stream: Stream, *index: int) -> np.random.SeedSequence:
     # would be (5, 1, 3). So what a seed has above 32 bits comes last.
     high = seed >> 32
     return np.random.SeedSequence((seed & 0xFFFFFFFF, stream, *index, *((high,) if high else ())))
+
+
+def fixed_subset(num_items: int, limit: int | None, *index: int, seed: int = 0) -> np.ndarray:
+    """Some of `num_items`, spread at random: data sets are often sorted by class.
+
+    Args:
+        limit: how many at most; None for all.
+        index: which subset it is, see `EvaluationDraw`.
+
+    Returns:
+        sorted int64 indices, a function of the arguments alone.
+    """
+    if limit is None or limit >= num_items:
+        return np.arange(num_items)
+    return np.sort(numpy_generator(seed, Stream.EVALUATION, *index).permutation(num_items)[:limit])
 
 
 def seed_everything(seed: int) -> None:

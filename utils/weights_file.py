@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import FORMAT_VERSION, check_state, load_checkpoint
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, require
 from utils.images import ImageSpec
-from utils.optional import require
 
 SUFFIX = ".safetensors"
 FACTS = ("format_version", "config", "spec", "step", "epoch", "ema")

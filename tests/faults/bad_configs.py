@@ -9,10 +9,10 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from sample import CONFIG_CHECKS
+from generation.run import CONFIG_CHECKS
 from tests.faults.harness import ROOT, Fault, Figure, Lab, count_bad, environment
+from training.sharding import check_processes
 from utils.config import load_config
-from utils.distributed import check_processes
 from utils.errors import EXIT_USAGE, ConfigError
 
 COUNTS = ("batch_size", "epochs", "num_timesteps", "save_interval", "keep_last", "log_interval")

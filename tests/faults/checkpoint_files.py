@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from tests.faults.harness import Fault, Figure, Lab, count_bad, leftovers, state_hash
+from training.resume import find_resume
+from training.run_dir import prepare_run_dir
 from utils import checkpoint as files
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.resume import find_resume
-from utils.run_dir import prepare_run_dir
 
 PAGE = 4096
 # of 400 damages, how many of each kind

@@ -8,9 +8,9 @@ import signal
 import time
 
 from tests.faults.harness import REFERENCE_STEPS, Fault, Figure, Job, Lab
+from training.run_dir import STATES, STATUS
+from training.signals import REPEAT_SECONDS, SIGNALS
 from utils.errors import EXIT_OK, EXIT_PREEMPTED
-from utils.run_dir import STATES, STATUS
-from utils.signals import REPEAT_SECONDS, SIGNALS
 
 MOST_STEPS = 6  # between the first step of a start and its kill
 START_SECONDS = 4.0  # one kill in four comes this early: while importing, reading, building

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import train
 from tests.faults.harness import state_hash
+from training.trainer import Trainer
 from utils import checkpoint
 from utils.errors import CheckpointError, exit_code_of
-from utils.trainer import Trainer
 
 UNLIMITED = resource.RLIM_INFINITY
 

@@ -6,7 +6,7 @@ import json
 
 from tests.faults.harness import Fault, Figure, Lab, count_bad
 from tests.faults.kills import metrics
-from utils.tracking import FINISH_SECONDS
+from training.tracking import FINISH_SECONDS
 
 STEPS = 200
 LARGEST_SHARE = 0.05  # of the training time

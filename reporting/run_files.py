@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.run_dir import STATUS, is_trained
 from utils.errors import ConfigError
-from utils.run_dir import STATUS, is_trained
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # by training, and by it alone

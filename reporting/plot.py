@@ -1,6 +1,6 @@
 """Charts without a script, as inline SVG: lines through a few points, curves through very many.
 
-Their colours are in the style sheet of `utils.html`.
+Their colours are in the style sheet of `reporting.html`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
 
-from utils.html import safe
+from reporting.html import safe
 
 WIDTH, WIDE = 360, 1080  # of a chart, in the units of its viewBox: pixels where there is room
 LEFT, RIGHT_MARGIN = 58, 14  # beside the plot

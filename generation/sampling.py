@@ -6,18 +6,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion import SAMPLERS, GaussianDiffusion, Step, make_denoiser, timestep_grid
+from diffusion import SAMPLERS, Step, make_denoiser, timestep_grid
 from diffusion.guidance import Denoiser
+from generation.run import Run
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
-from utils.images import ImageSpec, to_uint8
+from utils.images import to_uint8
 from utils.precision import autocast, resolve_precision
 from utils.rng import sample_noise
 
@@ -26,30 +26,6 @@ MAX_GIF_FRAMES = 60
 SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
 
 log = logging.getLogger("diffusion")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model with all that is needed to sample from it."""
-
-    model: nn.Module
-    diffusion: GaussianDiffusion
-    spec: ImageSpec
-    config: Config
-    checkpoint: Path | None = None
-    step: int = 0
-    epoch: int = 0
-    ema: bool = False
-    class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
-
-    @property
-    def classes(self) -> Sequence[int]:
-        """Those it was trained on, in [0, K)."""
-        return self.config.classes or range(self.spec.num_classes)
-
-    def describe(self) -> str:
-        weights = "EMA weights" if self.ema else "raw weights"
-        return f"{self.checkpoint} (step {self.step}, {weights})"
 
 
 @dataclass(frozen=True)

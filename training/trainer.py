@@ -11,20 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.ema import EMA
+from training.nonfinite import NonFiniteGuard
+from training.progress import Buckets, LossStats, Progress, memory_mib
+from training.run_dir import Status
+from training.saving import LOSS, BestScore, Saver
+from training.schedule import Action, Schedule
+from training.sharding import (
+    full_state,
+    full_tensor,
+    load_model_state,
+    load_optimizer_state,
+    no_gradient_sync,
+)
+from training.signals import StopSignal
+from training.tracking import TrackerGroup
 from utils.config import Config
-from utils.distributed import Runtime, no_gradient_sync
-from utils.ema import EMA
+from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
-from utils.nonfinite import NonFiniteGuard
 from utils.precision import autocast
-from utils.progress import Buckets, LossStats, Progress, memory_mib
 from utils.rng import Stream, derive_seed
-from utils.run_dir import Status
-from utils.saving import LOSS, BestScore, Saver
-from utils.schedule import Action, Schedule
-from utils.sharding import full_state, full_tensor, load_model_state, load_optimizer_state
-from utils.signals import StopSignal
-from utils.tracking import TrackerGroup
 
 log = logging.getLogger("diffusion")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from diffusion.generation import Sampling, sampling_from
+from generation.sampling import Sampling, sampling_from
 from utils.config import Config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from training.schedule import Schedule
 from utils.checkpoint import (
     CURRENT,
     epochs_saved,
@@ -20,7 +21,6 @@ from utils.checkpoint import (
 from utils.config import Config
 from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError
-from utils.schedule import Schedule
 
 AUTO = "auto"
 

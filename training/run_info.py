@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from training.schedule import Schedule
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import Config, warnings_of
 from utils.distributed import Runtime, describe_device
 from utils.images import ImageSpec
-from utils.schedule import Schedule
 
 log = logging.getLogger("diffusion")
 

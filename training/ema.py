@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from utils.sharding import local_parameters
+from training.sharding import local_parameters
 
 
 class EMA:

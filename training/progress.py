@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.schedule import Schedule
 from utils.distributed import Runtime
-from utils.schedule import Schedule
 
 LONG_SECONDS = 3 * 3600
 LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss

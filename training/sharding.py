@@ -1,14 +1,19 @@
-"""Models that outgrow a device: PyTorch's FSDP2, with the same checkpoint file out and in.
+"""One model on several processes: DDP, or FSDP2 where it outgrows a device.
 
-Each rank keeps one slice (a DTensor) of every parameter, and so of its gradient, of the optimizer
-state and of the average. Only what runs, one block at a time, is whole.
+The checkpoint file is the same either way. Under FSDP2 each rank keeps one slice (a DTensor) of
+every parameter, and so of its gradient, of the optimizer state and of the average. Only what runs,
+one block at a time, is whole.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import gc
+import inspect
+import logging
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +22,92 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.config import Config, Problem
+from utils.distributed import Runtime, world_size
+
+log = logging.getLogger("diffusion")
+
+
+def check_processes(config: Config) -> Iterator[Problem]:
+    """`gpu_ids` and `batch_size` against the number of processes; what `strategy` cannot do."""
+    if message := check_gpu_ids(config.gpu_ids):
+        yield Problem(("gpu_ids",), message)
+    parts = world_size() * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        yield Problem(
+            ("batch_size", "gradient_accumulation_steps"),
+            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
+            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
+            f"multiple of {parts}",
+        )
+    if config.strategy == "fsdp" and config.precision == "fp16":
+        yield Problem(
+            ("precision", "strategy"),
+            "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32",
+        )
+    if config.strategy == "fsdp" and config.channels_last:
+        yield Problem(
+            ("channels_last", "strategy"), "channels_last=True works with strategy='ddp' only"
+        )
+
+
+def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
+    """What is wrong with `gpu_ids` for the processes of this node, or None."""
+    if not gpu_ids:
+        return None
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if len(gpu_ids) != local_world_size:
+        return (
+            f"gpu_ids={list(gpu_ids)} names {len(gpu_ids)} GPU(s), but this node runs "
+            f"{local_world_size} process(es), one per GPU; change gpu_ids or start it with "
+            f"`torchrun --standalone --nproc_per_node={len(gpu_ids)} train.py ...`"
+        )
+    if len(set(gpu_ids)) != len(gpu_ids):
+        return f"gpu_ids={list(gpu_ids)}: each GPU serves one process, name it once"
+    if torch.cuda.is_available() and max(gpu_ids) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
+    return None
+
+
+def wrap_for_training(
+    model: nn.Module, runtime: Runtime, strategy: str = "ddp", precision: str = "fp32"
+) -> tuple[nn.Module, nn.Module]:
+    """Make the ranks train one model.
+
+    Args:
+        strategy: `ddp`, whose ranks hold the model each, or `fsdp`, whose ranks hold it together.
+        precision: resolved: fp32 or bf16.
+
+    Returns:
+        the module to optimize, average, save and load, and the one to call, whose gradients are
+        averaged over the ranks.
+    """
+    if runtime.world_size == 1:
+        if strategy == "fsdp":
+            log.info("strategy=fsdp: one process, nothing to shard")
+        return model, model
+    if strategy == "fsdp":
+        return shard(model, runtime.device, runtime.world_size, precision=precision), model
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    # Buffers are constants. Since torch 2.13 the argument has another name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return model, DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
+    )
+
+
+def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Context for all but the last micro-batch: gradients stay local.
+
+    Not under FSDP: unreduced gradients are whole ones, the memory it is there to save.
+    """
+    if isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
 
 
 def shard(model: nn.Module, device: torch.device, world_size: int, *, precision: str) -> nn.Module:

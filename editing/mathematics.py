@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion, Prediction, Step
-from diffusion.generation import (
+from diffusion.guidance import Denoiser
+from diffusion.schedules import with_previous
+from generation.sampling import (
     Run,
     SamplerFunction,
     Sampling,
@@ -22,8 +24,6 @@ from diffusion.generation import (
     sampler_of,
     timesteps_of,
 )
-from diffusion.guidance import Denoiser
-from diffusion.schedules import with_previous
 from utils.errors import ConfigError
 from utils.rng import sample_noise
 

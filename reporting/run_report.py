@@ -1,4 +1,4 @@
-"""What runs have done, as one page that needs nothing but itself, see `utils.html`."""
+"""What runs have done, as one page that needs nothing but itself, see `reporting.html`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.config import Config
-from utils.html import Picture, figures, number, page, plain, safe, section, table
-from utils.plot import NUM_COLORS, curve_chart, legend
-from utils.run_files import (
+from reporting.html import Picture, figures, number, page, plain, safe, section, table
+from reporting.plot import NUM_COLORS, curve_chart, legend
+from reporting.run_files import (
     CONFIG,
     METRICS,
     RunFacts,
@@ -29,6 +28,7 @@ from utils.run_files import (
     step_text,
     time_text,
 )
+from utils.config import Config
 
 MAX_BYTES = 10_000_000  # of the page
 MAX_PICTURES = 24  # of all runs together

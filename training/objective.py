@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.progress import Buckets
 from utils.labels import NULL_LABEL
-from utils.progress import Buckets
 from utils.rng import Stream, torch_generator
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
+from training.resume import SAME_MODEL, changed_settings
 from utils.checkpoint import resolve_checkpoint
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.resume import SAME_MODEL, changed_settings
 from utils.weights_file import load_any
 
 MAX_SHOWN = 10  # parameters in a message
@@ -25,6 +27,35 @@ CHECKED = [
 ]
 
 log = logging.getLogger("diffusion")
+
+
+def weights_of(
+    path: Path, state: Mapping[str, Any], *, use_ema: bool | None = None, prefer_ema: bool = True
+) -> tuple[dict[str, Tensor], bool]:
+    """Which weights a checkpoint means, with adapters merged into them; for all who read one.
+
+    Args:
+        path: of the checkpoint, for messages.
+        state: what `load_any` gave.
+        use_ema: averaged or raw weights; None takes the averaged ones if there are any and
+            `prefer_ema` says so.
+
+    Returns:
+        a state dict for the model as its config describes it, and whether it is averaged.
+
+    Raises:
+        CheckpointError: the file does not hold the weights asked for.
+    """
+    has_ema = "ema_model_state_dict" in state
+    if use_ema and not has_ema:
+        raise CheckpointError(f"{path}: holds no EMA weights; use --no_ema")
+    is_ema = has_ema and prefer_ema if use_ema is None else use_ema
+    weights = state.get("ema_model_state_dict" if is_ema else "model_state_dict")
+    if weights is None:
+        raise CheckpointError(f"{path}: holds EMA weights alone; leave out --no_ema, use_ema=false")
+    if state["config"].get("lora_rank"):
+        weights = merged_weights(weights, state["config"]["lora_alpha"])
+    return weights, is_ema
 
 
 def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence[str] = ()) -> None:
@@ -42,10 +73,7 @@ def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence
     """
     path = resolve_checkpoint(config.init_from)
     state = load_any(path)
-    weights = state.get("ema_model_state_dict") or state["model_state_dict"]
-    if state["config"].get("lora_rank"):
-        weights = merged_weights(weights, state["config"]["lora_alpha"])
-    weights = _with_our_classes(weights, model)
+    weights = _with_our_classes(weights_of(path, state)[0], model)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [

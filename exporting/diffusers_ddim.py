@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.generation import Sampling
 from diffusion.guidance import DYNAMIC_QUANTILE
+from generation.sampling import Sampling
 from utils.errors import ConfigError
 
 _PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}

@@ -1,0 +1,154 @@
+"""From a checkpoint to a model that can be sampled from: the one way that all scripts take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+import datasets
+import diffusion
+import metrics
+import models
+from diffusion import GaussianDiffusion
+from training.pretrained import weights_of
+from training.resume import SAME_MODEL, changed_settings
+from utils.checkpoint import resolve_checkpoint
+from utils.config import (
+    Check,
+    Config,
+    RawConfig,
+    apply_overrides,
+    read_config_file,
+    validate,
+)
+from utils.errors import CheckpointError, ConfigError, one_line
+from utils.images import ImageSpec
+from utils.precision import resolve_precision
+from utils.weights_file import load_any
+
+CONFIG_CHECKS: tuple[Check, ...] = (
+    datasets.check_config,
+    diffusion.check_config,
+    metrics.check_config,
+    lambda config: models.check_config(config, expected_spec(config)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that is needed to sample from it."""
+
+    model: nn.Module
+    diffusion: GaussianDiffusion
+    spec: ImageSpec
+    config: Config
+    checkpoint: Path | None = None
+    step: int = 0
+    epoch: int = 0
+    ema: bool = False
+    class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
+
+    @property
+    def classes(self) -> Sequence[int]:
+        """Those it was trained on, in [0, K)."""
+        return self.config.classes or range(self.spec.num_classes)
+
+    def describe(self) -> str:
+        weights = "EMA weights" if self.ema else "raw weights"
+        return f"{self.checkpoint} (step {self.step}, {weights})"
+
+
+def expected_spec(config: Config) -> ImageSpec | None:
+    """The images as far as the config alone tells. A custom set's number of classes, which its
+    folders tell, is a placeholder: no size depends on it."""
+    spec = datasets.native_spec(config)
+    if spec is None and config.dataset == "custom" and config.image_size is not None:
+        num_classes = config.model_params.get("num_classes", 1)
+        return ImageSpec(config.image_channels or 3, *config.image_size, num_classes)
+    return spec
+
+
+def load_run(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    use_ema: bool | None = None,
+    config_path: str | None = None,
+    overrides: Sequence[str] = (),
+    compile: Literal["model", "blocks"] | None = None,
+) -> Run:
+    """Rebuild what a checkpoint (a file, also an exported one, or a run directory) holds.
+
+    Args:
+        use_ema: averaged or raw weights; None takes the averaged ones if there are any.
+        config_path, overrides: settings laid over those stored in the checkpoint.
+        compile: the network, see `compile_model`. (The config's own `compile` is for training.)
+
+    Raises:
+        CheckpointError, ConfigError: what is missing or does not fit.
+    """
+    path = resolve_checkpoint(checkpoint)
+    state = load_any(path)
+    raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
+    if config_path is not None:
+        given = read_config_file(Path(config_path))
+        raw.values.update(given.values)
+        raw.sources.update(given.sources)
+    config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
+    resolve_precision(config.precision, device)
+    if changed := changed_settings(state["config"], config.to_dict(), SAME_MODEL):
+        raise ConfigError(
+            f"{path}: these settings belong to the weights:\n       " + "\n       ".join(changed)
+        )
+    spec = ImageSpec(*state["spec"])
+    native = datasets.native_spec(config)
+    if native is not None and native != spec:
+        raise ConfigError(
+            f"{path} draws images of {spec}, the config describes {native}; the data set and "
+            "its size belong to the checkpoint"
+        )
+    weights, ema = weights_of(path, state, use_ema=use_ema, prefer_ema=config.use_ema)
+    model = models.build_model(config, spec, device)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the config: {one_line(error, 300)}") from error
+    model.eval().requires_grad_(False)
+    models.compile_model(model, compile)
+    built = diffusion.build_diffusion(config)
+    names = tuple(state.get("class_names") or ())
+    return Run(model, built, spec, config, path, state["step"], state["epoch"], ema, names)
+
+
+def load_run_of(
+    args: argparse.Namespace,
+    device: torch.device,
+    compile: Literal["model", "blocks"] | None = None,
+) -> Run:
+    """`load_run` of what the command line says, see `cli.add_checkpoint_options`."""
+    return load_run(
+        args.checkpoint,
+        device,
+        use_ema=args.use_ema,
+        config_path=args.config,
+        overrides=args.overrides,
+        compile=compile,
+    )
+
+
+def check_labels(labels: Sequence[int], run: Run) -> None:
+    """
+    Raises:
+        ConfigError: the model has no classes, or not these.
+    """
+    if not run.config.conditional:
+        raise ConfigError("--labels: this model was trained without class labels")
+    wrong = [label for label in labels if not 0 <= label < run.spec.num_classes]
+    if wrong:
+        raise ConfigError(f"--labels {wrong}: classes are 0..{run.spec.num_classes - 1}")
