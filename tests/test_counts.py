@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from datasets.storage import InMemoryDataset
 from diffusion import build_diffusion
-from generation.sampling import Run, generate, sampling_from
+from generation.run import Run
+from generation.sampling import generate, sampling_from
 from models.unet import UNet
 from train import best_score, make_examples
 from training.ema import EMA

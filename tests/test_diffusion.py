@@ -12,6 +12,7 @@ from diffusion.dpm_solver import dpmpp_2m
 from diffusion.guidance import threshold_x_0
 from training.objective import training_examples
 from utils.labels import NULL_LABEL
+from utils.rng import Stream, torch_generator
 
 T = 100
 
@@ -57,9 +58,17 @@ def test_schedules_equal_diffusers(ours, theirs):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(1000, 1e-4, 0.02, beta_schedule=theirs)
     ours = make_diffusion(ours, 1000)
+    torch.testing.assert_close(ours.betas.float(), scheduler.betas, rtol=2e-4, atol=1e-7)
     torch.testing.assert_close(
         ours.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7
     )
+
+
+def test_cosine_betas_end_at_their_cap():
+    """Nichol and Dhariwal 2021, section 3.2: no beta is larger than 0.999."""
+    betas = SCHEDULES["cosine"](1000, 1e-4, 0.02)
+    assert betas[:2].tolist() == pytest.approx([4.128422482e-05, 4.614175274e-05], rel=1e-9)
+    assert betas[-3:].tolist() == pytest.approx([0.5555537567, 0.7499993929, 0.999], rel=1e-9)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -112,6 +121,17 @@ def test_predict_inverts_target(prediction_type):
     prediction = diffusion.predict(diffusion.target(x_0, t, noise), x_t, t)
     torch.testing.assert_close(prediction.x_0, x_0, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(prediction.eps, noise, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "x_0", "v"])
+def test_a_half_precision_output_is_read_in_float32(prediction_type):
+    diffusion = make_diffusion(prediction_type=prediction_type)
+    x_t, output = torch.randn(2, 4, 1, 4, 4)
+    t, output = torch.tensor([0, 30, 60, 99]), output.bfloat16()
+    prediction = diffusion.predict(output, x_t, t)
+    assert {tensor.dtype for tensor in prediction} == {torch.float32}
+    for ours, wide in zip(prediction, diffusion.predict(output.float(), x_t, t), strict=True):
+        assert torch.equal(ours, wide)
 
 
 @pytest.mark.parametrize("prediction_type", ["eps", "x_0", "v"])
@@ -376,11 +396,12 @@ def test_second_order_beats_first_order():
     assert error["dpmpp_2m"] < 0.6 * error["ddim"]
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_yield_every_step_and_end_at_the_image(name):
+def test_samplers_yield_every_step_and_end_at_the_image(name, spacing):
     diffusion = make_diffusion()
     denoise = make_denoiser(diffusion, toy_model, None)
-    grid = timestep_grid(T, 10, "trailing")
+    grid = timestep_grid(T, 10, spacing)
     steps = list(
         SAMPLERS[name].run(denoise, torch.randn(2, 1, 4, 4), diffusion, grid, torch.randn_like)
     )
@@ -418,6 +439,28 @@ def test_examples_depend_on_the_step_alone():
     for one, other in zip(whole[3:], later, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(whole[0].noise, whole[1].noise)
+
+
+def test_every_timestep_is_trained():
+    stream = [(torch.zeros(256, 1, 1, 1), torch.zeros(256, dtype=torch.int64))]
+    options = dict(batch_size=256, rows=slice(0, 256), seed=0, conditional=True, label_dropout=0.0)
+    (example,) = training_examples(stream, num_timesteps=4, **options)
+    assert example.t.dtype == torch.int64
+    assert example.t.unique().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_timesteps_noise_and_label_dropout_have_streams_of_their_own(step):
+    example = examples(slice(0, 8), start_step=step, count=1)[0]
+
+    def generator(stream):
+        return torch_generator(1, stream, step)
+
+    noise = torch.randn(8, 1, 4, 4, generator=generator(Stream.NOISE))
+    chance = torch.rand(8, generator=generator(Stream.LABEL_DROPOUT))
+    assert torch.equal(example.t, torch.randint(T, (8,), generator=generator(Stream.TIMESTEP)))
+    assert torch.equal(example.noise, noise)
+    assert torch.equal(example.y == NULL_LABEL, chance < 0.5)
 
 
 def test_label_dropout_has_its_rate_and_touches_nothing_else():

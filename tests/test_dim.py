@@ -162,6 +162,28 @@ def test_reach_of_the_scans():
     assert torch.equal(dependence("row", 2), torch.ones(12, 12).tril().bool())
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_without_blocks_a_pixel_depends_on_its_neighbours_alone(scan):
+    """What every order of tokens ends in is the image's own: only the two 3x3 convolutions around
+    the blocks mix patches, so an output depends on patches at most two away, and on all of them."""
+
+    class NoBlock(torch.nn.Module):
+        def forward(self, x, c, skip=None):
+            return x
+
+    model = make(img_size=(12, 14), depth=3, scan=scan, num_classes=0)
+    model.blocks = torch.nn.ModuleList(NoBlock() for _ in model.blocks)
+    torch.nn.init.normal_(model.out.weight)
+    x = torch.randn(1, 1, 12, 14, requires_grad=True)
+    output = model(x, torch.tensor([3]))
+    rows, columns = torch.arange(6)[:, None], torch.arange(7)
+    for row, column in ((0, 0), (1, 5), (3, 2), (5, 6)):
+        (grad,) = torch.autograd.grad(output[0, 0, 2 * row, 2 * column], x, retain_graph=True)
+        reached = torch.nn.functional.max_pool2d(grad[0].abs(), 2)[0] > 0  # (6, 7) patches
+        near = ((rows - row).abs() <= 2) & ((columns - column).abs() <= 2)
+        assert torch.equal(reached, near)
+
+
 # --- sizes, start, options
 
 

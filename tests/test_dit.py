@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import check_config
@@ -50,6 +51,37 @@ def test_attention_does_not_know_the_order():
     torch.testing.assert_close(block(x, c)[:, order], block(x[:, order], c))
 
 
+def test_a_block_is_its_formula():
+    """Peebles and Xie 2023, figure 3: both branches normalised, modulated, gated and dropped."""
+    block = DiTBlock(32, 4, 2.0, 0.3).double().train()
+    x, c = torch.randn(2, 9, 32).double() * 3 + 1, torch.randn(2, 32).double()
+
+    def branch(x, shift, scale, gate, layer):
+        normalised = (x - x.mean(2, keepdim=True)) / (x.var(2, False, keepdim=True) + 1e-6).sqrt()
+        return x + gate[:, None] * layer(normalised * (1 + scale[:, None]) + shift[:, None])
+
+    def attend(x):
+        return F.dropout(block.attention(x), 0.3)
+
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).chunk(6, dim=1)
+    torch.manual_seed(0)
+    expected = branch(x, shift1, scale1, gate1, attend)
+    expected = branch(expected, shift2, scale2, gate2, block.mlp)
+    torch.manual_seed(0)
+    torch.testing.assert_close(block(x, c), expected)
+
+
+def test_the_network_knows_where_a_patch_stands():
+    """Without positions, swapping two patches of the image would just swap the output's."""
+    torch.manual_seed(0)
+    model = DiT(img_size=(4, 8), in_channels=1, patch_size=4, hidden_size=32, depth=1, num_heads=4)
+    for parameter in model.parameters():  # the layers that start at zero would hide it
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(1, 1, 4, 8), torch.tensor([5])
+    swapped = model(x.roll(4, dims=3), t).roll(4, dims=3)
+    assert (swapped - model(x, t)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (3, 6), (1, 5)])
 def test_positions(grid):
     table = sincos_positions(grid, 16).unflatten(0, grid)
@@ -62,7 +94,7 @@ def test_positions(grid):
 def test_unpatchify_undoes_the_patch_convolution():
     image, patch = torch.randn(2, 3, 6, 9), 3
     grid = patch_grid((6, 9), patch)
-    columns = torch.nn.functional.unfold(image, patch, stride=patch)  # (B, C p p, N)
+    columns = F.unfold(image, patch, stride=patch)  # (B, C p p, N)
     patches = columns.unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)
     assert torch.equal(unpatchify(patches, grid, patch), image)
 

@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 import train
 from datasets import real
-from metrics import METRICS, classifier, inception, plan, scoring
+from metrics import METRICS, classifier, inception, plan
 from metrics.inception import Extractor
 from metrics.reference import read_reference
 from models.unet import UNet
@@ -427,12 +427,3 @@ def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tm
     for name in ("two", "three", "resumed"):
         for metric, value in values["one"].items():
             assert values[name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
-
-
-def test_scoring_never_imports_its_siblings():
-    """The metrics know nothing of data sets, models or samplers."""
-    for path in Path(scoring.__file__).parent.glob("*.py"):
-        for name in ("datasets", "diffusion", "models", "sample"):
-            text = path.read_text()
-            assert f"import {name}" not in text, path
-            assert f"from {name}" not in text, path

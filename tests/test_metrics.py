@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.real import RealImages, RealSets, chosen_images
 from metrics import METRICS, check_metric_names, classifier, fid, inception, lpips_score, weights
-from metrics.class_accuracy import ClassScorer, ClassTotals, wilson_interval
+from metrics.class_accuracy import ClassScorer, ClassTotals, Failure, wilson_interval
 from metrics.classifier import ClassifierSpec
 from metrics.inception import Extractor, InceptionScorer
 from metrics.inception_score import InceptionScoreSums, split_of_index
@@ -360,7 +360,7 @@ def test_real_indices_are_a_fixed_sorted_subset():
     chosen = chosen_images(1000, 10)
     assert list(chosen) == sorted(set(chosen)) == list(chosen_images(1000, 10))
     assert max(chosen) > 500
-    assert chosen_images(5, 10) == range(5)
+    assert list(chosen_images(5, 10)) == list(range(5))
 
 
 # --- weights
@@ -618,6 +618,40 @@ def test_class_totals_count_what_was_asked_against_what_is_seen():
     assert totals.unsure == 1
     assert totals.requested_prob.item() == pytest.approx(0.9 + 0.3 + 0.8)
     assert ClassTotals(2).per_class() == [None, None]
+
+
+class SummingRuntime(Runtime):
+    """A rank that gets, in order, the sums of what all ranks of a `RecordingRuntime` handed in."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        assert op == "sum"
+        tensors = [REDUCED[rank].pop(0) for rank in range(self.world_size)]
+        return tensor.copy_(sum(tensors[1:], start=tensors[0].clone()))
+
+
+def test_every_rank_knows_the_failures_of_all():
+    images = random_images(3)
+    failures = [Failure(images[i], i, i + 1) for i in range(3)]
+    of_rank = {0: failures[:2], 1: failures[2:]}
+
+    def scorer(rank: int) -> ClassScorer:
+        scorer = ClassScorer(CPU, shape=(1, 16, 16), num_classes=4)
+        scorer.failures = list(of_rank[rank])
+        return scorer
+
+    for rank in of_rank:
+        REDUCED.clear()
+        for other in of_rank:
+            REDUCED[other] = []
+            scorer(other).reduce_generated(RecordingRuntime(CPU, other, 2))
+        # copies: what was handed in is written to, as by a true reduction
+        REDUCED.update({key: [tensor.clone() for tensor in REDUCED[key]] for key in REDUCED})
+        reduced = scorer(rank)
+        reduced.reduce_generated(SummingRuntime(CPU, rank, 2))
+        assert len(reduced.failures) == 3
+        for ours, expected in zip(reduced.failures, failures, strict=True):
+            assert torch.equal(ours.image, expected.image)
+            assert ours[1:] == expected[1:]
 
 
 def test_wilson_interval_of_known_shares():

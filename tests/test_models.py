@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import BACKBONES, build_model, check_config, compile_model
-from models.layers import LabelEmbedding, gelu, timestep_features
+from models.layers import MLP, LabelEmbedding, gelu, timestep_features
 from models.unet import AttentionBlock, Upsample
 from training.ema import EMA
 from utils.config import Config
@@ -122,6 +122,39 @@ def blocks_of(model):
         patch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
         compile_model(model, "blocks")
     return compiled
+
+
+# Options with dropout, and how many layers of it they make.
+DROPOUT = {
+    "unet": (dict(dropout=0.5), 2 + 2 + 4),  # one a residual block: down, bottleneck, up
+    "dit": (dict(dropout=0.5), 2 * 2),  # after attention and within the MLP, two blocks
+    "dim": (dict(dropout=0.5, mlp_ratio=2.0), 3),
+}
+
+
+@pytest.mark.parametrize("model_type", DROPOUT)
+def test_every_dropout_acts_in_training_alone(model_type):
+    params, count = DROPOUT[model_type]
+    model = randomised(make(model_type, **params))
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [layer.p for layer in layers] == [0.5] * count
+    for acting in layers:
+        for layer in layers:
+            layer.p = 0.5 if layer is acting else 0.0
+        with torch.no_grad():
+            dropped = [model.train()(*inputs(SPECS[0])) for _ in range(2)]
+            whole = [model.eval()(*inputs(SPECS[0])) for _ in range(2)]
+        assert torch.equal(*whole)
+        assert not torch.allclose(*dropped, atol=1e-6)
+
+
+def test_mlp_is_its_formula_with_dropout_after_both_layers():
+    mlp, x = MLP(8, 16, 0.4).double().train(), torch.randn(5, 8).double()
+    torch.manual_seed(0)
+    hidden = F.dropout(F.gelu(mlp.fc1(x), approximate="tanh"), 0.4)
+    expected = F.dropout(mlp.fc2(hidden), 0.4)
+    torch.manual_seed(0)
+    torch.testing.assert_close(mlp(x), expected)
 
 
 @pytest.mark.parametrize("model_type", ["dit", "dim"])
@@ -330,3 +363,14 @@ def test_ema_follows_with_warm_up():
         torch.testing.assert_close(ema.model.weight, expected)
     assert not ema.model.training
     assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_ema_has_the_buffers_of_the_model():
+    model = torch.nn.BatchNorm1d(3)
+    ema = EMA(model, decay=0.9)
+    model(torch.randn(8, 3) * 2 + 1)
+    ema.update(model)
+    assert (model.running_mean != 0).all()
+    assert ema.model.num_batches_tracked == 1
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert torch.equal(ema.model.running_var, model.running_var)

@@ -35,6 +35,34 @@ def test_the_numbers_of_the_streams_never_change():
     }
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ((0, Stream.PERMUTATION), 15793235383387715774),
+        ((42, Stream.NOISE, 7), 5122231805094739018),
+        ((42, Stream.MODEL_DROPOUT, 7, 1), 9819397741276587422),
+        ((5 + LONG, Stream.TIMESTEP, 3), 9352845796624927693),
+    ],
+)
+def test_the_seed_of_a_key_never_changes(key, expected):
+    """Every number of every old run follows from these, so they are written down."""
+    assert derive_seed(*key) == expected
+
+
+def test_the_draws_of_a_key_never_change():
+    assert numpy_generator(42, Stream.PERMUTATION, 3).permutation(10).tolist() == [
+        *(6, 7, 5, 0, 8, 3, 9, 1, 2, 4)
+    ]
+    draw = sample_noise([42, 7], CPU)
+    first = [
+        [-1.588308334350586, -0.23015311360359192, -1.4865657091140747, -1.2884901762008667],
+        [-1.7231124639511108, -0.9432697892189026, -0.6025022268295288, 0.14247144758701324],
+    ]
+    second = [[0.6365870237350464, -0.9475402235984802], [0.06220659613609314, -0.7260496020317078]]
+    assert draw((2, 4)).tolist() == first
+    assert draw((2, 2)).tolist() == second
+
+
 def test_no_two_keys_meet():
     seeds = (0, 1, 5, 42, 5 + LONG, 5 + 2 * LONG, 5 + LONG * LONG, 2**64 + 1)
     keys = list(itertools.product(seeds, Stream, range(12)))

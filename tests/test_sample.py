@@ -11,11 +11,13 @@ import torch
 import models
 import sample
 import train
-from generation.run import load_run
+from diffusion import build_diffusion
+from generation.run import Run, load_run
 from generation.sampling import generate, sampling_from
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK, ConfigError, UserError
+from utils.images import ImageSpec
 
 CPU = torch.device("cpu")
 
@@ -182,6 +184,46 @@ def test_sampling_takes_the_defaults_of_its_method():
 def test_impossible_sampling_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         sampling_from(Config(experiment_name="x"), **options)
+
+
+class Toy(torch.nn.Module):
+    """A network of one line; remembers in which precision it was asked to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.modes = set()
+
+    def forward(self, x, t, y):
+        self.modes.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return torch.tanh(x * 0.7 + t.float()[:, None, None, None] / 20)
+
+
+def toy_images(**settings):
+    """Four images that the config's settings sample, as integers, and the network they are of."""
+    config = Config(
+        conditional=False, num_timesteps=20, num_inference_steps=10, threshold="none", **settings
+    )
+    run = Run(Toy(), build_diffusion(config), ImageSpec(1, 8, 8, 0), config)
+    parts = generate(
+        run, range(4), None, sampling=sampling_from(config), batch_size=4, runtime=Runtime(CPU)
+    )
+    return torch.cat([images for images, *_ in parts]).int(), run.model
+
+
+def test_the_config_s_eta_reaches_the_sampler():
+    """DDIM with eta = 1 is DDPM (Song et al. 2021) with the same noise, and not with eta = 0."""
+    ddpm, _ = toy_images(sampling_method="ddpm")
+    stochastic, _ = toy_images(sampling_method="ddim", ddim_eta=1.0)
+    deterministic, _ = toy_images(sampling_method="ddim", ddim_eta=0.0)
+    assert (stochastic - ddpm).abs().max() <= 1
+    assert (deterministic - ddpm).abs().max() > 10
+
+
+def test_sampling_computes_in_the_config_s_precision():
+    assert toy_images(precision="bf16")[1].modes == {(True, torch.bfloat16)}
+    for precision in ("fp32", "auto"):
+        modes = toy_images(precision=precision)[1].modes
+        assert [is_autocast for is_autocast, _ in modes] == [False]
 
 
 def test_empty_shares_are_fine(trained):

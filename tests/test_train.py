@@ -14,14 +14,18 @@ from PIL import Image
 
 import datasets
 import train
+from diffusion import build_diffusion
+from generation.run import Run
 from tests.conftest import start_script
 from training.nonfinite import NonFiniteError
 from training.optim import build_lr_scheduler, build_optimizer, lr_factor
 from training.resume import check_backend, find_resume, plan_steps
 from training.schedule import Schedule
+from training.tracking import TrackerGroup
 from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import Config
+from utils.distributed import Runtime
 from utils.errors import (
     EXIT_NON_FINITE,
     EXIT_OK,
@@ -30,6 +34,7 @@ from utils.errors import (
     ConfigError,
     UserError,
 )
+from utils.images import ImageSpec
 
 
 def run(config, name, *overrides):
@@ -431,6 +436,31 @@ def test_a_failing_preview_does_not_stop_training(tiny, monkeypatch, capsys):
     assert "preview failed after epoch 1" in capsys.readouterr().out
 
 
+def test_previews_ask_for_the_classes_that_are_trained_alone(tmp_path):
+    asked = set()
+
+    class Network(torch.nn.Module):
+        def forward(self, x, t, y):
+            asked.update(y.tolist())
+            return x
+
+    config = Config(
+        conditional=True,
+        classes=(2, 7),
+        num_samples=6,
+        cfg_scale=1.0,
+        num_inference_steps=1,
+        save_dir=str(tmp_path),
+        sample_dir=str(tmp_path),
+    )
+    run = Run(Network(), build_diffusion(config), ImageSpec(1, 8, 8, 10), config)
+    train.preview(run, Runtime(torch.device("cpu")), TrackerGroup(), 1, 1)
+    assert asked == {2, 7}
+    (picture,) = tmp_path.rglob("epoch_0001.png")
+    width, height = Image.open(picture).size
+    assert width > height  # two rows of three images
+
+
 def test_dry_run_and_print_config_write_nothing(tiny, capsys):
     for flag in ("--dry_run", "--print-config"):
         assert train.main([flag, "--config", str(tiny)]) == EXIT_OK
@@ -476,8 +506,16 @@ def test_a_sheet_is_for_dry_runs(tiny, tmp_path):
 
 
 def test_bf16_trains_on_a_cpu_when_asked(tiny):
-    assert run(tiny, "a", "max_steps=3", "precision=bf16") == EXIT_OK
-    assert all(v.dtype == torch.float32 for v in state_of("a")["model_state_dict"].values())
+    for precision in ("bf16", "fp32"):
+        settings = ["max_steps=2", "log_interval=1", f"precision={precision}"]
+        assert run(tiny, precision, *settings) == EXIT_OK
+    half, full = (state_of(name)["model_state_dict"] for name in ("bf16", "fp32"))
+    assert all(weight.dtype == torch.float32 for weight in half.values())
+    # the same images, noise and dropout: only the rounding of the forward passes differs
+    assert any(not torch.equal(half[name], full[name]) for name in full)
+    loss = logged("fp32")[2]
+    assert logged("bf16")[2] != loss
+    assert logged("bf16")[2] == pytest.approx(loss, rel=0.02)
 
 
 @pytest.mark.parametrize(("epochs", "is_told"), [(2, False), (10**9, True)])
@@ -572,6 +610,19 @@ def test_warm_up_rises_then_follows_the_cosine():
     assert curve[20] == pytest.approx(0.1)
     assert max(curve) == curve[20]
     assert curve[60] == pytest.approx(0.05)
+
+
+def test_a_warm_up_longer_than_the_run_ends_with_it():
+    config = Config(
+        use_scheduler=True,
+        scheduler_type="warmup_cosine",
+        warmup_epochs=500,
+        warmup_start_factor=0.1,
+    )
+    factor = lr_factor(config, steps_per_epoch=1, total_steps=100)
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(50) == pytest.approx(0.55)
+    assert factor(100) == pytest.approx(1.0)
 
 
 def test_old_checkpoints_are_removed_but_the_last(tiny):
