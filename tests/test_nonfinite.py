@@ -18,7 +18,7 @@ import train
 from diffusion.gaussian import GaussianDiffusion
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
-from tests.test_train import assert_same_training, logged, run, state_of
+from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, logged, run, state_of
 from utils.config import Config
 from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED
 from utils.images import to_float
@@ -289,9 +289,9 @@ def test_the_flags_are_read_before_a_checkpoint_is_written(tiny, monkeypatch):
     """On a GPU, where nothing else reads them in time: no file tells of a step that ended a run."""
     spoil(monkeypatch, {1})
     read_late(monkeypatch)
-    options = ["classes=0", "batch_size=143", "save_interval=1", "log_interval=50", "max_steps=4"]
+    options = [*ONE_STEP_PER_EPOCH, "save_interval=1", "log_interval=50", "max_steps=4"]
     with pytest.raises(NonFiniteError, match=r"at step 2; .*current_model\.pth, step 1;"):
-        run(tiny, "a", *options)  # 143 zeros: an epoch, and so a checkpoint, a step
+        run(tiny, "a", *options)  # a checkpoint after every step
     assert state_of("a")["step"] == 1
     assert [path.name for path in Path("checkpoints/a").glob("model_epoch_*")] == [
         "model_epoch_0001.pth"
