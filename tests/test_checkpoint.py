@@ -111,6 +111,22 @@ def test_no_acknowledged_file_without_fsync_and_rename(tmp_path, monkeypatch, ca
     assert names_in(tmp_path) == [CURRENT]
 
 
+def test_a_name_is_on_disk_before_its_file_is_told_of(tmp_path, monkeypatch):
+    """The file's content is synced under its temporary name, the folder after the renaming."""
+    synced = []
+
+    def fsync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, CURRENT in names_in(tmp_path)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(tmp_path / CURRENT, make_state(1))
+    file, folder = (tmp_path / CURRENT).stat().st_ino, tmp_path.stat().st_ino
+    assert synced == [(file, False), (folder, True)]
+    synced.clear()
+    link_checkpoint(tmp_path / CURRENT, tmp_path / BEST)
+    assert synced == [(folder, True)]
+
+
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path):
     """A real ENOSPC-like fault: the kernel refuses to let a file grow beyond a limit."""
     code = """
@@ -208,6 +224,18 @@ def test_files_of_the_first_format_are_read(tmp_path):
     assert equal(load_checkpoint(path), state)
     torch.save(make_state(1), path)
     with pytest.raises(CheckpointError, match="checksum is wrong, or was cut off"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_in_a_weight_of_the_first_format_is_noticed(tmp_path):
+    """By the zip's own checksum of each tensor, as these files have no other."""
+    path = tmp_path / CURRENT
+    state = {**make_state(1), "format_version": 1}
+    torch.save(state, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(state["model_state_dict"]["w"].numpy().tobytes()) + 17] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"damaged \(\S+ is not what was written\)"):
         load_checkpoint(path)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
+from training.progress import LossStats
 from training.sharding import check_gpu_ids
 from utils.distributed import Runtime, agree_on_name, choose_device
 from utils.errors import ConfigError
@@ -104,3 +105,31 @@ def test_gpu_ids_fit_the_processes_of_the_node(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert check_gpu_ids((0, 1)) is None
     assert "name it once" in check_gpu_ids((0, 0))
+
+
+OF_BUCKETS = {"low": 1.0, "high": 7 / 3}  # means of 1 and of 5, 0, 2
+
+
+class BesideAnother:
+    """A rank whose only fellow reduces `other`."""
+
+    world_size = 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def all_reduce(self, tensor):
+        return tensor.add_(self.other)
+
+
+def test_shared_loss_statistics_are_the_mean_over_the_ranks():
+    """So that a run resumed on any number of processes goes on from the same numbers."""
+    mine, other = (LossStats(CPU, tuple(OF_BUCKETS)) for _ in range(2))
+    mine.add(torch.tensor(3.0), torch.tensor([1.0, 5.0]), torch.tensor([0, 1]))
+    other.add(torch.tensor(1.0), torch.tensor([0.0, 2.0]), torch.tensor([1, 1]))
+    assert mine.read(BesideAnother(other.values)) == (2.0, 2.0, OF_BUCKETS)
+    mine.share(BesideAnother(other.values))
+    expected = [0.02, 0.01, 2.0, 1.0, 0.5, 3.5, 0.5, 1.5]
+    torch.testing.assert_close(mine.values, torch.tensor(expected, dtype=torch.float64))
+    assert mine.read(BesideAnother(mine.values.clone())) == (2.0, 2.0, OF_BUCKETS)
+    assert mine.read(Runtime(CPU)) == (2.0, 2.0, OF_BUCKETS)

@@ -56,6 +56,16 @@ def test_split_folders(tmp_path, test_name, use_subdirs):
     assert build_dataset(settings).spec == (3, 8, 8, 2 if use_subdirs else 0)
 
 
+@pytest.mark.parametrize("use_subdirs", [True, False])
+def test_test_images_come_before_validation_images(tmp_path, use_subdirs):
+    """Where there are both test/ and val/, the test split is test/."""
+    inside = "cat/" if use_subdirs else ""
+    for split in ("train", "val", "test"):
+        write_image(tmp_path / split / f"{inside}of_{split}.png")
+    test = build_dataset(custom(tmp_path, use_subdirs=use_subdirs), "test")
+    assert [name.rpartition("/")[2] for name in test.names] == ["of_test.png"]
+
+
 def test_test_classes_take_the_train_labels(tmp_path):
     for name in ("train/a", "train/b", "train/c", "test/c"):
         write_image(tmp_path / name / "0.png")

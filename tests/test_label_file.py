@@ -63,6 +63,15 @@ def test_label_file_faults(tmp_path, labels, parts):
     assert_data_error(lambda: build_dataset(settings), *parts)
 
 
+def test_a_folder_whose_name_begins_alike_is_outside(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    write_image(tmp_path / "images-private" / "x.png")
+    (root / "link.png").symlink_to(tmp_path / "images-private" / "x.png")
+    settings = flat(root, {"link.png": 0}, num_images=0)
+    assert_data_error(lambda: build_dataset(settings), "link.png", "leads out")
+
+
 def test_label_file_against_num_classes(tmp_path):
     labels = {"0.png": 0, "1.png": 1, "2.png": 2}
     assert build_dataset(flat(tmp_path, labels, num_classes=3)).spec.num_classes == 3

@@ -15,9 +15,10 @@ import torch
 
 import datasets
 import train
+from diffusion.gaussian import GaussianDiffusion
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
-from tests.test_train import assert_same_training, logged, run, state_of
+from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, logged, run, state_of
 from training.nonfinite import NonFiniteError, NonFiniteGuard
 from training.trainer import Trainer
 from utils.config import Config
@@ -282,6 +283,40 @@ def test_the_file_names_the_images_of_the_step(tiny, monkeypatch):
     for path in files:
         found = json.loads(path.read_text())
         assert torch.equal(to_float(images[found["indices"]]), seen[found["step"] - 1])
+
+
+def test_the_flags_are_read_before_a_checkpoint_is_written(tiny, monkeypatch):
+    """On a GPU, where nothing else reads them in time: no file tells of a step that ended a run."""
+    spoil(monkeypatch, {1})
+    read_late(monkeypatch)
+    options = [*ONE_STEP_PER_EPOCH, "save_interval=1", "log_interval=50", "max_steps=4"]
+    with pytest.raises(NonFiniteError, match=r"at step 2; .*current_model\.pth, step 1;"):
+        run(tiny, "a", *options)  # a checkpoint after every step
+    assert state_of("a")["step"] == 1
+    assert [path.name for path in Path("checkpoints/a").glob("model_epoch_*")] == [
+        "model_epoch_0001.pth"
+    ]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_an_infinite_loss_with_a_finite_gradient_is_noticed(tiny, monkeypatch, num_parts):
+    """In the first part of the third step: the loss alone tells, the gradient would be taken."""
+    calls = []
+    honest = GaussianDiffusion.loss
+
+    def loss(self, *arguments):
+        calls.append(1)
+        is_bad = len(calls) == 2 * num_parts + 1
+        return honest(self, *arguments) + (math.inf if is_bad else 0.0)
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", loss)
+    options = ["batch_size=8", "max_steps=4", f"gradient_accumulation_steps={num_parts}"]
+    assert run(tiny, "skips", *options, "on_nonfinite=skip") == EXIT_OK
+    assert state_of("skips")["nonfinite_steps"] == [2]
+    assert state_of("skips")["optimizer_state_dict"]["state"][0]["step"] == 3
+    calls.clear()
+    with pytest.raises(NonFiniteError, match="at step 3; the step was not taken"):
+        run(tiny, "stops", *options)
 
 
 # --- several processes

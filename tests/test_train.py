@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import datasets
+import sample
 import train
 from diffusion import build_diffusion
 from generation.run import Run
@@ -35,6 +36,7 @@ from utils.errors import (
     UserError,
 )
 from utils.images import ImageSpec
+from utils.rng import Stream, derive_seed
 
 
 def run(config, name, *overrides):
@@ -208,6 +210,8 @@ def test_two_processes_train_as_one(tiny, script):
     assert all(ddp[step] == pytest.approx(one[step], rel=1e-4) for step in one)
     weights_ddp, weights_one = (state_of(n)["model_state_dict"] for n in ("ddp", "one"))
     assert all(torch.equal(weights_ddp[name], weights_one[name]) for name in weights_one)
+    smoothed_ddp, smoothed_one = (state_of(n)["loss_stats"][:2] for n in ("ddp", "one"))
+    torch.testing.assert_close(smoothed_ddp, smoothed_one, rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
@@ -242,6 +246,73 @@ def children_of(pid):
                 if int(fields[1]) == pid:
                     found.append(int(entry.name))
     return found
+
+
+# --- one step
+
+ONE_STEP_PER_EPOCH = ["classes=0", "batch_size=143"]  # there are 143 zeros among the digits
+
+
+@pytest.mark.parametrize("limit", [0.05, 1000.0])
+def test_the_step_is_taken_with_gradients_of_at_most_that_norm(tiny, limit):
+    """After one step of AdamW the first moment is 0.1 times the gradient it was given."""
+    run(tiny, "a", *ONE_STEP_PER_EPOCH, "max_steps=1", "log_interval=1", f"grad_clip={limit}")
+    norm = logged("a", "train/grad_norm")[1]
+    assert 0.05 < norm < 1000.0  # what is logged is the norm before clipping
+    moments = state_of("a")["optimizer_state_dict"]["state"].values()
+    gradient = torch.cat([moment["exp_avg"].flatten() for moment in moments]) / 0.1
+    assert float(gradient.norm()) == pytest.approx(min(norm, limit), rel=1e-4)
+
+
+def test_every_micro_batch_has_dropout_masks_of_its_own(tiny, monkeypatch):
+    """The masks are keyed by the run's seed, the step and the place of the rows in the batch."""
+    masks = []
+    honest = torch.nn.functional.dropout
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        mask = honest(torch.ones_like(x), p, training)
+        masks.append(mask.detach())
+        return x * mask
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    run(tiny, "a", "batch_size=8", "max_steps=2", "gradient_accumulation_steps=2", "seed=5")
+    first_masks = masks[:: len(masks) // 4]  # of two micro-batches in each of two steps
+    with torch.random.fork_rng(devices=[]):
+        for index, mask in enumerate(first_masks):
+            torch.manual_seed(derive_seed(5, Stream.MODEL_DROPOUT, index // 2, index % 2))
+            assert torch.equal(mask, honest(torch.ones_like(mask), 0.1))
+    assert len({mask.numpy().tobytes() for mask in first_masks}) == 4
+
+
+def test_the_average_takes_in_the_weights_after_each_step_once(tiny):
+    """ema <- d ema + (1 - d) weights, with d = min(ema_decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
+    options = ["max_steps=5", "save_interval=1", "keep_last=9", "ema_decay=0.25"]
+    run(tiny, "a", *ONE_STEP_PER_EPOCH, *options, "learning_rate=1e-2")
+    folder = Path("checkpoints/a")
+    states = [load_checkpoint(folder / f"model_epoch_{epoch:04d}.pth") for epoch in range(1, 6)]
+    assert [state["step"] for state in states] == [1, 2, 3, 4, 5]
+    assert [state["ema_num_updates"] for state in states] == [1, 2, 3, 4, 5]
+    decays = [2 / 11, 0.25, 0.25, 0.25]
+    for before, after, decay in zip(states[:-1], states[1:], decays, strict=True):
+        for name, value in before["ema_model_state_dict"].items():
+            expected = decay * value + (1 - decay) * after["model_state_dict"][name]
+            torch.testing.assert_close(
+                after["ema_model_state_dict"][name], expected, rtol=1e-5, atol=1e-7
+            )
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_a_preview_is_what_the_checkpoint_of_its_step_draws(tiny, use_ema):
+    """Pixel for pixel: with the averaged weights if there are any, and without dropout."""
+    options = ["max_steps=3", "save_interval=1", "sample_interval=1", "sample_start_epoch=1"]
+    options += ["learning_rate=1e-2", "num_samples=4", f"use_ema={use_ema}".lower()]
+    run(tiny, "a", *ONE_STEP_PER_EPOCH, *options)
+    command = ["--checkpoint", "checkpoints/a/model_epoch_0003.pth", "--seeds", "0-3"]
+    assert sample.main([*command, "--output_dir", "drawn"]) == EXIT_OK
+    assert sample.main([*command, "--output_dir", "raw", "--no_ema"]) == EXIT_OK
+    preview = Image.open("checkpoints/a/samples/epoch_0003.png").tobytes()
+    assert preview == Image.open("drawn/samples.png").tobytes()
+    assert (preview == Image.open("raw/samples.png").tobytes()) == (not use_ema)
 
 
 # --- what resume refuses, and the epochs rule
@@ -306,6 +377,14 @@ def test_learning_rate_follows_the_config_on_resume(tiny):
     assert logged("a", "train/lr")[10] == 5e-4
 
 
+def test_weight_decay_follows_the_config_on_resume(tiny):
+    """... for the parameters that are decayed; what the model spares from it stays spared."""
+    run(tiny, "a", *DIM, "batch_size=8", "max_steps=1", "weight_decay=0.25")
+    run(tiny, "a", *DIM, "batch_size=8", "max_steps=2", "weight_decay=0.5", "resume_path=auto")
+    groups = state_of("a")["optimizer_state_dict"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+
 def test_auto_starts_afresh_and_ends_when_complete(tiny, capsys):
     assert run(tiny, "a", "resume_path=auto", "epochs=1") == EXIT_OK
     before = state_of("a")
@@ -352,6 +431,15 @@ def test_an_interrupted_extension_goes_on_to_its_end(tiny):
     save_checkpoint(Path("checkpoints/b/current_model.pth"), state)
     assert run(tiny, "b", "epochs=1", "resume_path=auto") == EXIT_OK
     assert state_of("b")["step"] == end["step"]
+
+
+def test_more_epochs_than_an_extension_asked_for_count(tiny):
+    options = [*ONE_STEP_PER_EPOCH, "save_interval=1"]
+    run(tiny, "a", *options, "epochs=1")
+    run(tiny, "a", *options, "epochs=1", "resume_path=checkpoints/a/current_model.pth")
+    assert (state_of("a")["step"], state_of("a")["extended_steps"]) == (2, 2)
+    run(tiny, "a", *options, "epochs=3", "resume_path=auto")
+    assert state_of("a")["step"] == 3
 
 
 def test_going_back_in_the_same_folder_is_refused(tiny):

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
 from metrics import METRICS, plan
 from metrics.class_accuracy import ClassScorer
 from tests.test_evaluate import read
-from tests.test_train import assert_same_training, run, state_of
+from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, run, state_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import EXIT_OK, ConfigError
 
@@ -159,3 +160,40 @@ def test_the_table_says_which_way_is_better(tiny, quick_classifier):
     report = read(Path("checkpoints/a/eval/epoch_0001.json"))
     for name, entry in report["metrics"].items():
         assert entry["better"] == METRICS[name].better
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_an_evaluation_is_of_what_the_checkpoint_of_its_step_draws(tiny, use_ema):
+    """With the averaged weights if there are any, and without dropout: as evaluate.py scores it."""
+    options = ["max_steps=3", "eval_interval=3", "eval_metrics=sanity", "learning_rate=1e-2"]
+    options += [*ONE_STEP_PER_EPOCH, f"use_ema={use_ema}".lower()]
+    assert run(tiny, "a", *EVALUATED, *options) == EXIT_OK
+    command = ["--checkpoint", "checkpoints/a/model_epoch_0003.pth", "--output"]
+    assert evaluate.main([*command, "after.json"]) == EXIT_OK
+    assert evaluate.main([*command, "raw.json", "--no_ema"]) == EXIT_OK
+    during, after, raw = (
+        {**read(Path(path))["metrics"]["sanity"], "seconds": 0}  # all pixel statistics are in it
+        for path in ("checkpoints/a/eval/epoch_0003.json", "after.json", "raw.json")
+    )
+    assert during == after
+    assert (during == raw) == (not use_ema)
+
+
+def test_a_best_model_that_the_disk_refused_sets_no_mark(tiny, scores, monkeypatch):
+    """The next score is compared with the best one that is on disk."""
+    scores += [{"fd_domain": 0.9}, {"fd_domain": 0.4}, {"fd_domain": 0.5}]
+    calls = []
+    honest = torch.save
+
+    def save(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        honest(*arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    options = [*ONE_STEP_PER_EPOCH, "max_steps=3", "eval_best_metric=fd_domain"]
+    assert run(tiny, "a", *EVALUATED, *options) == EXIT_OK
+    assert not Path("checkpoints/a/model_epoch_0002.pth").exists()
+    assert best("a") == 3
+    assert state_of("a")["best"] == {"metric": "fd_domain", "value": 0.5}
