@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.run_files import RunFacts, facts_of, find_runs, is_run, names_of, texts_of
+from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
 from utils.cli import Parser, with_underscores
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
@@ -29,6 +29,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(command=command)
     add = parser.add_argument
     if command == REPORT:
         add("runs", nargs="+", metavar="RUN", help="the folder of a run")
@@ -44,9 +45,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with `command`: "report", or an empty text for the list."""
     command = REPORT if argv[:1] == [REPORT] else ""
-    args = make_parser(command).parse_intermixed_args(with_underscores(argv[len(command) > 0 :]))
-    args.command = command
-    return args
+    return make_parser(command).parse_intermixed_args(with_underscores(argv[len(command) > 0 :]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,24 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == REPORT:
         write_report([Path(run) for run in args.runs], args.output)
         return EXIT_OK
-    folders = [*args.folders, *filter(None, [args.save_dir])]
-    folders = folders or [Config.model_fields["save_dir"].default]
-    runs = find_runs(folders)
-    facts = [facts_of(*pair) for pair in zip(runs, names_of(runs), strict=True)]
-    if args.json:
-        print(json.dumps([of_run._asdict() for of_run in facts], indent=2))
-    else:
-        print(format_table(facts) if facts else f"no runs in {', '.join(map(str, folders))}")
+    named = [*args.folders, *filter(None, [args.save_dir])]
+    folders = named or [Config.model_fields["save_dir"].default]
+    facts = [facts_of(folder, name) for name, folder in by_name(find_runs(folders)).items()]
+    as_json = json.dumps([of_run._asdict() for of_run in facts], indent=2)
+    print(as_json if args.json else format_table(facts) or f"no runs in {', '.join(folders)}")
     return EXIT_OK
 
 
 def write_report(folders: Sequence[Path], output: str | None) -> None:
-    """Write the page and say where.
-
-    Raises:
-        ConfigError: a folder that is not that of a run.
-        UserError: the page cannot be written.
-    """
+    """Write the page and say where; a `UserError` says why it cannot be written."""
     from reporting.runs import render_report  # Pillow and numpy, which the list does without
 
     for folder in folders:
@@ -89,9 +80,9 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:
-    """Aligned columns: names to the left, numbers to the right."""
+    """Aligned columns: names to the left, numbers to the right; an empty text without runs."""
     texts, columns = [texts_of(run) for run in runs], []
-    for head in texts[0]:
+    for head in texts[0] if texts else ():
         cells = [head, *(of_run[head] for of_run in texts)]
         width = max(map(len, cells))
         align = str.ljust if head in ("name", "status") else str.rjust

@@ -31,7 +31,7 @@ MAX_MARKED = 40  # a line of more points is smoothed, and its points are not mar
 SMOOTHED_SHARE = 0.02  # of the points, to each side
 STYLE = Path(__file__).with_name("chart.mplstyle")
 
-Point = tuple[float, float]
+Lines = Mapping[str, Sequence[tuple[float, float]]]  # name -> points (x, y)
 Legend = dict[str, tuple[str, str]]  # name of a line -> its colour and its dashes
 
 
@@ -47,17 +47,11 @@ class Chart(NamedTuple):
 
 def legend_of(names: Iterable[str]) -> Legend:
     """The look of each line of a chart, by the order of the lines. It repeats after 24."""
-    looks = cycle((color, dash) for dash in DASHES for color in COLORS)
-    return dict(zip(names, looks, strict=False))
+    return dict(zip(names, cycle((c, dash) for dash in DASHES for c in COLORS), strict=False))
 
 
 def draw_chart(
-    title: str,
-    x_label: str,
-    lines: Mapping[str, Sequence[Point]],
-    *,
-    log: bool = False,
-    wide: bool = False,
+    title: str, x_label: str, lines: Lines, *, log: bool = False, wide: bool = False
 ) -> Chart | None:
     """Draw a line for each name; None if there is no finite value to draw.
 
@@ -72,23 +66,22 @@ def draw_chart(
     if not ys:
         return None
     log = log and min(ys) > 0 and max(ys) / min(ys) >= MIN_LOG_RATIO
+    source, note = Markup(""), "log scale" if log else ""
     try:
         import matplotlib.style
         from matplotlib.figure import Figure
 
         with matplotlib.style.context(["default", STYLE]):
             figure, file = Figure(WIDE_SIZE if wide else SIZE, layout="constrained"), io.BytesIO()
-            axes = figure.add_subplot(xlabel=x_label, yscale="log" if log else "linear")
-            draw_lines(axes, lines)
-            unsigned = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(file, format="svg", metadata=unsigned)
+            draw_lines(figure.add_subplot(xlabel=x_label, yscale="log" if log else "linear"), lines)
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        source = data_uri("image/svg+xml", file.getvalue())
     except Exception as error:
-        return Chart(title, x_label, Markup(""), f"not drawn: {one_line(error)}", wide)
-    source = data_uri("image/svg+xml", file.getvalue())
-    return Chart(title, x_label, source, "log scale" if log else "", wide)
+        note = f"not drawn: {one_line(error)}"
+    return Chart(title, x_label, source, note, wide)
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, Sequence[Point]]) -> None:
+def draw_lines(axes: Axes, lines: Lines) -> None:
     """Draw the lines of `draw_chart`, and set the ticks.
 
     A line of many points is drawn twice: faintly as it is, boldly as a moving average. Of few
@@ -105,9 +98,8 @@ def draw_lines(axes: Axes, lines: Mapping[str, Sequence[Point]]) -> None:
         axes.plot(xs, ys, color=color, linestyle=dash, marker="o", markevery=places)
     if axes.get_yscale() == "log":
         low, high = axes.dataLim.intervaly
-        axes.yaxis.get_major_locator().set_params(
-            subs=(1, 2, 3, 5) if high < MAX_FINE_RATIO * low else (1,)
-        )
+        subs = (1, 2, 3, 5) if high < MAX_FINE_RATIO * low else (1,)
+        axes.yaxis.get_major_locator().set_params(subs=subs)
     axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:.8g}")
     axes.yaxis.set_major_formatter("{x:.8g}")

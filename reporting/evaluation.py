@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from reporting.charts import Chart, Legend, draw_chart, legend_of
-from reporting.pages import Picture, Table, render_page, to_number, to_text
+from reporting.pages import Pictures, Table, render_page, to_number, to_text
 
 MAX_BYTES = 2_000_000  # of the page
 MAX_CLASSES, WORST = 100, 20  # with more classes than that, only the worst are shown
@@ -18,21 +18,17 @@ SCHEMA = json.loads(Path(__file__).with_name("report.schema.json").read_text(enc
 Report = Mapping[str, Any]
 
 
-def render_html(report: Report, pictures: Mapping[str, Picture]) -> str:
+def render_html(report: Report, pictures: Pictures) -> str:
     """The page for a report of `metrics.report.build_report`, any part of which may be absent.
 
-    Titles and descriptions of the metrics are those of report.schema.json.
-
-    Args:
-        pictures: in the order to show them. Where they do not fit into `MAX_BYTES` they are shrunk,
-            the largest first, or left out; the page says so.
+    Titles and descriptions of the metrics are those of report.schema.json. Pictures that do not fit
+    into `MAX_BYTES` are shrunk or left out, and the page says so, see `render_page`.
     """
     made, sweep = report.get("provenance") or {}, report.get("sweep") or []
     accuracy = (report.get("metrics") or {}).get("class_acc") or {}
     checkpoint = Path(str(made.get("checkpoint") or "generated images"))
     known = SCHEMA["properties"].keys() - {"artifacts"}
     texts = SCHEMA["properties"]["metrics"]["properties"]
-    charts, legend = sweep_charts(sweep)
     context = {
         "title": f"Evaluation of {'/'.join(checkpoint.parts[-2:])}",
         "report": report,
@@ -42,8 +38,7 @@ def render_html(report: Report, pictures: Mapping[str, Picture]) -> str:
         "num_worst": WORST,
         "classes": classes_to_show(accuracy.get("confusion") or []),
         "sweep_table": table_of(sweep),
-        "charts": charts,
-        "legend": legend,
+        "sweep_charts": sweep_charts(sweep),
         "repeats": table_of(report.get("repeats") or []),
         "further": {k: report[k] for k in report if k not in known and not k.startswith("fid_")},
     }
@@ -53,10 +48,10 @@ def render_html(report: Report, pictures: Mapping[str, Picture]) -> str:
 def classes_to_show(confusion: Sequence[Sequence[int]]) -> list[int]:
     """Rows and columns of the confusion matrix that are shown: all, or the worst of very many."""
     classes = list(range(len(confusion)))
-    if len(classes) <= MAX_CLASSES:
-        return classes
-    asked = [k for k in classes if sum(confusion[k])]
-    return sorted(sorted(asked, key=lambda k: confusion[k][k] / sum(confusion[k]))[:WORST])
+    if len(classes) > MAX_CLASSES:
+        asked = [k for k in classes if sum(confusion[k])]
+        classes = sorted(sorted(asked, key=lambda k: confusion[k][k] / sum(confusion[k]))[:WORST])
+    return classes
 
 
 def sweep_charts(rows: Sequence[Report]) -> tuple[list[Chart | None], Legend]:
@@ -68,7 +63,7 @@ def sweep_charts(rows: Sequence[Report]) -> tuple[list[Chart | None], Legend]:
     line, axis, unit = "num_inference_steps", "cfg_scale", "steps"
     if len({row.get(axis) for row in rows}) == 1:
         line, axis, unit = axis, line, axis
-    labels = [f"{to_text(row.get(line))} {unit}" for row in rows]
+    labels = [f"{to_text(row[line])} {unit}" if row.get(line) is not None else "" for row in rows]
     charts = []
     for metric in dict.fromkeys(name for row in rows for name in row.get("metrics") or {}):
         lines: dict[str, dict[float, list[float]]] = {label: {} for label in labels}

@@ -10,7 +10,6 @@ import base64
 import io
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,9 @@ class Picture(NamedTuple):
     caption: str = ""
 
 
+Pictures = Mapping[str, Picture]  # in the order to show them
+
+
 class Figure(NamedTuple):
     """A picture as the templates show it."""
 
@@ -43,11 +45,7 @@ class Figure(NamedTuple):
 
 
 def render_page(
-    template: str,
-    context: Mapping[str, Any],
-    pictures: Mapping[str, Picture],
-    *,
-    max_bytes: int,
+    template: str, context: Mapping[str, Any], pictures: Pictures, *, max_bytes: int
 ) -> str:
     """Fill a template. It finds the pictures, in their order, as `figures`: name -> `Figure`.
 
@@ -55,8 +53,8 @@ def render_page(
     after an eighth of its size; the page says so. What is too long without any picture stays so.
     """
     figures = {name: make_figure(picture, 1) for name, picture in pictures.items()}
+    page = ENVIRONMENT.get_template(template)
     while True:
-        page = _environment().get_template(template)
         text = page.render(context, figures=figures, max_bytes=max_bytes)
         text = text.encode("ascii", "xmlcharrefreplace").decode()
         name = max(figures, key=lambda name: len(figures[name].source), default="")
@@ -109,15 +107,12 @@ def to_number(value: Any) -> str:
     return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        finalize=to_text,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": to_number, "text": to_text}
-    return environment
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    finalize=to_text,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {"number": to_number, "text": to_text}

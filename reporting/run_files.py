@@ -62,25 +62,24 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (STATUS, METRICS))
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or their whole paths where two share a name."""
+def by_name(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their own names, or by their whole paths where two share a name."""
     names = [folder.resolve().name for folder in folders]
     pairs = zip(names, folders, strict=True)
-    return [name if names.count(name) == 1 else str(folder) for name, folder in pairs]
+    return {name if names.count(name) == 1 else str(folder): folder for name, folder in pairs}
 
 
 def facts_of(folder: Path, name: str) -> RunFacts:
     """Read status.json and the end of metrics.jsonl; the further of both tells step and epoch."""
     status = read_json(folder / STATUS)
-    lines = _text(folder / METRICS, TAIL_BYTES).splitlines()
-    rows = [row for row in map(parse_row, lines) if row is not None]
+    rows = list(filter(None, map(parse_row, _text(folder / METRICS, TAIL_BYTES).splitlines())))
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     newest = rows[-1] if rows else {}
     state = str(status.get("state", "unknown"))
     if state == "running" and not is_trained(folder, status):
         state = "killed"
-    best = status["best"] if isinstance(status.get("best"), dict) else {}
-    score = _largest(best.get("value"))
+    best = status.get("best")
+    score = _largest(best.get("value")) if isinstance(best, dict) else None
     changed = max(path.stat().st_mtime for name in WRITTEN for path in folder.glob(name))
     return RunFacts(
         name=name,
@@ -131,18 +130,14 @@ def read_series(path: Path) -> tuple[Series, int]:
     Where a row of training lacks a name that earlier ones have, its value was not finite: NaN.
     """
     series: Series = {}
-    num_torn = 0
-    for line in filter(str.strip, _text(path).splitlines()):
-        row = parse_row(line)
-        if row is None:
-            num_torn += 1
-            continue
+    rows = [parse_row(line) for line in _text(path).splitlines() if line.strip()]
+    for row in filter(None, rows):
         step = row.pop("step")
         if any(key.startswith("train/") for key in row):
             row = {key: math.nan for key in series if key.startswith("train/")} | row
         for key, value in row.items():
             series.setdefault(key, []).append((step, value))
-    return series, num_torn
+    return series, rows.count(None)
 
 
 def parse_row(line: str) -> dict[str, float] | None:

@@ -17,13 +17,13 @@ from reporting.pages import NOTHING, Picture, Table, render_page, to_text
 from utils.config import Config
 
 MAX_BYTES = 10_000_000  # of the page
-MAX_PICTURES = 24  # of all runs together
-MAX_PER_RUN, MIN_PER_RUN = 8, 2
+MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # of all runs together, of each
 MAX_SIDE = 640  # pixels; larger grids are reduced by a whole factor
 LOSS, SPEED, MEMORY = "train/loss", "train/images_per_sec", "train/memory_mib"
 QUARTILES = [f"train/loss_q{k}" for k in (1, 2, 3, 4)]
 TRAINING = ["train/loss_smoothed", "train/lr", "train/grad_norm", SPEED, MEMORY]
 ALL_QUARTILES = "train/loss_q1 to q4"
+MEASURED = (("images/s", SPEED, statistics.median, ""), ("memory", MEMORY, max, " MiB"))
 WIDE = {LOSS, ALL_QUARTILES}
 LOGARITHMIC = {*WIDE, *QUARTILES, "train/loss_smoothed", "train/grad_norm"}
 
@@ -36,15 +36,16 @@ class RunRecord(NamedTuple):
     facts: run_files.RunFacts
     config: Mapping[str, Any]  # as config.json has it; empty if there is none
     series: run_files.Series
+    num_torn: int  # lines of metrics.jsonl
     pictures: Mapping[str, Picture]
-    notes: Sequence[str]  # what is missing or could not be read
+    unreadable: Sequence[str]  # pictures, and why
 
 
 def render_report(folders: Sequence[Path]) -> str:
     """The page for the runs in `folders`: facts, curves, pictures, differing settings."""
     per_run = min(MAX_PER_RUN, max(MIN_PER_RUN, MAX_PICTURES // len(folders)))
-    names = run_files.names_of(folders)
-    runs = [read_run(*pair, per_run) for pair in zip(folders, names, strict=True)]
+    runs = [read_run(at, name, per_run) for name, at in run_files.by_name(folders).items()]
+    names = [run.facts.name for run in runs]
     configs = {run.facts.name: run.config for run in runs if run.config}
     defaults = {"default": Config().to_dict()} if len(runs) == 1 else {}
     context = {
@@ -59,22 +60,18 @@ def render_report(folders: Sequence[Path]) -> str:
 
 
 def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
-    """Read a run's folder; at most `num_pictures` of its previews, evenly chosen."""
-    config, notes = run_files.read_json(folder / run_files.CONFIG), []
+    """Read a run's folder; at most `num_pictures` previews, the first and last among them."""
+    config, unreadable = run_files.read_json(folder / run_files.CONFIG), []
     series, num_torn = run_files.read_series(folder / run_files.METRICS)
-    if not config:
-        notes.append(f"{name}: {run_files.CONFIG} is missing or torn")
-    if not series:
-        notes.append(f"{name}: {run_files.METRICS} is missing or has no numbers")
-    if num_torn:
-        notes.append(f"{name}: {num_torn} torn line(s) of {run_files.METRICS}")
-    pictures = {}
-    for epoch, path in evenly(run_files.previews(folder, config), num_pictures):
+    drawn, pictures = run_files.previews(folder, config), {}
+    chosen = np.linspace(0, len(drawn) - 1, min(num_pictures, len(drawn))).round().astype(int)
+    for epoch, path in (drawn[place] for place in chosen):
         try:
             pictures[f"{name}/{epoch}"] = read_picture(path, f"epoch {epoch}")
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for torn files
-            notes.append(f"{name}: {path.name} cannot be read ({error})")
-    return RunRecord(run_files.facts_of(folder, name), config, series, pictures, notes)
+            unreadable.append(f"{path.name} cannot be read ({error})")
+    facts = run_files.facts_of(folder, name)
+    return RunRecord(facts, config, series, num_torn, pictures, unreadable)
 
 
 def read_picture(path: Path, title: str) -> Picture:
@@ -86,21 +83,12 @@ def read_picture(path: Path, title: str) -> Picture:
     return Picture(np.asarray(image.reduce(factor)), title, caption)
 
 
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` > 1 of the items, evenly spread; the first and the last are among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places]
-
-
 def facts_table(runs: Sequence[RunRecord]) -> Table:
     """A row for each run: what `python runs.py` lists, its median speed, its peak of memory."""
     rows = []
     for run in runs:
         texts = run_files.texts_of(run.facts)
-        for label, key, of, unit in (
-            ("images/s", SPEED, statistics.median, ""),
-            ("memory", MEMORY, max, " MiB"),
-        ):
+        for label, key, of, unit in MEASURED:
             values = [y for _, y in run.series.get(key, ()) if math.isfinite(y)]
             texts[label] = f"{of(values):.0f}{unit}" if values else ""
         rows.append(texts)
