@@ -12,33 +12,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.run_files import (
-    RunFacts,
-    epoch_text,
-    facts_of,
-    find_runs,
-    is_run,
-    names_of,
-    size_text,
-    step_text,
-    time_text,
-)
-from training.run_dir import replace_text
+from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
 from utils.cli import Parser, with_underscores
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.files import write_text
 
 REPORT = "report"
 
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
-    """Of `python runs.py`, or of `python runs.py report`."""
+    """The parser of `python runs.py`, or of `python runs.py report`."""
     parser = Parser(
         prog=f"runs.py {command}".strip(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(command=command)
     add = parser.add_argument
     if command == REPORT:
         add("runs", nargs="+", metavar="RUN", help="the folder of a run")
@@ -52,10 +43,9 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with `command`: "report", or an empty text for the list."""
     command = REPORT if argv[:1] == [REPORT] else ""
-    args = make_parser(command).parse_intermixed_args(with_underscores(argv[len(command) > 0 :]))
-    args.command = command
-    return args
+    return make_parser(command).parse_intermixed_args(with_underscores(argv[len(command) > 0 :]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,25 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == REPORT:
         write_report([Path(run) for run in args.runs], args.output)
         return EXIT_OK
-    folders = [*args.folders, *([args.save_dir] if args.save_dir else [])]
-    folders = folders or [Config.model_fields["save_dir"].default]
-    runs = find_runs(folders)
-    found = [facts_of(*pair) for pair in zip(runs, names_of(runs), strict=True)]
-    if args.json:
-        print(json.dumps([facts._asdict() for facts in found], indent=2))
-    else:
-        print(format_table(found) if found else f"no runs in {', '.join(map(str, folders))}")
+    named = [*args.folders, *filter(None, [args.save_dir])]
+    folders = named or [Config.model_fields["save_dir"].default]
+    facts = [facts_of(folder, name) for name, folder in by_name(find_runs(folders)).items()]
+    as_json = json.dumps([of_run._asdict() for of_run in facts], indent=2)
+    print(as_json if args.json else format_table(facts) or f"no runs in {', '.join(folders)}")
     return EXIT_OK
 
 
 def write_report(folders: Sequence[Path], output: str | None) -> None:
-    """Write the page and say where.
-
-    Raises:
-        ConfigError: a folder that is not that of a run.
-        UserError: the page cannot be written.
-    """
-    from reporting.run_report import render_report  # Pillow and numpy, which the list does without
+    """Write the page and say where; a `UserError` says why it cannot be written."""
+    from reporting.runs import render_report  # Pillow and numpy, which the list does without
 
     for folder in folders:
         if not is_run(folder):
@@ -91,30 +73,21 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         raise ConfigError(f"--output {path}: {path.parent} is not a folder")
     text = render_report(list(dict.fromkeys(folders)))
     try:
-        replace_text(path, text)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     print(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser")
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:
-    """Aligned columns: names to the left, numbers to the right."""
-    head = ("name", "status", "epoch", "step", "best", "last loss", "size", "last change")
-    rows = [head]
-    for run in runs:
-        best = "" if run.best is None else f"{run.best:.4g} {run.best_metric}"
-        loss = "" if run.loss is None else f"{run.loss:.4f}"
-        known = (run.name, run.status, epoch_text(run), step_text(run), best, loss)
-        rows.append((*known, size_text(run.size), time_text(run.changed)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in ("name", "status") else cell.rjust(width)
-            for cell, width, column in zip(row, widths, head, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    """Aligned columns: names to the left, numbers to the right; an empty text without runs."""
+    texts, columns = [texts_of(run) for run in runs], []
+    for head in texts[0] if texts else ():
+        cells = [head, *(of_run[head] for of_run in texts)]
+        width = max(map(len, cells))
+        align = str.ljust if head in ("name", "status") else str.rjust
+        columns.append([align(cell, width) for cell in cells])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from datasets.real import RealSets
 from metrics import METRICS, fid
 from metrics.class_accuracy import ClassScorer
 from metrics.gallery import Gallery
-from metrics.html import render_html
 from metrics.memorization import MemorizationScorer
 from metrics.scoring import Entry, Scorer
-from reporting.html import Picture
+from reporting.evaluation import render_html
+from reporting.pages import Picture
 from utils.images import grid_rows, make_grid, to_array
 
 SCHEMA_VERSION = 1

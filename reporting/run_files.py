@@ -1,12 +1,16 @@
-"""What the folder of a run, finished or not, tells about it. Whatever is missing or torn is not
-there; nothing is written."""
+"""What the folder of a run, finished or not, tells about it.
+
+Nothing is written, and the files may be anybody's: what is missing or torn is not there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,37 +34,13 @@ class RunFacts(NamedTuple):
     folder: str
     status: str  # a state of status.json, `killed`, or `unknown`
     epoch: float | None  # done so far
-    step: int | None
-    total_steps: int | None
+    step: float | None
+    total_steps: float | None
     best: float | None
     best_metric: str | None
     loss: float | None  # of the newest row that has one
     size: int  # bytes on disk
     changed: str  # UTC
-
-
-def epoch_text(facts: RunFacts) -> str:
-    return "" if facts.epoch is None else f"{facts.epoch:.1f}"
-
-
-def step_text(facts: RunFacts) -> str:
-    """`450/676`, as far as it is known."""
-    if facts.step is None:
-        return ""
-    return str(facts.step) if facts.total_steps is None else f"{facts.step}/{facts.total_steps}"
-
-
-def size_text(size: int) -> str:
-    """Bytes, for people: `14.3 MiB`."""
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def time_text(changed: str) -> str:
-    """An ISO time in UTC as local time, to the minute."""
-    return f"{datetime.fromisoformat(changed).astimezone():%Y-%m-%d %H:%M}"
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -69,114 +49,101 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     Raises:
         ConfigError: one is no folder.
     """
-    found: list[Path] = []
+    runs: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; name a run, or a folder that holds runs")
-        found += [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()))
-    return list(dict.fromkeys(found))
+        runs += [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()))
+    return list(dict.fromkeys(runs))
 
 
 def is_run(folder: Path) -> bool:
+    """Whether training has written into this folder."""
     return any((folder / name).is_file() for name in (STATUS, METRICS))
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or their whole paths where two share a name."""
+def by_name(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their own names, or by their whole paths where two share a name."""
     names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else str(folder)
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    pairs = zip(names, folders, strict=True)
+    return {name if names.count(name) == 1 else str(folder): folder for name, folder in pairs}
 
 
 def facts_of(folder: Path, name: str) -> RunFacts:
-    """From status.json and the end of metrics.jsonl, whichever is further."""
+    """Read status.json and the end of metrics.jsonl; the further of both tells step and epoch."""
     status = read_json(folder / STATUS)
+    rows = list(filter(None, map(parse_row, _text(folder / METRICS, TAIL_BYTES).splitlines())))
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    newest = rows[-1] if rows else {}
     state = str(status.get("state", "unknown"))
     if state == "running" and not is_trained(folder, status):
         state = "killed"
-    rows = [row for row in map(parse_row, _tail(folder / METRICS)) if row is not None]
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    steps, epochs = (
-        _numbers([status.get(key), *(row.get(key) for row in rows[-1:])])
-        for key in ("step", "epoch")
-    )
-    total = _numbers([status.get("total_steps")])
-    best = status["best"] if isinstance(status.get("best"), dict) else {}
-    score = _numbers([best.get("value")])
-    times = [path.stat().st_mtime for pattern in WRITTEN for path in folder.glob(pattern)]
+    best = status.get("best")
+    score = _largest(best.get("value")) if isinstance(best, dict) else None
+    changed = max(path.stat().st_mtime for name in WRITTEN for path in folder.glob(name))
     return RunFacts(
         name=name,
         folder=str(folder),
         status=state,
-        epoch=max(epochs, default=None),
-        step=int(max(steps)) if steps else None,
-        total_steps=int(total[0]) if total else None,
-        best=score[0] if score else None,
-        best_metric=str(best.get("metric")) if score else None,
+        epoch=_largest(status.get("epoch"), newest.get("epoch")),
+        step=_largest(status.get("step"), newest.get("step")),
+        total_steps=_largest(status.get("total_steps")),
+        best=score,
+        best_metric=None if score is None else str(best.get("metric")),
         loss=losses[-1] if losses else None,
         size=_size(folder),
-        changed=datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds"),
+        changed=datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds"),
     )
 
 
-def _numbers(values: Iterable[Any]) -> list[float]:
-    """Those that are finite numbers: the files may be anybody's."""
-    numbers = (x for x in values if isinstance(x, int | float) and not isinstance(x, bool))
-    return [float(x) for x in numbers if math.isfinite(x)]
+def texts_of(facts: RunFacts) -> dict[str, str]:
+    """The facts as people read them, by the heads of their columns; empty where unknown."""
+    total = "" if facts.total_steps is None else f"/{facts.total_steps}"
+    return {
+        "name": facts.name,
+        "status": facts.status,
+        "epoch": "" if facts.epoch is None else f"{facts.epoch:.1f}",
+        "step": "" if facts.step is None else f"{facts.step}{total}",
+        "best": "" if facts.best is None else f"{facts.best:.4g} {facts.best_metric}",
+        "last loss": "" if facts.loss is None else f"{facts.loss:.4f}",
+        "size": size_text(facts.size),
+        "last change": f"{datetime.fromisoformat(facts.changed).astimezone():%Y-%m-%d %H:%M}",
+    }
+
+
+def size_text(size: int) -> str:
+    """Bytes in the unit that suits them: `14.3 MiB`."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one if it is missing or torn."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def parse_row(line: str) -> dict[str, float] | None:
-    """The finite numbers of a line of metrics.jsonl, `step` among them; None if it is torn."""
-    try:
-        found = json.loads(line)
-        numbers = {key: float(value) for key, value in found.items() if _numbers([value])}
-    except (ValueError, AttributeError, OverflowError, RecursionError):
-        return None
-    return numbers if "step" in numbers else None
+    return _mapping(_text(path))
 
 
 def read_series(path: Path) -> tuple[Series, int]:
     """Name -> (step, value) by ascending step, and the number of lines that could not be read.
 
-    A row of training that lacks one of its names has NaN there: its loss was not finite. Where
-    steps go back, a run was resumed, and what comes later counts.
+    Where a row of training lacks a name that earlier ones have, its value was not finite: NaN.
     """
-    columns: dict[str, dict[float, float]] = {}
-    steps: dict[float, None] = {}  # of rows of training
-    last, num_torn = -math.inf, 0
-    for line in _lines(path):
-        row = parse_row(line)
-        if row is None:
-            num_torn += bool(line.strip())
-            continue
+    series: Series = {}
+    rows = [parse_row(line) for line in _text(path).splitlines() if line.strip()]
+    for row in filter(None, rows):
         step = row.pop("step")
-        if step < last:
-            for column in (steps, *columns.values()):
-                while column and next(reversed(column)) > step:
-                    column.popitem()
-        last = step
-        if any(map(_is_training, row)):
-            steps[step] = None
+        if any(key.startswith("train/") for key in row):
+            row = {key: math.nan for key in series if key.startswith("train/")} | row
         for key, value in row.items():
-            columns.setdefault(key, {})[step] = value
-    series = {
-        key: [(step, column.get(step, math.nan)) for step in steps]
-        if _is_training(key)
-        else list(column.items())
-        for key, column in columns.items()
-    }
-    return series, num_torn
+            series.setdefault(key, []).append((step, value))
+    return series, rows.count(None)
+
+
+def parse_row(line: str) -> dict[str, float] | None:
+    """The finite numbers of a line of metrics.jsonl, `step` among them; None if it is torn."""
+    row = {key: value for key, value in _mapping(line).items() if _largest(value) is not None}
+    return row if "step" in row else None
 
 
 def previews(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]]:
@@ -188,22 +155,28 @@ def previews(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), path) for path in paths if (m := PREVIEW.fullmatch(path.name)))
 
 
-def _is_training(key: str) -> bool:
-    return key.startswith("train/")
+def _text(path: Path, num_bytes: int = sys.maxsize) -> str:
+    """The end of a file, by default all of it; empty if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - num_bytes))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
-def _lines(path: Path) -> Iterable[str]:
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            yield from file
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _tail(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        return file.read().decode("utf-8", errors="replace").splitlines()
+def _largest(*values: Any) -> float | None:
+    """The largest of those values that are finite numbers."""
+    numbers = [x for x in values if type(x) in (int, float) and abs(x) <= sys.float_info.max]
+    return max(numbers, default=None)
 
 
 def _size(folder: Path) -> int:
@@ -211,9 +184,7 @@ def _size(folder: Path) -> int:
     sizes = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # training has just replaced it
                 stat = os.lstat(os.path.join(parent, name))
-            except FileNotFoundError:  # training has just replaced it
-                continue
-            sizes[stat.st_dev, stat.st_ino] = stat.st_size
+                sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import charts
-from metrics.html import MAX_BYTES, SCHEMA, render_html
 from metrics.report import build_report
 from metrics.scoring import entry
-from reporting import plot
-from reporting.html import Picture
+from reporting import evaluation
+from reporting.evaluation import MAX_BYTES, SCHEMA, render_html
+from reporting.pages import MAX_TEXT, Picture
 
 EVIL = '<b>"x"&</b>'
 VOID = {"meta", "img", "br"}
+PNG, SVG = "data:image/png;base64,", "data:image/svg+xml;base64,"
 CHROMIUM_NAMES = (
     "chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome",
 )  # fmt: skip
@@ -142,10 +142,6 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert "svg" in self.open, f"<{tag}/> closes itself only in SVG"
-        self.tags.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
@@ -154,6 +150,34 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attrs for name, attrs in self.tags if name == tag]
+
+    def pictures(self) -> list[dict[str, str | None]]:
+        return [attrs for attrs in self.all("img") if attrs["src"].startswith(PNG)]
+
+    def charts(self) -> dict[str, str]:
+        """The SVG of each chart by its description."""
+        charts = [attrs for attrs in self.all("img") if attrs["src"].startswith(SVG)]
+        return {x["alt"]: base64.b64decode(x["src"].removeprefix(SVG)).decode() for x in charts}
+
+
+def assert_self_contained(text: str) -> Page:
+    """No script, and nothing that a browser would fetch."""
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert text.isascii()
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for _, attrs in page.tags:
+        assert not [key for key in attrs if key.startswith("on") or key in ("href", "srcset")]
+        assert attrs.get("src", PNG).startswith((PNG, SVG))
+    style, markup = text.split("</style>")
+    markup = re.sub(r'src="data:[^"]*"', "", re.sub(r">[^<]*<", "><", markup))
+    for part in (style, markup):
+        assert not re.search(r"url\(|@import|https?:|//", part)
+    for svg in page.charts().values():
+        assert not re.search(r"<script|<image|<foreignObject|@import", svg)
+        assert not re.search(r"(?:href|src)=\"(?!#)|url\((?!#)", svg)
+    return page
 
 
 PAGES = {
@@ -169,21 +193,7 @@ PAGES = {
 
 @pytest.mark.parametrize("make", PAGES.values(), ids=PAGES)
 def test_page_is_well_formed_and_self_contained(make):
-    text = make()
-    page = Page(text)
-    assert text.startswith("<!DOCTYPE html>")
-    assert text.isascii()
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    for _, attrs in page.tags:
-        assert not [key for key in attrs if key.startswith("on") or key in ("href", "srcset")]
-        if "src" in attrs:
-            assert attrs["src"].startswith("data:image/png;base64,")
-    markup = re.sub(r">[^<]*<", "><", text[text.index("</style>") :])
-    for address in ("http:", "https:", "//"):
-        assert address not in re.sub(r'src="data:[^"]*"', "", markup)
-    style = text[: text.index("</style>")]
-    assert not re.search(r"url\(|@import|https?:|//", style)
+    assert_self_contained(make())
 
 
 def test_strings_from_elsewhere_are_text_and_nothing_else():
@@ -199,6 +209,26 @@ def test_strings_from_elsewhere_are_text_and_nothing_else():
     titles = [attrs["title"] for attrs in page.all("span") if "title" in attrs]
     assert titles[:2] == ["cat", EVIL]
     assert page.all("img")[0]["alt"] == f"Samples of {EVIL}"
+
+
+def test_names_in_charts_are_text_of_the_page():
+    """Dollars would be mathematics to matplotlib, and an underscore would hide a line."""
+    rows = [
+        {"cfg_scale": x, "num_inference_steps": name, "metrics": {f"$x^{EVIL}": 0.5}}
+        for name in ("_first", f"${EVIL}") for x in (1.0, 2.0)
+    ]  # fmt: skip
+    page = assert_self_contained(render_html({"sweep": rows}, {}))
+    assert list(page.charts()) == [f"$x^{EVIL} against cfg_scale"]
+    assert f"${EVIL} steps" in page.text
+    assert "_first steps" in page.text
+
+
+def test_the_end_of_long_texts_is_left_out_but_not_that_of_the_command():
+    long = "x" * (MAX_TEXT + 500)
+    made = {"command": f"python evaluate.py {long}", "sampler": long}
+    page = Page(render_html({"warnings": [long], "provenance": made}, {}))
+    assert page.text.count(f"{long[:MAX_TEXT]} ... (500 more characters)") == 3
+    assert f"python evaluate.py {long}\n" in page.text
 
 
 def test_parts_come_in_the_order_of_reading():
@@ -263,8 +293,14 @@ def test_comparison_tells_better_from_worse():
     assert rows["kid"] == ["1.5000", "1.0000", "-0.5000", f"not comparable, {EVIL} differ"]
 
 
+def of_classes(**accuracy) -> str:
+    """The page of a report whose only metric is the class accuracy."""
+    return render_html({"metrics": {"class_acc": accuracy}}, {})
+
+
 def test_confusion_cells_hold_counts_and_the_share_of_their_row():
-    text = charts.matrix([[8, 1, 1], [0, 5, 5], [0, 0, 0]], ["a", "b", "c"])
+    names = dict.fromkeys("abc", 0.5)
+    text = of_classes(confusion=[[8, 1, 1], [0, 5, 5], [0, 0, 0]], per_class=names)
     rows = rows_of(text, "matrix")
     assert rows == {"": ["a", "b", "c"], "a": ["8", "1", "1"], "b": ["", "5", "5"], "c": [""] * 3}
     shades = re.findall(r'class="([a-z ]+)" style="--shade:([.\d]+)"', text)
@@ -273,21 +309,30 @@ def test_confusion_cells_hold_counts_and_the_share_of_their_row():
     assert shades[2:] == [shades[1], ("right", "0.57"), ("wrong", "0.57")]
 
 
+def test_bars_show_the_share_beside_that_of_real_images():
+    text = of_classes(per_class={"a": 0.5, "b": None, "c": 1}, per_class_real={"a": 0.875})
+    assert re.findall(r'style="(width|left):([.\d]+%)"', text) == [
+        ("width", "50.0%"), ("left", "87.5%"), ("width", "100.0%"),
+    ]  # fmt: skip
+    assert re.findall(r'title="(.*?)"', text) == ["a", "c"]
+    assert "The worst" not in text
+
+
 def test_of_many_classes_the_worst_are_shown():
-    num = charts.MAX_CLASSES + 1
+    num, worst = evaluation.MAX_CLASSES + 1, evaluation.WORST
     shares = np.linspace(1, 0, num)
     counts = np.zeros((num, num), dtype=int)
     counts[range(num), range(num)] = np.round(1000 * shares)
     counts[:, 0] += 1000 - counts.sum(1)
     counts[num - 1] = 0  # never asked for
     names = [f"class {k}" for k in range(num)]
-    found = rows_of(charts.matrix(counts.tolist(), names), "matrix upright")
-    worst = names[num - 1 - charts.WORST : num - 1]
-    assert found.pop("") == worst
-    assert list(found) == worst
-    listed = charts.bars(dict(zip(names, shares.tolist(), strict=True)), {})
-    assert re.findall(r'title="(.*?)"', listed) == names[:-21:-1]
-    assert f"The worst 20 of {num} classes" in listed
+    text = of_classes(
+        confusion=counts.tolist(), per_class=dict(zip(names, shares.tolist(), strict=True))
+    )
+    rows = rows_of(text, "matrix upright")
+    assert rows.pop("") == list(rows) == names[num - 1 - worst : num - 1]
+    assert re.findall(r'title="(.*?)"', text) == names[: -worst - 1 : -1]
+    assert text.count(f"The worst {worst} of {num} classes") == 2
 
 
 def test_large_pages_shrink_their_pictures_and_say_so():
@@ -296,17 +341,17 @@ def test_large_pages_shrink_their_pictures_and_say_so():
     assert len(text) <= MAX_BYTES
     assert "Shown at 1/2 of its size to keep this page below 2 MB." in text
     sizes = {}
-    for attrs in Page(text).all("img"):
+    for attrs in Page(text).pictures():
         data = base64.b64decode(attrs["src"].partition(",")[2])
         sizes[attrs["alt"]] = Image.open(io.BytesIO(data)).size, attrs["width"]
     assert sizes == {"Big": ((450, 450), "900"), "Small": ((64, 64), "320")}
 
 
 def test_pictures_that_cannot_be_shrunk_enough_are_left_out(monkeypatch):
-    monkeypatch.setattr("metrics.html.MAX_BYTES", len(render_html(full_report(), {})) + 3000)
+    monkeypatch.setattr(evaluation, "MAX_BYTES", len(render_html(full_report(), {})) + 3000)
     big = {str(k): Picture(noise(800, 800), f"Picture {k}") for k in range(3)}
     text = render_html(full_report(), big)
-    assert Page(text).all("img") == []
+    assert Page(text).pictures() == []
     assert text.count("Left out to keep this page below") == 3
 
 
@@ -315,10 +360,11 @@ def test_no_size_of_pictures_exceeds_the_cap(monkeypatch):
         "a": Picture(noise(90, 90), "A", "a long caption, that stays, " * 100),
         "b": Picture(noise(60, 60), EVIL),
     }
-    words = len(render_html({}, {})) + 2800  # with the captions
+    monkeypatch.setattr(evaluation, "MAX_BYTES", 0)
+    words = len(render_html({}, pictures)) + 20  # the limits that captions name are longer below
     shown = set()
     for cap in range(words, words + 60_000, 700):
-        monkeypatch.setattr("metrics.html.MAX_BYTES", cap)
+        monkeypatch.setattr(evaluation, "MAX_BYTES", cap)
         text = render_html({}, pictures)
         assert len(text) <= cap
         shown.add(tuple(attrs["alt"] for attrs in Page(text).all("img")))
@@ -333,89 +379,46 @@ def test_pictures_keep_their_pixels():
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), picture.image)
 
 
-# --- line charts
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (1, 4, [1, 2, 3, 4]),
-        (0.13, 0.29, [0.1, 0.15, 0.2, 0.25, 0.3]),
-        (-3, 12, [-5, 0, 5, 10, 15]),
-        (7, 7, [6, 6.5, 7, 7.5, 8]),
-        (0, 0, [-1, -0.5, 0, 0.5, 1]),
-        (1e-7, 3e-7, [1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_values(low, high, expected):
-    assert plot.ticks(low, high) == pytest.approx(expected, rel=1e-9, abs=1e-20)
-
-
-@pytest.mark.parametrize("exponent", range(-12, 13))
-def test_ticks_are_few_at_any_size(exponent):
-    rng = np.random.default_rng(exponent + 12)
-    for low, high in np.sort(rng.normal(size=(50, 2)) * 10.0**exponent, axis=1).tolist():
-        found = plot.ticks(low, high)
-        step = found[1] - found[0]
-        assert found[0] <= low + 1e-6 * step
-        assert found[-1] >= high - 1e-6 * step
-        assert 3 <= len(found) <= plot.MAX_INTERVALS + 2
-        assert math.isclose(found[-1] - found[0], step * (len(found) - 1), rel_tol=1e-6)
-
-
-def test_chart_puts_known_values_at_known_places():
-    text = plot.line_chart(
-        "acc", "cfg_scale", {"10": [(4, 0.5), (0, 0.0), (2, 1.0)], EVIL: [(0, 1)]}
-    )
-    Page(text)
-    lines = re.findall(r'<polyline class="(.*?)" points="(.*?)"', text)
-    # x: 0 to 4 on 58 to 346; y: 0 to 1 upward on 160 pixels below title (26), legend (18), gap (6)
-    assert lines == [("line c0", "58.0,210.0 202.0,50.0 346.0,130.0"), ("line c1", "58.0,50.0")]
-    circles = re.findall(r'cx="(.*?)" cy="(.*?)".*?<title>(.*?)</title>', text)
-    assert circles[:3] == [
-        ("58.0", "210.0", "10: 0, 0"), ("202.0", "50.0", "10: 2, 1"),
-        ("346.0", "130.0", "10: 4, 0.5"),
-    ]  # fmt: skip
-    labels = re.findall(
-        r'<text class="dim" x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)</text>', text
-    )
-    assert [(x, said) for x, _, anchor, said in labels if anchor == "middle"] == [
-        ("58.0", "0"), ("130.0", "1"), ("202.0", "2"), ("274.0", "3"), ("346.0", "4"),
-    ]  # fmt: skip
-    assert [(y, said) for _, y, anchor, said in labels if anchor == "end"][::5] == [
-        ("214.0", "0"), ("54.0", "1"),
-    ]  # fmt: skip
-    assert [html.unescape(said) for *_, anchor, said in labels if anchor == "start"] == ["10", EVIL]
+# --- sweeps
 
 
 def test_sweep_draws_a_line_for_each_number_of_steps():
-    text = render_html(full_report(), {})
-    drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawn) == 1  # FID has no value
-    assert re.findall(r'text-anchor="start">(.*?)<', drawn[0]) == [
-        "class_acc",
-        "10 steps",
-        "25 steps",
-    ]
+    page = Page(render_html(full_report(), {}))
+    assert list(page.charts()) == ["class_acc against cfg_scale"]  # FID has no value
+    assert "10 steps" in page.text
+    assert "25 steps" in page.text
+    (chart, none), legend = evaluation.sweep_charts(full_report()["sweep"])
+    assert (chart, none.title) == (None, "class_acc")
+    assert list(legend) == ["10 steps", "25 steps"]
+    assert len(set(legend.values())) == 2
     steps = [
         {"cfg_scale": 1.0, "num_inference_steps": n, "metrics": {"kid": 1 / n}} for n in (10, 20)
     ]
-    text = render_html({"sweep": steps}, {})
-    assert re.findall(r'text-anchor="start">(.*?)<', text) == ["kid", "1 cfg_scale"]
-    assert 'aria-label="kid against num_inference_steps"' in text
+    page = Page(render_html({"sweep": steps}, {}))
+    assert list(page.charts()) == ["kid against num_inference_steps"]
+    assert "1 cfg_scale" in page.text
 
 
-def test_repeats_are_told_and_their_mean_is_drawn():
+def test_repeats_are_told_and_their_mean_is_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_chart", lambda *chart: drawn.append(chart))
     text = render_html(repeated_sweep(), {})
-    assert re.findall(r"<circle.*?<title>(.*?)</title>", text) == [
-        "25 steps: 1, 0.6", "25 steps: 2, 0.9",
-    ]  # fmt: skip
+    assert [chart[2] for chart in drawn if chart[0] == "class_acc"] == [
+        {"25 steps": [(1.0, pytest.approx(0.6)), (2.0, pytest.approx(0.9))]}
+    ]
     assert re.findall(r"<h2>(.*?)</h2>", text)[:2] == ["Sweep", "Repeats with other seeds"]
     repeats = text[text.index("Repeats with other seeds") :]
     rows = rows_of(repeats, "numbers")
     assert rows["2"] == ["25", "[0, 30]", "mean 0.9000 std 0.1414 min 0.8000"]
     assert text.count("report_30.json") == 2
+
+
+def test_values_that_cannot_be_drawn_cost_their_chart_and_not_the_page(monkeypatch):
+    monkeypatch.setattr("reporting.charts.draw_lines", lambda *_: 1 / 0)
+    page = Page(render_html(full_report(), {}))
+    assert page.charts() == {}
+    assert "not drawn: division by zero" in page.text
+    assert "Compared with an older report" in page.text
 
 
 # --- the schema
@@ -527,7 +530,8 @@ def test_a_browser_shows_the_page(tmp_path):
     assert console == []
     assert sorted(page["width"] for page in found) == [320, 1200]
     for page in found:
-        assert page["images"] == [60, 8]
+        assert page["images"][:2] == [60, 8]
+        assert all(page["images"])
         assert page["content"] == page["width"], "wider than the window"
         assert page["heading"] == "Evaluation of digits/best_model.pth"
     # The same check does see a page that reaches out.

@@ -1,0 +1,118 @@
+"""Pages that need nothing but themselves, made from the templates in `reporting/templates`.
+
+A page has no script and asks for no address, so it can be mailed, archived and opened without a
+network. Names, paths and messages from elsewhere are escaped by jinja2; the page is ASCII.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+MAX_SHRINK = 8  # pictures are shown at an eighth of their size before they are left out
+MAX_TEXT = 2000  # characters of one value
+NOTHING = "\u2013"  # what stands in a table where a value is missing
+
+Table = tuple[list[str], list[list[str]]]  # heads of the columns, and the rows
+
+
+class Picture(NamedTuple):
+    """A picture to show on a page."""
+
+    image: np.ndarray  # uint8 (H, W) or (H, W, 3)
+    title: str
+    caption: str = ""
+
+
+Pictures = Mapping[str, Picture]  # in the order to show them
+
+
+class Figure(NamedTuple):
+    """A picture as the templates show it."""
+
+    picture: Picture
+    shrink: int  # the sides of the file are divided by that
+    source: Markup  # the file as a data URI; empty if it is left out
+
+
+def render_page(
+    template: str, context: Mapping[str, Any], pictures: Pictures, *, max_bytes: int
+) -> str:
+    """Fill a template. It finds the pictures, in their order, as `figures`: name -> `Figure`.
+
+    As long as the page is longer than `max_bytes`, its largest picture is halved, and left out
+    after an eighth of its size; the page says so. What is too long without any picture stays so.
+    """
+    figures = {name: make_figure(picture, 1) for name, picture in pictures.items()}
+    page = ENVIRONMENT.get_template(template)
+    while True:
+        text = page.render(context, figures=figures, max_bytes=max_bytes)
+        text = text.encode("ascii", "xmlcharrefreplace").decode()
+        name = max(figures, key=lambda name: len(figures[name].source), default="")
+        if len(text) <= max_bytes or not name or not figures[name].source:
+            return text
+        figures[name] = make_figure(pictures[name], 2 * figures[name].shrink)
+
+
+def make_figure(picture: Picture, shrink: int) -> Figure:
+    """The picture as a PNG with its sides divided by `shrink`, without it above `MAX_SHRINK`."""
+    if shrink > MAX_SHRINK:
+        return Figure(picture, shrink, Markup(""))
+    file = io.BytesIO()
+    Image.fromarray(picture.image).reduce(shrink).save(file, "PNG", optimize=True)
+    return Figure(picture, shrink, data_uri("image/png", file.getvalue()))
+
+
+def data_uri(media_type: str, content: bytes) -> Markup:
+    """A file as an address that holds the file itself."""
+    return Markup(f"data:{media_type};base64,{base64.b64encode(content).decode()}")
+
+
+def to_text(value: Any) -> Any:
+    """A value of a report or config as text; the end of a very long one is left out.
+
+    Whatever a template prints passes through here, except for finished HTML (`Markup`).
+    """
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    if len(value) > MAX_TEXT:
+        return f"{value[:MAX_TEXT]} ... ({len(value) - MAX_TEXT} more characters)"
+    return value
+
+
+def to_number(value: Any) -> str:
+    """A measured value with four decimals, or four digits where decimals would say nothing.
+
+    A mapping (mean, std, min) takes a line for each of its entries; anything else is text.
+    """
+    if value is None:
+        return NOTHING
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key} {to_number(part)}" for key, part in value.items())
+    if not isinstance(value, float):
+        return to_text(value)
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    finalize=to_text,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {"number": to_number, "text": to_text}

@@ -1,0 +1,142 @@
+"""The page of `python runs.py report`: what runs have done."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from reporting import run_files
+from reporting.charts import Chart, Legend, draw_chart, legend_of
+from reporting.pages import NOTHING, Picture, Table, render_page, to_text
+from utils.config import Config
+
+MAX_BYTES = 10_000_000  # of the page
+MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # of all runs together, of each
+MAX_SIDE = 640  # pixels; larger grids are reduced by a whole factor
+LOSS, SPEED, MEMORY = "train/loss", "train/images_per_sec", "train/memory_mib"
+QUARTILES = [f"train/loss_q{k}" for k in (1, 2, 3, 4)]
+TRAINING = ["train/loss_smoothed", "train/lr", "train/grad_norm", SPEED, MEMORY]
+ALL_QUARTILES = "train/loss_q1 to q4"
+MEASURED = (("images/s", SPEED, statistics.median, ""), ("memory", MEMORY, max, " MiB"))
+WIDE = {LOSS, ALL_QUARTILES}
+LOGARITHMIC = {*WIDE, *QUARTILES, "train/loss_smoothed", "train/grad_norm"}
+
+ChartGroup = tuple[list[Chart | None], Legend]  # without a legend where there is one line
+
+
+class RunRecord(NamedTuple):
+    """All that the page shows of a run."""
+
+    facts: run_files.RunFacts
+    config: Mapping[str, Any]  # as config.json has it; empty if there is none
+    series: run_files.Series
+    num_torn: int  # lines of metrics.jsonl
+    pictures: Mapping[str, Picture]
+    unreadable: Sequence[str]  # pictures, and why
+
+
+def render_report(folders: Sequence[Path]) -> str:
+    """The page for the runs in `folders`: facts, curves, pictures, differing settings."""
+    per_run = min(MAX_PER_RUN, max(MIN_PER_RUN, MAX_PICTURES // len(folders)))
+    runs = [read_run(at, name, per_run) for name, at in run_files.by_name(folders).items()]
+    names = [run.facts.name for run in runs]
+    configs = {run.facts.name: run.config for run in runs if run.config}
+    defaults = {"default": Config().to_dict()} if len(runs) == 1 else {}
+    context = {
+        "title": f"Training of {', '.join(names) if len(names) <= 3 else f'{len(names)} runs'}",
+        "runs": runs,
+        "facts": facts_table(runs),
+        "groups": chart_groups({run.facts.name: run.series for run in runs}),
+        "settings": differing_settings(defaults | configs),
+    }
+    pictures = {key: picture for run in runs for key, picture in run.pictures.items()}
+    return render_page("runs.html", context, pictures, max_bytes=MAX_BYTES)
+
+
+def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
+    """Read a run's folder; at most `num_pictures` previews, the first and last among them."""
+    config, unreadable = run_files.read_json(folder / run_files.CONFIG), []
+    series, num_torn = run_files.read_series(folder / run_files.METRICS)
+    drawn, pictures = run_files.previews(folder, config), {}
+    chosen = np.linspace(0, len(drawn) - 1, min(num_pictures, len(drawn))).round().astype(int)
+    for epoch, path in (drawn[place] for place in chosen):
+        try:
+            pictures[f"{name}/{epoch}"] = read_picture(path, f"epoch {epoch}")
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for torn files
+            unreadable.append(f"{path.name} cannot be read ({error})")
+    facts = run_files.facts_of(folder, name)
+    return RunRecord(facts, config, series, num_torn, pictures, unreadable)
+
+
+def read_picture(path: Path, title: str) -> Picture:
+    """A preview, reduced by a whole factor to at most `MAX_SIDE` pixels a side."""
+    with Image.open(path) as image:
+        image = image.convert("L" if image.mode == "L" else "RGB")
+    factor = math.ceil(max(image.size) / MAX_SIDE)
+    caption = f"at 1/{factor} of its size" if factor > 1 else ""
+    return Picture(np.asarray(image.reduce(factor)), title, caption)
+
+
+def facts_table(runs: Sequence[RunRecord]) -> Table:
+    """A row for each run: what `python runs.py` lists, its median speed, its peak of memory."""
+    rows = []
+    for run in runs:
+        texts = run_files.texts_of(run.facts)
+        for label, key, of, unit in MEASURED:
+            values = [y for _, y in run.series.get(key, ()) if math.isfinite(y)]
+            texts[label] = f"{of(values):.0f}{unit}" if values else ""
+        rows.append(texts)
+    return list(rows[0]), [list(texts.values()) for texts in rows]
+
+
+def chart_groups(runs: Mapping[str, run_files.Series]) -> dict[str, ChartGroup]:
+    """By heading, a chart for every name in the runs' metrics.jsonl, all runs in one.
+
+    The four quartiles of a single run share a chart.
+    """
+    keys = dict.fromkeys(key for series in runs.values() for key in series)
+    rest = [key for key in keys if key not in {"epoch", LOSS, *QUARTILES, *TRAINING}]
+    headings = {
+        "Loss": [LOSS],
+        "Loss by timestep": QUARTILES,
+        "Training": TRAINING,
+        "Evaluation": [key for key in rest if key.startswith("eval/")],
+        "Further values": [key for key in rest if not key.startswith("eval/")],
+    }
+    groups = {}
+    for heading, chosen in headings.items():
+        charts = {key: {name: runs[name].get(key, ()) for name in runs} for key in chosen}
+        legend = legend_of(runs) if len(runs) > 1 else {}
+        if chosen is QUARTILES and len(runs) == 1:
+            (series,) = runs.values()
+            lines = {key.removeprefix("train/loss_"): series.get(key, ()) for key in QUARTILES}
+            charts, legend = {ALL_QUARTILES: lines}, legend_of(lines)
+        drawn = [
+            draw_chart(key, "step", lines, log=key in LOGARITHMIC, wide=key in WIDE)
+            for key, lines in charts.items()
+        ]
+        if any(drawn):
+            groups[heading] = drawn, legend
+    return groups
+
+
+def differing_settings(configs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The keys whose values are not the same in all configs; those of `model_params` one by one."""
+    flat = {}
+    for name, config in configs.items():
+        params = config.get("model_params")
+        inner = params if isinstance(params, dict) else {}
+        rest = {key: value for key, value in config.items() if key != "model_params"}
+        flat[name] = rest | {f"model_params.{key}": value for key, value in inner.items()}
+    rows = []
+    for key in dict.fromkeys(key for config in flat.values() for key in config):
+        texts = [to_text(config[key]) if key in config else NOTHING for config in flat.values()]
+        if len(set(texts)) > 1 and key != "experiment_name":  # which is in the column's head
+            rows.append([key, *texts])
+    return ["key", *flat], rows
