@@ -9,32 +9,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+from datasets import builtin, folder
 from datasets.base import ImageDataset, ImageSpec
-from datasets.builtin import build_celeba, build_digits, build_torchvision, list_celeba
-from datasets.folder import (
-    build_custom,
-    check_custom,
-    has_test_folder,
-    list_images,
-    number_of_classes,
-)
 from datasets.storage import ClassSubset, Listing
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import DataError
-
-__all__ = [
-    "DATASETS",
-    "SPLITS",
-    "DatasetEntry",
-    "ImageDataset",
-    "ImageSpec",
-    "build_dataset",
-    "check_config",
-    "default_flip",
-    "has_test_split",
-    "native_spec",
-]
 
 SPLITS = ("train", "test")
 
@@ -62,25 +42,27 @@ class DatasetEntry(NamedTuple):
 
 
 def _torchvision(class_name: str, native: ImageSpec, *, flip: bool) -> DatasetEntry:
-    return DatasetEntry(partial(build_torchvision, class_name), native, flip)
+    return DatasetEntry(partial(builtin.build_torchvision, class_name), native, flip)
 
 
 DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry(build_digits, ImageSpec(1, 8, 8, 10), flip=False),
+    "digits": DatasetEntry(builtin.build_digits, ImageSpec(1, 8, 8, 10), flip=False),
     "mnist": _torchvision("MNIST", ImageSpec(1, 28, 28, 10), flip=False),
     "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=True),
     "cifar10": _torchvision("CIFAR10", ImageSpec(3, 32, 32, 10), flip=True),
     "cifar100": _torchvision("CIFAR100", ImageSpec(3, 32, 32, 100), flip=True),
-    "celeba": DatasetEntry(build_celeba, ImageSpec(3, 64, 64, 0), flip=True, in_files=list_celeba),
+    "celeba": DatasetEntry(
+        builtin.build_celeba, ImageSpec(3, 64, 64, 0), flip=True, in_files=builtin.list_celeba
+    ),
     "synthetic": DatasetEntry(build_synthetic, ImageSpec(3, 32, 32, 6), flip=False),
     "custom": DatasetEntry(
-        build_custom,
-        None,
+        folder.build_custom,
+        native=None,
         flip=True,
-        in_files=list_images,
-        num_classes=number_of_classes,
-        has_test_split=has_test_folder,
-        check=check_custom,
+        in_files=folder.list_images,
+        num_classes=folder.number_of_classes,
+        has_test_split=folder.has_test_folder,
+        check=folder.check_custom,
     ),
 }
 ALIASES = {
@@ -154,7 +136,7 @@ def check_config(config: Config) -> Iterator[Problem]:
     if config.dataset not in DATASETS:
         yield Problem(("dataset",), _unknown(config.dataset))
         return
-    entry = DATASETS[config.dataset]
+    entry, num_classes = DATASETS[config.dataset], _num_classes(config)
     if config.on_bad_image == "skip" and entry.in_files is None:
         of_files = ", ".join(name for name, other in DATASETS.items() if other.in_files)
         yield Problem(
@@ -169,35 +151,23 @@ def check_config(config: Config) -> Iterator[Problem]:
             ("label_file", "dataset"),
             f"label_file={config.label_file!r} is for dataset='custom', not {config.dataset!r}",
         )
-    yield from _check_classes(config)
-
-
-def _check_classes(config: Config) -> Iterator[Problem]:
-    num_classes = _num_classes(config)
-    hint = "" if num_classes else "; dataset='custom' has labels by class folders or a label_file"
+    has = "labels" if num_classes is None else f"{num_classes} classes"
+    if num_classes == 0:
+        has += " (class folders or a label_file of dataset='custom' give some)"
     if config.num_classes not in (None, num_classes):
         yield Problem(
             ("num_classes", "dataset"),
-            f"num_classes={config.num_classes}, but {config.dataset} has {num_classes} classes; "
-            f"leave num_classes out{hint}",
+            f"num_classes={config.num_classes}, but {config.dataset} has {has}; leave it out",
         )
     if config.conditional and num_classes == 0:
         yield Problem(
             ("conditional", "dataset"),
-            f"conditional=True needs labels, which dataset={config.dataset!r} has not; "
-            f"set conditional=False{hint}",
+            f"conditional=True needs labels, but {config.dataset} has {has}; set conditional=False",
         )
-    if config.classes is None or num_classes is None:
-        return
-    if num_classes == 0:
+    if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         yield Problem(
             ("classes", "dataset"),
-            f"classes={list(config.classes)}, but these images have no labels; leave classes out",
-        )
-    elif max(config.classes) >= num_classes:
-        yield Problem(
-            ("classes", "dataset"),
-            f"classes={list(config.classes)}: the classes are 0..{num_classes - 1}",
+            f"classes={list(config.classes)}: {config.dataset} has {has}, numbered from 0",
         )
 
 

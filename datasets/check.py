@@ -63,19 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     finally:
         if args.json and not args.dry_run:
-            write_report(args.json, report)
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write the report as JSON.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+            try:
+                args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{args.json}: cannot be written ({error.strerror})") from error
 
 
 def examine(config: Config, report: dict[str, Any]) -> int:
@@ -88,12 +79,12 @@ def examine(config: Config, report: dict[str, Any]) -> int:
         DataError: training would be refused, for another reason than images that are broken.
     """
     splits = ("train", "test") if has_test_split(config) else ("train",)
-    opened = {split: open_split(config, split) for split in splits}
     train: dict[bytes, str] = {}
-    report["splits"] = {split: examine_split(config, *opened[split], train) for split in splits}
+    report["splits"] = {}
     print(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
-    for split, facts in report["splits"].items():
-        print("\n".join(split_lines(split, facts)), flush=True)
+    for split in splits:
+        report["splits"][split] = examine_split(config, split, train)
+        print("\n".join(split_lines(split, report["splits"][split])), flush=True)
     code, verdict = EXIT_OK, "ready to train"
     num_bad = sum(len(facts["bad"]) for facts in report["splits"].values())
     if num_bad and config.on_bad_image == "error":
@@ -132,15 +123,13 @@ def digest_of(image: Tensor) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def examine_split(
-    config: Config, listing: Listing, decode: Callable[[int], Decoded], train: dict[bytes, str]
-) -> dict[str, Any]:
+def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[str, Any]:
     """Sizes, classes, broken images and copies of a split, as plain JSON types.
 
     Args:
-        train: digest -> name of the train images. While it is empty this is the train split,
-            whose images are entered.
+        train: digest -> name of the train images; that split itself adds them.
     """
+    listing, decode = open_split(config, split)
     names, labels = [show(name) for name in listing.names], listing.labels
     sizes, first, bad = Counter(), {}, {}
     duplicates, in_train, num_conflicts = [], [], 0
@@ -154,10 +143,10 @@ def examine_split(
         if earlier != index:
             duplicates.append([names[earlier], names[index]])
             num_conflicts += labels[earlier] != labels[index]
-        if digest in train:
+        if split == "train":
+            train.setdefault(digest, names[index])
+        elif digest in train:
             in_train.append([train[digest], names[index]])
-    if not train:
-        train.update((digest, names[index]) for digest, index in first.items())
     counts, class_names = Counter(labels), listing.class_names
     chosen = range(len(class_names)) if config.classes is None else sorted(set(config.classes))
     classes = {class_names[label]: counts[label] for label in chosen if class_names}

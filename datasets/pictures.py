@@ -92,8 +92,8 @@ def read_pictures(
     for label in pictures.labels:
         if type(label) is not int or not 0 <= label < len(class_names):
             raise DataError(
-                f"{show(path)}: label {label!r}: no such class; classes are 0 to "
-                f"{len(class_names) - 1}, or as folders {', '.join(class_names[:MAX_NAMED])}"
+                f"{show(path)}: label {label!r}: classes are 0 to {len(class_names) - 1} (folders: "
+                f"{', '.join(class_names[:MAX_NAMED])}), there is no such class"
             )
     return pictures
 

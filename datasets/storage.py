@@ -1,4 +1,4 @@
-"""The ways to hold a data set: in memory, as files decoded when asked for, or some classes of it."""
+"""The ways to hold a data set: in memory, as files decoded when asked for, or a part of it."""
 
 from __future__ import annotations
 
