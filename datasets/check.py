@@ -34,10 +34,6 @@ from utils.logs import setup_logging
 NUM_SHOWN = 10  # sizes, copies, largest and smallest classes in the text; JSON has all
 
 
-# Of one image: (height, width) of the file, and a digest of the pixels as training gets them.
-Decoded = tuple[tuple[int, int], bytes]
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = new_parser(__doc__ or "")
@@ -55,72 +51,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     setup_logging(is_main=True)
     choose_device(args.device)  # not used, but a wrong name is an error here as everywhere
-    report: dict[str, Any] = {"dataset": config.dataset, "data_root": show(config.data_root)}
+    splits: dict[str, Any] = {}
+    report = {"dataset": config.dataset, "data_root": show(config.data_root), "splits": splits}
+    code, verdict = EXIT_OK, "ready to train"
     try:
-        return examine(config, report)
+        print(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
+        train: dict[bytes, str] = {}
+        for split in ("train", "test") if has_test_split(config) else ("train",):
+            splits[split] = examine_split(config, split, train)
+            print("\n".join(split_lines(split, splits[split])), flush=True)
+        num_bad = sum(len(facts["bad"]) for facts in splits.values())
+        if num_bad and config.on_bad_image == "error":
+            code = EXIT_FAILURE
+            verdict = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
+        else:
+            for split in splits:
+                build_dataset(config, split)
+        print(_line("verdict", verdict))
     except DataError as error:
-        report["verdict"] = str(error)
+        verdict = str(error)
         raise
     finally:
         if args.json and not args.dry_run:
-            try:
-                args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{args.json}: cannot be written ({error.strerror})") from error
-
-
-def examine(config: Config, report: dict[str, Any]) -> int:
-    """Decode all images, fill the report with plain JSON types and print it.
-
-    Returns:
-        the exit code.
-
-    Raises:
-        DataError: training would be refused, for another reason than images that are broken.
-    """
-    splits = ("train", "test") if has_test_split(config) else ("train",)
-    train: dict[bytes, str] = {}
-    report["splits"] = {}
-    print(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
-    for split in splits:
-        report["splits"][split] = examine_split(config, split, train)
-        print("\n".join(split_lines(split, report["splits"][split])), flush=True)
-    code, verdict = EXIT_OK, "ready to train"
-    num_bad = sum(len(facts["bad"]) for facts in report["splits"].values())
-    if num_bad and config.on_bad_image == "error":
-        code = EXIT_FAILURE
-        verdict = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
-    else:
-        for split in splits:
-            build_dataset(config, split)
-    report["verdict"] = verdict
-    print(_line("verdict", verdict))
+            write_json(args.json, report | {"verdict": verdict})
     return code
 
 
-def open_split(config: Config, split: str) -> tuple[Listing, Callable[[int], Decoded]]:
-    """The images of a split, none decoded yet, and what decodes one of them by its index."""
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def open_split(
+    config: Config, split: str
+) -> tuple[Listing, Callable[[int], tuple[tuple[int, int], Tensor]]]:
+    """The images of a split, and what decodes one of them by its index as training does.
+
+    That gives the (height, width) of the file and the pixels, uint8 (C, H, W).
+    """
     list_files = DATASETS[config.dataset].in_files
     if list_files is None:
         images = build_dataset(config, split)
         names = [f"image {i}" for i in range(len(images))]
         listing = Listing(Path(config.data_root), names, images.labels.tolist(), images.class_names)
-        return listing, lambda index: (images.spec.shape[1:], digest_of(images[index][0]))
+        return listing, lambda index: (images.spec.shape[1:], images[index][0])
     listing, spec = list_files(config, split), native_spec(config)
     image_size = config.image_size if spec is None else spec.shape[1:]
 
-    def decode(index: int) -> Decoded:
+    def decode(index: int) -> tuple[tuple[int, int], Tensor]:
         size = read_size(listing.path(index))
         wanted = ImageSpec(config.image_channels or 3, *(image_size or size), 0)
-        return size, digest_of(decode_image(listing.path(index), wanted))
+        return size, decode_image(listing.path(index), wanted)
 
     return listing, decode
-
-
-def digest_of(image: Tensor) -> bytes:
-    """16 bytes that differ for images uint8 (C, H, W) of other pixels or another shape."""
-    content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[str, Any]:
@@ -130,10 +119,16 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         train: digest -> name of the train images; that split itself adds them.
     """
     listing, decode = open_split(config, split)
+
+    def examine(index: int) -> tuple[tuple[int, int], bytes]:
+        size, image = decode(index)
+        pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+        return size, hashlib.blake2b(pixels, digest_size=16).digest()
+
     names, labels = [show(name) for name in listing.names], listing.labels
     sizes, first, bad = Counter(), {}, {}
     duplicates, in_train, num_conflicts = [], [], 0
-    for index, result in enumerate(map_images(decode, len(names), "decoding all images")):
+    for index, result in enumerate(map_images(examine, len(names), "decoding all images")):
         if isinstance(result, DataError):
             bad[names[index]] = str(result)
             continue

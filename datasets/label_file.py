@@ -34,10 +34,12 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
     labels: dict[str, int] = {}
     for key, label in _read_pairs(path):
         name = PurePosixPath(key).as_posix()
-        fault = _label_fault(label, num_classes) or _name_fault(key, root, resolved_root)
-        if fault is None and name in labels:
-            fault = "the file is listed twice"
-        if fault is not None:
+        fault = "the file is listed twice" if name in labels else None
+        if type(label) is not int or label < 0:
+            fault = "the label must be a whole number from 0"
+        elif num_classes is not None and label >= num_classes:
+            fault = f"num_classes={num_classes} allows labels below it; correct one of them"
+        if fault := fault or _name_fault(key, root, resolved_root):
             raise DataError(f"{show(path)}: {_shown(key)}: {_shown(label)}: {fault}")
         labels[name] = label
     used = set(labels.values())
@@ -53,11 +55,9 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
 
 
 def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
-    if not path.is_file():
-        raise DataError(
-            f"{show(path)}: no such label_file; give it relative to data_root, or as a full path"
-        )
     try:
+        if not path.is_file():
+            raise ValueError("no such label_file; give it relative to data_root, or in full")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
@@ -77,14 +77,6 @@ def _shown(value: Any) -> str:
         return "a list" if isinstance(value, list) else "an object"
     text = show(json.dumps(value[: MAX_SHOWN + 1] if isinstance(value, str) else value))
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
-
-
-def _label_fault(label: Any, num_classes: int | None) -> str | None:
-    if type(label) is not int or label < 0:
-        return "the label must be a whole number from 0"
-    if num_classes is not None and label >= num_classes:
-        return f"num_classes={num_classes} allows labels below it; correct the label or num_classes"
-    return None
 
 
 def _name_fault(key: str, root: Path, resolved_root: str) -> str | None:

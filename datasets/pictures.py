@@ -14,9 +14,9 @@ from torch import Tensor
 from datasets.base import ImageDataset, ImageSpec
 from datasets.decoding import decode_image, fit_arrays, read_size, show
 from datasets.folder import build_custom, children_of
-from datasets.storage import InMemoryDataset
+from datasets.storage import ImageFileDataset, InMemoryDataset
 from utils.config import Config
-from utils.errors import DataError
+from utils.errors import DataError, one_line
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images or an .npz with arr_0, uint8 (N, H, W, C)"
@@ -46,12 +46,12 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{show(path)}: no such folder; {FIX}")
-    has_folders = bool(children_of(root).folders)
-    labelled = not has_folders and (root / LABELS_FILE).is_file()
+    use_subdirs = bool(children_of(root).folders)
+    labelled = not use_subdirs and (root / LABELS_FILE).is_file()
     return {
         "dataset": "custom",
         "data_root": str(root),
-        "use_subdirs": has_folders,
+        "use_subdirs": use_subdirs,
         "label_file": LABELS_FILE if labelled else None,
         "num_classes": None,
     }
@@ -79,23 +79,24 @@ def read_pictures(
     """
     path = Path(path)
     if path.suffix == ".npz":
-        pictures = _read_npz(path)
+        images, labels = _read_npz(path)
     else:
-        settings = folder_settings(path)
-        numbered = settings.pop("label_file") is not None
+        settings = folder_settings(path) | {"label_file": None}
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
-        pictures = _labelled_by_files(build_custom(config, "train"), path, class_names, numbered)
-    if pictures.labels is None:
-        return pictures
+        images = build_custom(config, "train")
+        labels = _labels_in_folder(path, images, class_names)
+    if labels is None:
+        reason = f"{path} has no labels: no folder per class, no {LABELS_FILE}, no arr_1"
+        return Pictures(images, None, reason)
     if not class_names:
-        return Pictures(pictures.data, None, "the real images have no classes")
-    for label in pictures.labels:
+        return Pictures(images, None, "the real images have no classes")
+    for label in labels:
         if type(label) is not int or not 0 <= label < len(class_names):
             raise DataError(
                 f"{show(path)}: label {label!r}: classes are 0 to {len(class_names) - 1} (folders: "
                 f"{', '.join(class_names[:MAX_NAMED])}), there is no such class"
             )
-    return pictures
+    return Pictures(images, labels)
 
 
 def fitted_pictures(
@@ -139,20 +140,23 @@ def read_mask(path: str | Path, height: int, width: int) -> Tensor:
     return decode_image(path, ImageSpec(1, height, width, 0)) >= 128
 
 
-def _labelled_by_files(
-    dataset: ImageDataset, path: Path, class_names: tuple[str, ...], numbered: bool
-) -> Pictures:
-    """Labels by the names of the folders, or by `labels.json`; not checked yet."""
-    if dataset.class_names:
-        numbers = {name: int(name) for name in dataset.class_names if name.isdecimal()}
+def _labels_in_folder(
+    path: Path, images: ImageFileDataset, class_names: tuple[str, ...]
+) -> list[Any] | None:
+    """The class of each image by the name or number of its folder, or by `labels.json`.
+
+    Not checked: a folder that is no class stands for itself.
+    """
+    if images.class_names:
+        numbers = {name: int(name) for name in images.class_names if name.isdecimal()}
         numbers |= {name: number for number, name in enumerate(class_names)}
-        classes = [numbers.get(name, name) for name in dataset.class_names]
-        return Pictures(dataset, [classes[label] for label in dataset.labels.tolist()])
-    if not numbered:
-        return Pictures(dataset, None, f"{path} has no folder per class and no {LABELS_FILE}")
+        classes = [numbers.get(name, name) for name in images.class_names]
+        return [classes[label] for label in images.labels.tolist()]
+    if not (path / LABELS_FILE).is_file():
+        return None
     try:
         labels = json.loads((path / LABELS_FILE).read_text(encoding="utf-8"))
-        return Pictures(dataset, [labels[name] for name in dataset.names])
+        return [labels[name] for name in images.names]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f'{show(path / LABELS_FILE)}: must be {{"000000.png": 3, ...}} with every picture '
@@ -160,23 +164,22 @@ def _labelled_by_files(
         ) from error
 
 
-def _read_npz(path: Path) -> Pictures:
+def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             images = stored["arr_0"]
             labels = stored["arr_1"] if "arr_1" in stored.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {FIX}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise DataError(f"{path}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")
+        raise DataError(f"{show(path)}: cannot be read ({one_line(error)}); {FIX}") from error
+    allowed = images.ndim == 4 and images.shape[3] in (1, 3) and images.size
+    if images.dtype != np.uint8 or not allowed:
+        raise DataError(f"{show(path)}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")
     dataset = _in_memory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
-    if labels is None:
-        return Pictures(dataset, None, f"{path} has no labels (arr_1)")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(
-            f"{path}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
+            f"{show(path)}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
         )
-    return Pictures(dataset, labels.tolist())
+    return dataset, None if labels is None else labels.tolist()
 
 
 def _in_memory(images: Tensor) -> InMemoryDataset:
