@@ -74,27 +74,37 @@ def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDa
 
 
 def list_celeba(config: Config, split: str) -> Listing:
-    """The files of aligned CelebA, unlabelled.
+    """The files of aligned CelebA, sorted and unlabelled.
 
-    Needs `img_align_celeba/` and `list_eval_partition.txt` only.
+    Needs `img_align_celeba/` and `list_eval_partition.txt` only. The lines of the latter are such
+    as `000001.jpg 0`: 0 train, 1 valid, 2 test.
 
     Raises:
-        DataError: the files are missing and cannot be downloaded, or list no image of the split.
+        DataError: the files are missing and cannot be downloaded, or the list has a line of
+            another form, or no image of the split.
     """
     folder = Path(config.data_root) / "celeba"
     images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
     if not (images_dir.is_dir() and partition.is_file()):
         from torchvision.datasets import CelebA
 
-        files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)", partition.name]
-        files[-1] += (
-            "; or use the images alone with dataset='custom', "
-            f"data_root={show(images_dir)!r}, use_subdirs=False"
-        )
+        images_alone = f"dataset='custom', data_root={show(images_dir)!r}, use_subdirs=False"
+        files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)"]
+        files.append(f"{partition.name}; or use the images alone with {images_alone}")
         with _download("celeba", folder, files):
             CelebA(config.data_root, split="all", target_type=[], download=True)
-    names = read_celeba_partition(partition, split)
-    return Listing(images_dir, names, [0] * len(names), ())
+    names = []
+    for number, line in enumerate(partition.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, part = line.partition(" ")
+        if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
+            raise DataError(
+                f"{show(partition)}:{number}: {line!r}: must be a file name and 0, 1 or 2"
+            )
+        if part.strip() == CELEBA_PARTITION[split]:
+            names.append(name)
+    if not names:
+        raise DataError(f"{show(partition)}: lists no image of the {split} split")
+    return Listing(images_dir, sorted(names), [0] * len(names), ())
 
 
 def build_celeba(config: Config, split: str) -> ImageFileDataset:
@@ -109,24 +119,6 @@ def build_celeba(config: Config, split: str) -> ImageFileDataset:
     if config.on_bad_image == "skip":
         listing = replace_bad_images(listing, (height, width), channels)
     return ImageFileDataset(listing, height=height, width=width, channels=channels)
-
-
-def read_celeba_partition(path: Path, split: str) -> list[str]:
-    """File names of one split, sorted. Lines are `000001.jpg 0`: 0 train, 1 valid, 2 test.
-
-    Raises:
-        DataError: a line has another form, or the split is empty.
-    """
-    names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        name, _, part = line.partition(" ")
-        if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
-            raise DataError(f"{show(path)}:{number}: {line!r}: must be a file name and 0, 1 or 2")
-        if part.strip() == CELEBA_PARTITION[split]:
-            names.append(name)
-    if not names:
-        raise DataError(f"{show(path)}: lists no image of the {split} split")
-    return sorted(names)
 
 
 @contextlib.contextmanager
