@@ -198,10 +198,12 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
         )
     class_names = children_of(train).folders if config.use_subdirs else []
     if config.num_classes not in (None, len(class_names)):
-        shown = ", ".join(class_names[:5]) + (", ..." if class_names[5:] else "")
+        shown = show(", ".join(class_names[:5]) + (", ..." if class_names[5:] else ""))
+        classes = f"{len(class_names)} class folders ({shown})"
         raise DataError(
-            f"{show(root)}: num_classes={config.num_classes}, but there are {len(class_names)} "
-            f"class folders ({show(shown)}); set num_classes={len(class_names)} or leave it out"
+            f"{show(root)}: num_classes={config.num_classes}, but there are "
+            f"{classes if class_names else 'no labels without label_file'}; set "
+            f"num_classes={len(class_names)} or leave it out"
         )
     prefix = "" if folder == root else f"{folder.name}/"  # train/1.png is not test/1.png
     if not config.use_subdirs:
