@@ -297,7 +297,6 @@ def make_examples(
             rows=rows,
             horizontal_flip=datasets.default_flip(config),
             num_workers=config.num_workers,
-            resident=config.resident,
             start_step=start_step,
         )
         return training_examples(

@@ -196,7 +196,6 @@ def data(setting: Setting, folder: Path) -> Section:
         rows=slice(0, DATA_BATCH_SIZE),
         horizontal_flip=True,
         num_workers=0,
-        resident=True,
     )
     loader = DataLoader(PillowDataset(images), DATA_BATCH_SIZE, shuffle=True)
     theirs = endless(loader)

@@ -6,58 +6,65 @@ A new data set is one builder `(config, split) -> ImageDataset` and one line in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
+from datasets import builtin, folder
 from datasets.base import ImageDataset, ImageSpec
-from datasets.builtin import (
-    build_celeba,
-    build_cifar10,
-    build_cifar100,
-    build_digits,
-    build_fashionmnist,
-    build_mnist,
-)
-from datasets.folder import build_custom, has_test_folder
-from datasets.subset import ClassSubset
+from datasets.storage import ClassSubset, Listing
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import DataError
-
-__all__ = [
-    "DATASETS",
-    "SPLITS",
-    "DatasetEntry",
-    "ImageDataset",
-    "ImageSpec",
-    "build_dataset",
-    "check_config",
-    "default_flip",
-    "has_test_split",
-    "native_spec",
-]
 
 SPLITS = ("train", "test")
 
 
 class DatasetEntry(NamedTuple):
-    """How to build a data set, and what is known of it without reading any data."""
+    """How to build a data set, and what is known of it without reading any of its files.
+
+    Attributes:
+        build: the images of a split, "train" or "test".
+        native: their shape before `image_size` and `image_channels`; None if the files decide it.
+        flip: whether mirror images are as good as the originals.
+        in_files: the image files of a split, not opened yet; None if images are held in memory.
+        num_classes: K as the config tells it, None if the files do. Needed where `native` is None.
+        has_test_split: whether there are test images; None if there always are.
+        check: faults of the config keys that are for this data set alone.
+    """
 
     build: Callable[[Config, str], ImageDataset]
-    native: ImageSpec | None  # before image_size and image_channels; None: depends on the files
-    flip: bool  # whether mirror images are as good as the originals
+    native: ImageSpec | None
+    flip: bool
+    in_files: Callable[[Config, str], Listing] | None = None
+    num_classes: Callable[[Config], int | None] | None = None
+    has_test_split: Callable[[Config], bool] | None = None
+    check: Callable[[Config], Iterator[Problem]] | None = None
+
+
+def _torchvision(class_name: str, native: ImageSpec, *, flip: bool) -> DatasetEntry:
+    return DatasetEntry(partial(builtin.build_torchvision, class_name), native, flip)
 
 
 DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry(build_digits, ImageSpec(1, 8, 8, 10), False),
-    "mnist": DatasetEntry(build_mnist, ImageSpec(1, 28, 28, 10), False),
-    "fashionmnist": DatasetEntry(build_fashionmnist, ImageSpec(1, 28, 28, 10), True),
-    "cifar10": DatasetEntry(build_cifar10, ImageSpec(3, 32, 32, 10), True),
-    "cifar100": DatasetEntry(build_cifar100, ImageSpec(3, 32, 32, 100), True),
-    "celeba": DatasetEntry(build_celeba, ImageSpec(3, 64, 64, 0), True),
-    "synthetic": DatasetEntry(build_synthetic, ImageSpec(3, 32, 32, 6), False),
-    "custom": DatasetEntry(build_custom, None, True),
+    "digits": DatasetEntry(builtin.build_digits, ImageSpec(1, 8, 8, 10), flip=False),
+    "mnist": _torchvision("MNIST", ImageSpec(1, 28, 28, 10), flip=False),
+    "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=True),
+    "cifar10": _torchvision("CIFAR10", ImageSpec(3, 32, 32, 10), flip=True),
+    "cifar100": _torchvision("CIFAR100", ImageSpec(3, 32, 32, 100), flip=True),
+    "celeba": DatasetEntry(
+        builtin.build_celeba, ImageSpec(3, 64, 64, 0), flip=True, in_files=builtin.list_celeba
+    ),
+    "synthetic": DatasetEntry(build_synthetic, ImageSpec(3, 32, 32, 6), flip=False),
+    "custom": DatasetEntry(
+        folder.build_custom,
+        native=None,
+        flip=True,
+        in_files=folder.list_images,
+        num_classes=folder.number_of_classes,
+        has_test_split=folder.has_test_folder,
+        check=folder.check_custom,
+    ),
 }
-IN_FILES = ("celeba", "custom")  # the images are files, decoded when they are asked for
 ALIASES = {
     "fashion_mnist": "fashionmnist",
     "fashion": "fashionmnist",
@@ -82,42 +89,39 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
         raise DataError(_unknown(config.dataset))
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
-    entry = DATASETS[config.dataset]
-    dataset = entry.build(config, split)
-    if entry.native is not None and dataset.spec != native_spec(config):
+    dataset = DATASETS[config.dataset].build(config, split)
+    spec = native_spec(config)
+    if spec is not None and dataset.spec != spec:
         raise DataError(
             f"dataset={config.dataset!r}: its builder made images of {dataset.spec}, but the table "
-            f"and the config describe {native_spec(config)}"
+            f"and the config describe {spec}"
         )
     return dataset if config.classes is None else ClassSubset(dataset, config.classes)
 
 
 def has_test_split(config: Config) -> bool:
-    """Whether `build_dataset(config, "test")` can work; only `custom` may be without.
+    """Whether `build_dataset(config, "test")` can work.
 
     Raises:
-        DataError: `custom` whose folders cannot be read or have no clear meaning.
+        DataError: the folders of a `custom` data set cannot be read or have no clear meaning.
     """
-    return has_test_folder(config) if config.dataset == "custom" else True
+    has_split = DATASETS[config.dataset].has_test_split
+    return has_split is None or has_split(config)
 
 
 def native_spec(config: Config) -> ImageSpec | None:
     """The spec with `image_size` and `image_channels` applied, as far as no file need be read.
 
-    None for a `custom` set whose size or number of classes only its files tell, and for an unknown
-    name.
+    None if the size or number of classes can only be told from the files, and for an unknown name.
     """
     entry = DATASETS.get(config.dataset)
     if entry is None:
         return None
-    if entry.native is not None:
-        height, width = config.image_size or (entry.native.height, entry.native.width)
-        channels = config.image_channels or entry.native.channels
-        return ImageSpec(channels, height, width, entry.native.num_classes)
-    num_classes = config.num_classes if _custom_is_labelled(config) else 0
-    if config.image_size is None or num_classes is None:
+    channels, height, width, num_classes = entry.native or (3, None, None, _num_classes(config))
+    height, width = config.image_size or (height, width)
+    if height is None or num_classes is None:
         return None
-    return ImageSpec(config.image_channels or 3, *config.image_size, num_classes)
+    return ImageSpec(config.image_channels or channels, height, width, num_classes)
 
 
 def default_flip(config: Config) -> bool:
@@ -132,83 +136,44 @@ def check_config(config: Config) -> Iterator[Problem]:
     if config.dataset not in DATASETS:
         yield Problem(("dataset",), _unknown(config.dataset))
         return
-    yield from _check_classes(config)
-    if config.on_bad_image == "skip" and config.dataset not in IN_FILES:
+    entry, num_classes = DATASETS[config.dataset], _num_classes(config)
+    if config.on_bad_image == "skip" and entry.in_files is None:
+        of_files = ", ".join(name for name, other in DATASETS.items() if other.in_files)
         yield Problem(
             ("on_bad_image", "dataset"),
-            f"on_bad_image='skip' is for data sets of image files ({', '.join(IN_FILES)}), not "
+            f"on_bad_image='skip' is for data sets of image files ({of_files}), not "
             f"{config.dataset!r}",
         )
-    if config.dataset == "custom":
-        yield from _check_custom(config)
-        return
-    if config.label_file is not None:
+    if entry.check is not None:
+        yield from entry.check(config)
+    elif config.label_file is not None:
         yield Problem(
             ("label_file", "dataset"),
             f"label_file={config.label_file!r} is for dataset='custom', not {config.dataset!r}",
         )
-    num_classes = DATASETS[config.dataset].native.num_classes
+    has = "labels" if num_classes is None else f"{num_classes} classes"
+    if num_classes == 0:
+        has += " (class folders or a label_file of dataset='custom' give some)"
     if config.num_classes not in (None, num_classes):
         yield Problem(
             ("num_classes", "dataset"),
-            f"num_classes={config.num_classes}, but {config.dataset} has {num_classes} classes; "
-            "leave num_classes out",
+            f"num_classes={config.num_classes}, but {config.dataset} has {has}; leave it out",
         )
     if config.conditional and num_classes == 0:
         yield Problem(
             ("conditional", "dataset"),
-            f"conditional=True needs labels, which dataset={config.dataset!r} has not; "
-            "set conditional=False",
+            f"conditional=True needs labels, but {config.dataset} has {has}; set conditional=False",
         )
-
-
-def _check_classes(config: Config) -> Iterator[Problem]:
-    spec = native_spec(config)
-    if config.classes is None or spec is None:
-        return
-    if spec.num_classes == 0:
+    if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         yield Problem(
             ("classes", "dataset"),
-            f"classes={list(config.classes)}, but these images have no labels; leave classes out",
-        )
-    elif max(config.classes) >= spec.num_classes:
-        yield Problem(
-            ("classes", "dataset"),
-            f"classes={list(config.classes)}: the classes are 0..{spec.num_classes - 1}",
+            f"classes={list(config.classes)}: {config.dataset} has {has}, numbered from 0",
         )
 
 
-def _check_custom(config: Config) -> Iterator[Problem]:
-    if config.use_subdirs and config.label_file is not None:
-        yield Problem(
-            ("label_file", "use_subdirs"),
-            f"label_file={config.label_file!r} goes with use_subdirs=False; with use_subdirs=True "
-            "the folder names are the labels",
-        )
-    if _custom_is_labelled(config):
-        if config.num_classes == 0:
-            yield Problem(
-                ("num_classes", "use_subdirs", "label_file"),
-                "num_classes=0, but these images are labelled; leave num_classes out, or set "
-                "use_subdirs=False without label_file",
-            )
-        return
-    if config.conditional:
-        yield Problem(
-            ("conditional", "use_subdirs", "label_file"),
-            "conditional=True needs labels; a flat folder (use_subdirs=False) gets them from "
-            "label_file",
-        )
-    if config.num_classes:
-        yield Problem(
-            ("num_classes", "use_subdirs", "label_file"),
-            f"num_classes={config.num_classes}, but a flat folder without label_file has no "
-            "labels; set label_file or leave num_classes out",
-        )
-
-
-def _custom_is_labelled(config: Config) -> bool:
-    return config.use_subdirs or config.label_file is not None
+def _num_classes(config: Config) -> int | None:
+    entry = DATASETS[config.dataset]
+    return entry.native.num_classes if entry.native else entry.num_classes(config)
 
 
 def _unknown(name: str) -> str:

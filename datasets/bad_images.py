@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -37,66 +37,49 @@ def max_bad(num_images: int) -> int:
     return max(1, num_images // 100)
 
 
-def map_files(function: Callable[[int], T], num_files: int) -> Iterator[T]:
-    """`function(i)` of every index, in order, computed by threads."""
+def map_images(
+    function: Callable[[int], T], num_images: int, description: str
+) -> Iterator[T | DataError]:
+    """Yield `function(index)`, or the `DataError` it raised, of every image in order.
 
-    def some(start: int) -> list[T]:
-        return [function(i) for i in range(start, min(start + FILES_PER_TASK, num_files))]
+    Threads compute it. The main process shows a progress bar of that description on a terminal.
+    """
 
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for results in pool.map(some, range(0, num_files, FILES_PER_TASK)):
+    def compute(start: int) -> list[T | DataError]:
+        results = []
+        for index in range(start, min(start + FILES_PER_TASK, num_images)):
+            try:
+                results.append(function(index))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    hidden = not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty())
+    bar = tqdm(total=num_images, desc=description, leave=False, disable=hidden)
+    with ThreadPoolExecutor(THREADS) as pool, bar:
+        for results in pool.map(compute, range(0, num_images, FILES_PER_TASK)):
             yield from results
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def progress_bar(num_files: int, description: str) -> tqdm:
-    """A bar over files on the terminal of the main process."""
-    shown = log.isEnabledFor(logging.INFO) and sys.stderr.isatty()
-    return tqdm(total=num_files, desc=description, unit="image", leave=False, disable=not shown)
+            bar.update(len(results))
 
 
 def read_sizes(listing: Listing) -> list[tuple[int, int]]:
-    """(height, width) of every image, from the headers.
+    """(height, width) of every image, from the files' headers.
 
     Raises:
-        DataError: some are no images, broken or too large; all are named (at most ten).
+        DataError: some are no images, broken or too large; at most ten of them are named.
     """
-
-    def size_or_error(index: int) -> tuple[int, int] | DataError:
-        try:
-            return read_size(listing.path(index))
-        except DataError as error:
-            return error
-
-    results = list(map_files(size_or_error, len(listing.names)))
+    count = len(listing.names)
+    results = list(map_images(lambda index: read_size(listing.path(index)), count, "reading sizes"))
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
-        raise DataError(summary_of(listing, errors))
+        raise DataError(_summary(listing, errors))
     return results
-
-
-def summary_of(listing: Listing, errors: dict[int, DataError]) -> str:
-    """The first error in full, and the names of the other files, up to `MAX_NAMED` in all."""
-    first, *others = errors.items()
-    if not others:
-        return str(first[1])
-    return f"{first[1]} (bad too, {len(errors)} in all: {names_of(listing, dict(others), 1)})"
-
-
-def names_of(listing: Listing, indices: dict[int, DataError], num_named: int = 0) -> str:
-    shown = [show(listing.names[i]) for i in list(indices)[: MAX_NAMED - num_named]]
-    return ", ".join(shown) + (", ..." if len(indices) > len(shown) else "")
 
 
 def decoding_error(
     path: Path, image_size: tuple[int, int] | None, channels: int
 ) -> BadImageError | None:
-    """Why the image cannot be decoded as training would decode it; None if it can.
-
-    Args:
-        image_size: (height, width); None: its own.
+    """Why the image cannot be decoded to (height, width), or its own size; None if it can.
 
     Raises:
         DataError: the file cannot be read at all.
@@ -108,26 +91,6 @@ def decoding_error(
     return None
 
 
-def find_bad_images(
-    listing: Listing, image_size: tuple[int, int] | None, channels: int
-) -> dict[int, BadImageError]:
-    """Index -> `decoding_error` of every image that has one.
-
-    Raises:
-        DataError: a file cannot be read at all.
-    """
-    bad = {}
-    with progress_bar(len(listing.names), "looking for broken images") as bar:
-        errors = map_files(
-            lambda i: decoding_error(listing.path(i), image_size, channels), len(listing.names)
-        )
-        for index, error in enumerate(errors):
-            if error is not None:
-                bad[index] = error
-            bar.update()
-    return bad
-
-
 def replace_bad_images(
     listing: Listing, image_size: tuple[int, int] | None, channels: int
 ) -> Listing:
@@ -137,44 +100,37 @@ def replace_bad_images(
     the order of training. One warning names what was replaced.
 
     Raises:
-        DataError: more than `max_bad` are bad, or all images of a class.
+        DataError: more than `max_bad` are bad, or all images of a class, or a file cannot be read.
     """
-    log.info("on_bad_image=skip: decoding %d images once", len(listing.names))
-    bad = find_bad_images(listing, image_size, channels)
+    count = len(listing.names)
+    log.info("on_bad_image=skip: decoding %d images once", count)
+    results = map_images(
+        lambda index: decoding_error(listing.path(index), image_size, channels),
+        count,
+        "looking for broken images",
+    )
+    bad = {index: error for index, error in enumerate(results) if error is not None}
+    for error in bad.values():
+        if not isinstance(error, BadImageError):
+            raise error
     if not bad:
         return listing
-    check_bad_images(listing, bad)
-    source = next_good([i in bad for i in range(len(listing.names))])
-    log.warning(
-        "on_bad_image=skip: %d of %d images in %s cannot be decoded, the next good one takes the "
-        "place of each: %s",
-        len(bad),
-        len(listing.names),
-        show(listing.root),
-        names_of(listing, bad),
-    )
-    return listing._replace(
-        names=[listing.names[i] for i in source], labels=[listing.labels[i] for i in source]
-    )
-
-
-def check_bad_images(listing: Listing, bad: dict[int, BadImageError]) -> None:
-    """
-    Raises:
-        DataError: see `replace_bad_images`.
-    """
-    count, limit = len(listing.names), max_bad(len(listing.names))
-    if len(bad) > limit or len(bad) == count:
+    fault = f"{show(listing.root)}: {len(bad)} of {count} images cannot be decoded"
+    limit = min(max_bad(count), count - 1)
+    if len(bad) > limit:
         raise DataError(
-            f"{show(listing.root)}: {len(bad)} of {count} images cannot be decoded, "
-            f"on_bad_image='skip' replaces {min(limit, count - 1)} at most (1 %): "
-            f"{summary_of(listing, bad)}"
+            f"{fault}, on_bad_image='skip' replaces {limit} at most (1 %): {_summary(listing, bad)}"
         )
-    good_labels = {label for i, label in enumerate(listing.labels) if i not in bad}
+    good_labels = {label for index, label in enumerate(listing.labels) if index not in bad}
     for index, error in bad.items():
         if listing.labels[index] not in good_labels:
             name = listing.class_names[listing.labels[index]]
             raise DataError(f"class {show(name)} has no image that can be decoded: {error}")
+    names = _names(listing, bad)
+    log.warning(
+        "on_bad_image=skip: %s, the next good one takes the place of each: %s", fault, names
+    )
+    return listing.take(next_good([index in bad for index in range(count)]))
 
 
 def next_good(is_bad: Sequence[bool]) -> list[int]:
@@ -182,3 +138,16 @@ def next_good(is_bad: Sequence[bool]) -> list[int]:
     good = np.flatnonzero(~np.asarray(is_bad))
     place = np.searchsorted(good, np.arange(len(is_bad)))
     return good[place % len(good)].tolist()
+
+
+def _summary(listing: Listing, errors: dict[int, DataError]) -> str:
+    """The first error in full and, if there are several, the names of the files."""
+    first = str(next(iter(errors.values())))
+    return (
+        first if len(errors) == 1 else f"{first} ({len(errors)} are bad: {_names(listing, errors)})"
+    )
+
+
+def _names(listing: Listing, indices: Iterable[int]) -> str:
+    names = [show(listing.names[index]) for index in indices]
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")

@@ -7,10 +7,8 @@ not guarded against other processes: under torchrun rank 0 builds first and the 
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,8 @@ from datasets.bad_images import replace_bad_images
 from datasets.decoding import fit_arrays, show
 from datasets.storage import ImageFileDataset, InMemoryDataset, Listing
 from utils.config import Config
-from utils.errors import DataError
+from utils.errors import DataError, one_line
+from utils.files import socket_timeout
 
 DIGIT_NAMES = tuple("0123456789")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; a blocked network may never answer
@@ -42,80 +41,30 @@ def build_digits(config: Config, split: str) -> InMemoryDataset:
     return _in_memory(config, images[chosen], labels[chosen], DIGIT_NAMES)
 
 
-def build_mnist(config: Config, split: str) -> InMemoryDataset:
-    from torchvision.datasets import MNIST
-
-    return _build_mnist(config, split, MNIST, DIGIT_NAMES)
-
-
-def build_fashionmnist(config: Config, split: str) -> InMemoryDataset:
-    from torchvision.datasets import FashionMNIST
-
-    return _build_mnist(config, split, FashionMNIST, FashionMNIST.classes)
-
-
-def build_cifar10(config: Config, split: str) -> InMemoryDataset:
-    from torchvision.datasets import CIFAR10
-
-    return _build_cifar(config, split, CIFAR10)
-
-
-def build_cifar100(config: Config, split: str) -> InMemoryDataset:
-    from torchvision.datasets import CIFAR100
-
-    return _build_cifar(config, split, CIFAR100)
-
-
-def build_celeba(config: Config, split: str) -> ImageFileDataset:
-    """Aligned CelebA, unlabelled; the centred 178x178 of 178x218 (for square `image_size`).
-
-    Needs `img_align_celeba/` and `list_eval_partition.txt` only; files are decoded when asked for.
-    """
-    folder = Path(config.data_root) / "celeba"
-    images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
-    if not (images_dir.is_dir() and partition.is_file()):
-        from torchvision.datasets import CelebA
-
-        files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)", partition.name]
-        with _download(
-            "celeba", folder, files, "; or use the images alone with dataset='custom', "
-            f"data_root={show(images_dir)!r}, use_subdirs=False"
-        ):  # fmt: skip
-            CelebA(config.data_root, split="all", target_type=[], download=True)
-    names = read_celeba_partition(partition, split)
-    listing = Listing(images_dir, names, [0] * len(names), ())
-    height, width = config.image_size or CELEBA_SIZE
-    channels = config.image_channels or 3
-    if config.on_bad_image == "skip":
-        listing = replace_bad_images(listing, (height, width), channels)
-    return ImageFileDataset(listing, height=height, width=width, channels=channels)
-
-
-def read_celeba_partition(path: Path, split: str) -> list[str]:
-    """File names of one split, sorted. Lines are `000001.jpg 0`: 0 train, 1 valid, 2 test.
+def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDataset:
+    """MNIST, FashionMNIST, CIFAR10 or CIFAR100, by its class in torchvision.
 
     Raises:
-        DataError: a line has another form, or the split is empty.
+        DataError: the files are missing or damaged, and cannot be downloaded.
     """
-    names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        name, _, part = line.partition(" ")
-        if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
-            raise DataError(f"{show(path)}:{number}: {line!r}: must be a file name and 0, 1 or 2")
-        if part.strip() == CELEBA_PARTITION[split]:
-            names.append(name)
-    if not names:
-        raise DataError(f"{show(path)}: lists no image of the {split} split")
-    return sorted(names)
+    import torchvision.datasets
 
-
-def _build_mnist(
-    config: Config, split: str, dataset_class: type, class_names: Sequence[str]
-) -> InMemoryDataset:
-    folder = Path(config.data_root) / dataset_class.__name__ / "raw"
-    files = [name.removesuffix(".gz") for name, _ in dataset_class.resources]
-    source = _load_torchvision(config, split, dataset_class, folder, files)
-    images, labels = source.data.numpy(), source.targets.numpy()
+    dataset_class = getattr(torchvision.datasets, class_name)
+    if hasattr(dataset_class, "resources"):  # of the kind of MNIST
+        folder = Path(config.data_root) / class_name / "raw"
+        files = [name.removesuffix(".gz") for name, _ in dataset_class.resources]
+    else:
+        folder = Path(config.data_root) / dataset_class.base_folder
+        files = [name for name, _ in (*dataset_class.train_list, *dataset_class.test_list)]
+        files.append(f"{dataset_class.meta['filename']} (all unpacked from {dataset_class.url})")
+    train = split == "train"
+    try:
+        source = dataset_class(config.data_root, train=train, download=False)
+    except Exception:  # missing files are a RuntimeError, damaged ones may be anything
+        with _download(config.dataset, folder, files):
+            source = dataset_class(config.data_root, train=train, download=True)
+    images, labels = np.asarray(source.data), np.asarray(source.targets)
+    class_names = [name.partition(" - ")[0] for name in source.classes]  # MNIST has "7 - seven"
     if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
         raise DataError(
             f"{show(folder)}: {len(images)} images with {len(labels)} labels up to "
@@ -124,35 +73,56 @@ def _build_mnist(
     return _in_memory(config, images, labels, class_names)
 
 
-def _build_cifar(config: Config, split: str, dataset_class: type) -> InMemoryDataset:
-    files = [name for name, _ in (*dataset_class.train_list, *dataset_class.test_list)]
-    files.append(dataset_class.meta["filename"])
-    folder = Path(config.data_root) / dataset_class.base_folder
-    files[-1] += f" (all unpacked from {dataset_class.url})"
-    source = _load_torchvision(config, split, dataset_class, folder, files)
-    return _in_memory(config, source.data, np.array(source.targets), source.classes)
+def list_celeba(config: Config, split: str) -> Listing:
+    """The files of aligned CelebA, sorted and unlabelled.
+
+    Needs `img_align_celeba/` and `list_eval_partition.txt` only. The lines of the latter are such
+    as `000001.jpg 0`: 0 train, 1 valid, 2 test.
+
+    Raises:
+        DataError: the files are missing and cannot be downloaded, or the list has a line of
+            another form, or no image of the split.
+    """
+    folder = Path(config.data_root) / "celeba"
+    images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
+    if not (images_dir.is_dir() and partition.is_file()):
+        from torchvision.datasets import CelebA
+
+        images_alone = f"dataset='custom', data_root={show(images_dir)!r}, use_subdirs=False"
+        files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)"]
+        files.append(f"{partition.name}; or use the images alone with {images_alone}")
+        with _download("celeba", folder, files):
+            CelebA(config.data_root, split="all", target_type=[], download=True)
+    names = []
+    for number, line in enumerate(partition.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, part = line.partition(" ")
+        if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
+            raise DataError(
+                f"{show(partition)}:{number}: {line!r}: must be a file name and 0, 1 or 2"
+            )
+        if part.strip() == CELEBA_PARTITION[split]:
+            names.append(name)
+    if not names:
+        raise DataError(f"{show(partition)}: lists no image of the {split} split")
+    return Listing(images_dir, sorted(names), [0] * len(names), ())
 
 
-def _load_torchvision(
-    config: Config,
-    split: str,
-    dataset_class: Callable[..., Any],
-    folder: Path,
-    files: Sequence[str],
-) -> Any:
-    """The torchvision data set from the files that are there, else after downloading them."""
-    train = split == "train"
-    try:
-        return dataset_class(config.data_root, train=train, download=False)
-    except Exception:  # missing files are a RuntimeError, damaged ones may be anything
-        with _download(config.dataset, folder, files):
-            return dataset_class(config.data_root, train=train, download=True)
+def build_celeba(config: Config, split: str) -> ImageFileDataset:
+    """Aligned CelebA; of 178x218 pixels the centred 178x178, where `image_size` is square.
+
+    Raises:
+        DataError: see `list_celeba` and `replace_bad_images`.
+    """
+    listing = list_celeba(config, split)
+    height, width = config.image_size or CELEBA_SIZE
+    channels = config.image_channels or 3
+    if config.on_bad_image == "skip":
+        listing = replace_bad_images(listing, (height, width), channels)
+    return ImageFileDataset(listing, height=height, width=width, channels=channels)
 
 
 @contextlib.contextmanager
-def _download(
-    dataset: str, folder: Path, files: Sequence[str], fallback: str = ""
-) -> Iterator[None]:
+def _download(dataset: str, folder: Path, files: Sequence[str]) -> Iterator[None]:
     """Turn any failure inside into one line that says where to put which files.
 
     Folders that the failed download made, and left empty, are removed.
@@ -161,25 +131,18 @@ def _download(
         DataError: the block raised.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        yield
+        with socket_timeout(DOWNLOAD_TIMEOUT):
+            yield
     except Exception as error:  # network, disk, archive and missing-package errors alike
         for path in made:
             with contextlib.suppress(OSError):  # not made after all, or not empty
                 path.rmdir()
         raise DataError(
             f"dataset={dataset!r}: files in {show(folder)} are missing or damaged, and downloading "
-            f"them failed ({_reason(error)}); put there: {', '.join(files)}{fallback}"
+            f"them failed ({type(error).__name__}: {one_line(error)}); put there: "
+            f"{', '.join(files)}"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _in_memory(

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from datasets.base import ImageSpec
-from utils.errors import DataError
+from utils.errors import DataError, one_line
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
-EXIF_ORIENTATION = 0x0112
-EXIF_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-MODES = {"1": "grey", "L": "grey", "I": "grey", "P": "palette"}  # of Pillow; others as they are
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -48,6 +40,7 @@ def show(path: Path | str) -> str:
 
 
 def has_image_suffix(name: str) -> bool:
+    """Whether a file of this name is taken for an image. What it holds is seen on reading it."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
@@ -55,125 +48,89 @@ def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises:
-        DataError: see `open_image`.
+        BadImageError: it is not a PNG, JPEG, WebP or BMP image, or too large.
+        DataError: the file cannot be read.
     """
-    with open_image(path) as image:
-        return upright_size(image)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after turning by EXIF, of an image that need not be decoded yet."""
-    # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
-    in_header = image.format != "PNG" or "exif" in image.info
-    turned = in_header and _orientation(image) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
+    with _opened(path) as image:
+        # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
+        in_header = image.format != "PNG" or "exif" in image.info
+        turned = in_header and _orientation(image) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decode_image(path: Path, spec: ImageSpec) -> Tensor:
-    """uint8 (C, H, W) of the shape `spec` asks for; see `fit_image`. Animations give frame 0.
+    """The image as uint8 (C, H, W) of the shape in `spec`; see `fit_image`.
+
+    Of an animation, this is the first frame.
 
     Raises:
         BadImageError: the file is broken, truncated, of another format or too large.
         DataError: the file cannot be read.
     """
-    with open_image(path) as image:
-        return torch.from_numpy(load_fitted(image, path, *spec.shape))
-
-
-def load_fitted(
-    image: Image.Image, path: Path, channels: int, height: int, width: int
-) -> np.ndarray:
-    """`fit_image` of an image just opened from `path`.
-
-    Raises:
-        BadImageError, DataError: see `decode_image`.
-    """
-    try:
+    with _opened(path) as image:
         image.load()
-        return fit_image(image, height, width, channels)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
-        raise _as_data_error(path, error) from error
+        return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image with its header read and its pixels not; to be closed, or used in `with`.
-
-    Raises:
-        BadImageError: not a PNG, JPEG, WebP or BMP image, or too large.
-        DataError: the file cannot be read.
-    """
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image with its header read and its pixels not. What the body raises is explained too."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
             raise DataError(f"{show(path)}: not a regular file; remove it")
         if status.st_size > MAX_FILE_BYTES:
-            raise BadImageError(_too_large(path, f"{status.st_size} bytes"))
-        image = Image.open(path, formats=IMAGE_FORMATS)
+            raise _too_large(path, f"{status.st_size} bytes")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(path, f"{image.width} x {image.height}")
+            yield image
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImageError(_too_large(path, _one_line(error))) from error
+        raise _too_large(path, one_line(error)) from error
     except UnidentifiedImageError as error:
         raise BadImageError(
             f"{show(path)}: not a readable PNG, JPEG, WebP or BMP image "
             f"({status.st_size} bytes); replace or remove it"
         ) from error
-    except Exception as error:
-        raise _as_data_error(path, error) from error
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise BadImageError(_too_large(path, f"{image.width} x {image.height}"))
-    return image
+    except MemoryError as error:
+        raise DataError(f"{show(path)}: not enough memory to decode it") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no errno
+            reason = error.strerror or one_line(error)
+            raise DataError(f"{show(path)}: cannot be read: {reason}") from error
+        raise BadImageError(
+            f"{show(path)}: broken image ({one_line(error)}); replace or remove it"
+        ) from error
 
 
-def _as_data_error(path: Path, error: Exception) -> DataError:
-    """What went wrong with the machine (Pillow's own OSErrors have no errno), or with the image."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return DataError(f"{show(path)}: cannot be read: {error.strerror or _one_line(error)}")
-    if isinstance(error, MemoryError):
-        return DataError(f"{show(path)}: not enough memory to decode it")
-    return BadImageError(f"{show(path)}: broken image ({_one_line(error)}); replace or remove it")
-
-
-def describe_mode(image: Image.Image) -> str:
-    """Such as `RGB + alpha` or `grey, 16 bit`, of an image that is not decoded yet."""
-    base = image.mode.partition(";")[0].removesuffix("A")
-    mode = MODES.get(base, base)
-    if image.mode.endswith("A") or "transparency" in image.info:
-        mode += " + alpha"
-    if base == "I" or any(str(tile[3]).endswith(";16B") for tile in image.tile):
-        mode += ", 16 bit"
-    return mode + (", several frames" if getattr(image, "is_animated", False) else "")
-
-
-def _too_large(path: Path, found: str) -> str:
-    return (
-        f"{show(path)}: image too large ({found}); at most {MAX_PIXELS // 10**6} million pixels "
+def _too_large(path: Path, size: str) -> BadImageError:
+    return BadImageError(
+        f"{show(path)}: image too large ({size}); at most {MAX_PIXELS // 10**6} million pixels "
         f"and {MAX_FILE_BYTES // 2**20} MiB are allowed; shrink or remove it"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; an unreadable EXIF block means upright, as viewers have it."""
     try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        value = image.getexif().get(ExifTag.Orientation, 1)
     except Exception:
         return 1
+    return value if value in range(1, 9) else 1
 
 
 def fit_image(image: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
     """A decoded image of any mode and size -> uint8 (channels, height, width).
 
-    Upright by EXIF; transparency over white; 16-bit to its upper 8 bits; RGB to grey by ITU-R 601
-    luminance; the largest centred part of the right aspect ratio, resized by antialiased bicubic.
+    It is turned upright by its EXIF data. Transparency is laid over white, 16-bit levels keep
+    their upper 8 bits, RGB becomes grey by ITU-R 601 luminance. The largest centred part of the
+    right aspect ratio is resized by antialiased bicubic interpolation.
     """
-    orientation = _orientation(image)
-    if orientation in EXIF_TRANSPOSE:
-        image = image.transpose(EXIF_TRANSPOSE[orientation])
+    if _orientation(image) != 1:
+        image.info.pop("exif", None)  # Pillow would write it anew, and fail if it is damaged
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
         if "transparency" in image.info:
@@ -186,18 +143,9 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> np.
     if image.mode != mode:
         image = image.convert("RGB").convert(mode)
     if image.size != (width, height):
-        box = centre_box(image.height, image.width, height / width)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = np.array(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def centre_box(height: int, width: int, aspect: float) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest centred box whose height / width is `aspect`."""
-    box_width = min(width, height / aspect)
-    box_height = min(height, width * aspect)
-    left, top = (width - box_width) / 2, (height - box_height) / 2
-    return left, top, left + box_width, top + box_height
 
 
 def fit_arrays(images: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> Tensor:

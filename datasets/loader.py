@@ -43,7 +43,6 @@ def batches(
     rows: slice | range,
     horizontal_flip: bool,
     num_workers: int,
-    resident: bool | None,
     start_step: int = 0,
 ) -> Iterator[Batch]:
     """Endless batches; what step k yields depends on (seed, k) and the data, and on nothing else.
@@ -53,16 +52,15 @@ def batches(
     and no image is left out. Whether row j is mirrored is drawn for the whole global batch.
 
     Args:
+        dataset: made resident before, see `make_resident`, where its images are to be in memory.
         batch_size: global, over all ranks; may exceed N.
         rows: this rank's rows of the global batch, such as `runtime.share(batch_size)`.
         num_workers: processes that decode images which are not in memory.
-        resident: hold all images on the device; None: if they take at most `RESIDENT_LIMIT`.
         start_step: step of the first batch.
 
     Raises:
-        DataError: an image cannot be read; resident images are all read before this returns.
+        DataError: while the batches are drawn, an image cannot be read.
     """
-    source = make_resident(dataset, device, resident=resident, num_workers=num_workers)
     rows = slice(rows.start, rows.stop, rows.step)
     indices = (
         index[rows]
@@ -70,7 +68,7 @@ def batches(
             len(dataset), batch_size=batch_size, seed=seed, start_step=start_step
         )
     )
-    loaded = _load(source, indices, num_workers, pin_memory=device.type == "cuda")
+    loaded = _load(dataset, indices, num_workers, pin_memory=device.type == "cuda")
 
     def generate() -> Iterator[Batch]:
         for step, (images, labels) in enumerate(loaded, start=start_step):
@@ -91,7 +89,7 @@ def make_resident(
     resident: bool | None = None,
     num_workers: int = 0,
 ) -> ImageDataset:
-    """The data set with all its images decoded, as uint8 on `device`; a no-op on the result.
+    """The data set with all its images decoded, as uint8 on `device`.
 
     Args:
         resident: True always, False never, None if the images take at most `RESIDENT_LIMIT`.
@@ -101,7 +99,9 @@ def make_resident(
         DataError: an image cannot be read.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    if not stays_resident(math.prod(shape), resident):
+    if resident is None:
+        resident = math.prod(shape) <= RESIDENT_LIMIT
+    if not resident:
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
@@ -117,11 +117,6 @@ def make_resident(
     return InMemoryDataset(
         images, dataset.labels, dataset.class_names, fingerprint=dataset.fingerprint
     )
-
-
-def stays_resident(num_bytes: int, resident: bool | None) -> bool:
-    """Whether images of so many bytes as uint8 are held on the device, see `make_resident`."""
-    return num_bytes <= RESIDENT_LIMIT if resident is None else resident
 
 
 def image_batches(

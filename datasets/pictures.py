@@ -13,20 +13,23 @@ from torch import Tensor
 
 from datasets.base import ImageDataset, ImageSpec
 from datasets.decoding import decode_image, fit_arrays, read_size, show
-from datasets.folder import build_custom
-from datasets.storage import InMemoryDataset
+from datasets.folder import build_custom, children_of
+from datasets.storage import ImageFileDataset, InMemoryDataset
 from utils.config import Config
-from utils.errors import DataError
+from utils.errors import DataError, one_line
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images or an .npz with arr_0, uint8 (N, H, W, C)"
+MAX_NAMED = 20  # classes named in one message
 
 
 class Pictures(NamedTuple):
-    """Attributes:
-    data: the images; of `data.labels` nothing is meant.
-    labels: the class of each picture, in the numbering of the data set they imitate, or None.
-    unlabelled: why there are no labels.
+    """Pictures that exist already.
+
+    Attributes:
+        data: the images. Its own labels mean nothing.
+        labels: the class of each picture, in the numbering of the data set they imitate, or None.
+        unlabelled: why there are no labels.
     """
 
     data: ImageDataset
@@ -38,17 +41,17 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
     """Config keys that make the images in the folder `path` a data set.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or it cannot be read.
     """
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{path}: no such folder; {FIX}")
-    has_folders = any(entry.is_dir() for entry in root.iterdir() if entry.name[0] != ".")
-    labelled = not has_folders and (root / LABELS_FILE).is_file()
+        raise DataError(f"{show(path)}: no such folder; {FIX}")
+    use_subdirs = bool(children_of(root).folders)
+    labelled = not use_subdirs and (root / LABELS_FILE).is_file()
     return {
         "dataset": "custom",
         "data_root": str(root),
-        "use_subdirs": has_folders,
+        "use_subdirs": use_subdirs,
         "label_file": LABELS_FILE if labelled else None,
         "num_classes": None,
     }
@@ -76,19 +79,24 @@ def read_pictures(
     """
     path = Path(path)
     if path.suffix == ".npz":
-        return _read_npz(path, class_names)
-    settings = folder_settings(path)
-    numbered = settings.pop("label_file") is not None
-    config = Config(**settings, image_size=image_size, image_channels=image_channels)
-    data = build_custom(config, "train")
-    if config.use_subdirs:
-        numbers = [_class_of(name, path / name, class_names) for name in data.class_names]
-        labels = [numbers[label] for label in data.labels.tolist()]
-    elif numbered:
-        labels = _numbers(path / LABELS_FILE, data.names, len(class_names))
+        images, labels = _read_npz(path)
     else:
-        return Pictures(data, None, f"{path} has no folder per class and no {LABELS_FILE}")
-    return _labelled(data, labels, class_names)
+        settings = folder_settings(path) | {"label_file": None}
+        config = Config(**settings, image_size=image_size, image_channels=image_channels)
+        images = build_custom(config, "train")
+        labels = _labels_in_folder(path, images, class_names)
+    if labels is None:
+        reason = f"{path} has no labels: no folder per class, no {LABELS_FILE}, no arr_1"
+        return Pictures(images, None, reason)
+    if not class_names:
+        return Pictures(images, None, "the real images have no classes")
+    for label in labels:
+        if type(label) is not int or not 0 <= label < len(class_names):
+            raise DataError(
+                f"{show(path)}: label {label!r}: classes are 0 to {len(class_names) - 1} (folders: "
+                f"{', '.join(class_names[:MAX_NAMED])}), there is no such class"
+            )
+    return Pictures(images, labels)
 
 
 def fitted_pictures(
@@ -101,19 +109,17 @@ def fitted_pictures(
     Raises:
         DataError: see `read_pictures`.
     """
-    path = Path(path)
+    path, size = Path(path), (spec.height, spec.width)
     if path.is_dir():
-        size = (spec.height, spec.width)
         return read_pictures(path, class_names, image_size=size, image_channels=spec.channels)
     if path.suffix != ".npz":
         if not path.is_file():
             raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
         return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
-    found = read_pictures(path, class_names)
-    images = torch.stack([found.data[i][0] for i in range(len(found.data))])
+    pictures = read_pictures(path, class_names)
+    images = torch.stack([pictures.data[i][0] for i in range(len(pictures.data))])
     arrays = images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
-    fitted = fit_arrays(arrays.numpy(), (spec.height, spec.width), spec.channels)
-    return found._replace(data=_in_memory(fitted))
+    return pictures._replace(data=_in_memory(fit_arrays(arrays.numpy(), size, spec.channels)))
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:
@@ -125,76 +131,56 @@ def read_mask(path: str | Path, height: int, width: int) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file; give a black and white image")
-    found = read_size(path)
-    if found != (height, width):
+    size = read_size(path)
+    if size != (height, width):
         raise DataError(
-            f"{show(path)}: the mask is {found[1]}x{found[0]} pixels, but the model draws "
+            f"{show(path)}: the mask is {size[1]}x{size[0]} pixels, but the model draws "
             f"{width}x{height}; give it that size"
         )
     return decode_image(path, ImageSpec(1, height, width, 0)) >= 128
 
 
-def _in_memory(images: Tensor) -> InMemoryDataset:
-    return InMemoryDataset(images, torch.zeros(len(images)), ())
+def _labels_in_folder(
+    path: Path, images: ImageFileDataset, class_names: tuple[str, ...]
+) -> list[Any] | None:
+    """The class of each image by the name or number of its folder, or by `labels.json`.
 
-
-def _labelled(data: ImageDataset, labels: list[int], class_names: tuple[str, ...]) -> Pictures:
-    if not class_names:
-        return Pictures(data, None, "the real images have no classes")
-    return Pictures(data, labels)
-
-
-def _class_of(name: str, path: Path, class_names: tuple[str, ...]) -> int:
-    if not class_names:
-        return 0
-    if name in class_names:
-        return class_names.index(name)
-    if name.isdecimal() and int(name) < len(class_names):
-        return int(name)
-    raise DataError(
-        f"{path}: no such class; name the folder as one of {', '.join(class_names[:20])}, or by "
-        f"its number, 0 to {len(class_names) - 1}"
-    )
-
-
-def _numbers(path: Path, names: list[str], num_classes: int) -> list[int]:
+    Not checked: a folder that is no class stands for itself.
+    """
+    if images.class_names:
+        numbers = {name: int(name) for name in images.class_names if name.isdecimal()}
+        numbers |= {name: number for number, name in enumerate(class_names)}
+        classes = [numbers.get(name, name) for name in images.class_names]
+        return [classes[label] for label in images.labels.tolist()]
+    if not (path / LABELS_FILE).is_file():
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        labels = [found[name] for name in names]
+        labels = json.loads((path / LABELS_FILE).read_text(encoding="utf-8"))
+        return [labels[name] for name in images.names]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
-            f'{path}: must be {{"000000.png": 3, ...}} with every picture ({error!r})'
+            f'{show(path / LABELS_FILE)}: must be {{"000000.png": 3, ...}} with every picture '
+            f"({error!r})"
         ) from error
-    return _checked(labels, path, num_classes)
 
 
-def _checked(labels: list[object], path: Path, num_classes: int) -> list[int]:
-    wrong = [x for x in labels if type(x) is not int or not 0 <= x < max(1, num_classes)]
-    if wrong and num_classes:
-        raise DataError(f"{path}: label {wrong[0]!r}: classes are 0 to {num_classes - 1}")
-    return labels
-
-
-def _read_npz(path: Path, class_names: tuple[str, ...]) -> Pictures:
+def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             images = stored["arr_0"]
             labels = stored["arr_1"] if "arr_1" in stored.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {FIX}") from error
-    if (
-        images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-        or not images.size
-    ):
-        raise DataError(f"{path}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    data = _in_memory(pixels)
-    if labels is None:
-        return Pictures(data, None, f"{path} has no labels (arr_1)")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise DataError(f"{show(path)}: cannot be read ({one_line(error)}); {FIX}") from error
+    allowed = images.ndim == 4 and images.shape[3] in (1, 3) and images.size
+    if images.dtype != np.uint8 or not allowed:
+        raise DataError(f"{show(path)}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")
+    dataset = _in_memory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(
-            f"{path}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
+            f"{show(path)}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
         )
-    return _labelled(data, _checked(labels.tolist(), path, len(class_names)), class_names)
+    return dataset, None if labels is None else labels.tolist()
+
+
+def _in_memory(images: Tensor) -> InMemoryDataset:
+    return InMemoryDataset(images, torch.zeros(len(images)), ())

@@ -44,6 +44,7 @@ class RealImages:
         return self.spec.num_classes
 
     def share(self, runtime: Runtime) -> Sequence[int]:
+        """This process's part of `indices`."""
         part = runtime.share(len(self.indices))
         return self.indices[part.start : part.stop]
 
@@ -53,17 +54,11 @@ class RealImages:
 
 
 class RealSets(NamedTuple):
-    """The real images by their part in an evaluation; `reference` may be one of the others.
+    """The real images by their part in an evaluation; `reference` may be one of the others."""
 
-    Attributes:
-        reference: to compare with.
-        train: what the model was trained on: copies are looked for here, classifiers are trained.
-        test: what neither has seen, if there is any.
-    """
-
-    reference: RealImages
-    train: RealImages
-    test: RealImages | None = None
+    reference: RealImages  # to compare with
+    train: RealImages  # seen in training: copies are looked for here, classifiers are trained
+    test: RealImages | None = None  # not seen by either, if there are any
 
 
 def chosen_images(num_images: int, limit: int | None) -> Sequence[int]:
@@ -90,30 +85,28 @@ def real_sets(
     Raises:
         DataError: there are no train images, or none of `split`.
     """
-    limits = {"train": None, "test": None, split: limit}
 
-    def images_of(split: str) -> RealImages:
+    def images_of(name: str) -> RealImages:
         with runtime.main_first():  # it may download
-            data = build_dataset(config, split)
+            dataset = build_dataset(config, name)
         return RealImages(
-            labels=data.labels.cpu(),
-            indices=chosen_images(len(data), limits[split]),
+            labels=dataset.labels.cpu(),
+            indices=chosen_images(len(dataset), limit if name == split else None),
             fetch=lambda indices: image_batches(
-                data, indices, batch_size, num_workers=config.num_workers
+                dataset, indices, batch_size, num_workers=config.num_workers
             ),
-            spec=data.spec,
-            fingerprint=data.fingerprint,
-            split=split,
-            class_names=tuple(data.class_names),
+            spec=dataset.spec,
+            fingerprint=dataset.fingerprint,
+            split=name,
+            class_names=tuple(dataset.class_names),
         )
 
-    train = images_of("train")
-    if split == "test":
-        test = images_of("test")
-        return RealSets(test, train, test)
+    train, test = images_of("train"), None
     try:
-        test = images_of("test") if has_test_split(config) else None
+        if split == "test" or has_test_split(config):
+            test = images_of("test")
     except DataError as error:
+        if split == "test":
+            raise
         log.warning("the test split cannot be used: %s", error)
-        test = None
-    return RealSets(train, train, test)
+    return RealSets(test if split == "test" else train, train, test)

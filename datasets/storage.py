@@ -1,17 +1,17 @@
-"""The two ways to hold a data set: images in memory, and files decoded when they are asked for."""
+"""The ways to hold a data set: in memory, as files decoded when asked for, or a part of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from datasets.base import ImageSpec
+from datasets.base import ImageDataset, ImageSpec
 from datasets.decoding import decode_image, show
 from utils.errors import DataError
 
@@ -65,9 +65,9 @@ class Listing(NamedTuple):
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
 
-    def of_classes(self, classes: Collection[int]) -> Listing:
-        kept = [i for i, label in enumerate(self.labels) if label in classes]
-        names, labels = ([column[i] for i in kept] for column in (self.names, self.labels))
+    def take(self, indices: Sequence[int]) -> Listing:
+        """The listing of the images at `indices`, in that order."""
+        names, labels = ([column[i] for i in indices] for column in (self.names, self.labels))
         return self._replace(names=names, labels=labels)
 
 
@@ -103,3 +103,45 @@ class ImageFileDataset:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return decode_image(self.root / self.names[index], self.spec), self._labels[index]
+
+
+class ClassSubset:
+    """The images of some classes, in their order; labels and number of classes stay as they are.
+
+    Satisfies `ImageDataset`.
+
+    Raises:
+        DataError: from the constructor, for a class of which there is no image.
+    """
+
+    def __init__(self, dataset: ImageDataset, classes: Sequence[int]) -> None:
+        num_classes = dataset.spec.num_classes
+        require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
+        self.spec, self.class_names = dataset.spec, dataset.class_names
+        wanted = torch.tensor(sorted(set(classes)))
+        self._dataset, self._indices = dataset, torch.isin(dataset.labels, wanted).nonzero()[:, 0]
+        self.labels = dataset.labels[self._indices]
+        if hasattr(dataset, "names"):
+            self.names = [dataset.names[i] for i in self._indices.tolist()]
+        text = f"{dataset.fingerprint} {wanted.tolist()}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._dataset[int(self._indices[index])]
+
+
+def require_classes(classes: Iterable[int], labels: Iterable[int], num_classes: int) -> None:
+    """Make sure that each of `classes` has an image.
+
+    Raises:
+        DataError: one of them is not among `labels`.
+    """
+    present = set(labels)
+    if absent := sorted(set(classes) - present):
+        raise DataError(
+            f"classes={list(classes)}: the data has no image of {absent}; it has images of "
+            f"{len(present)} of {num_classes} classes"
+        )

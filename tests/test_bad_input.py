@@ -205,8 +205,8 @@ LABELLED = "use_subdirs=False, label_file='labels.json', conditional=True"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str, list[str]]] = {
     "missing": (lambda folder: None, "image_size=8", ["data_root=", "no such folder"]),
     "a file": (lambda folder: folder.write_text("x"), "image_size=8", ["is a file, not a folder"]),
-    "empty": (lambda folder: folder.mkdir(), "image_size=8", ["no class folders and no images"]),
-    "no images": (no_images, "image_size=8", ["cat", "class folder without images", "1 .txt"]),
+    "empty": (lambda folder: folder.mkdir(), "image_size=8", ["a folder per class", "no images"]),
+    "no images": (no_images, "image_size=8", ["cat: a class folder with no images", "1 .txt"]),
     "flat": (flat, "image_size=8", ["use_subdirs=True needs a folder per class", "a.png"]),
     "not flat": (classes, "image_size=8, use_subdirs=False", ["set use_subdirs=True"]),
     "classes": (classes, "image_size=8, num_classes=3", ["num_classes=3", "2 class folders"]),

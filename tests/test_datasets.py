@@ -202,8 +202,8 @@ def test_some_classes_of_a_data_set():
 
 def test_classes_that_are_not_there():
     for dataset, classes, said in (
-        ("digits", (3, 10), "classes=[3, 10]: the classes are 0..9"),
-        ("celeba", (0,), "classes=[0], but these images have no labels"),
+        ("digits", (3, 10), "classes=[3, 10]: digits has 10 classes, numbered from 0"),
+        ("celeba", (0,), "classes=[0]: celeba has 0 classes"),
     ):
         found = [p.message for p in check_config(config(dataset=dataset, classes=classes))]
         assert any(said in message for message in found), found
@@ -344,7 +344,7 @@ def test_check_config_accepts_every_dataset():
         ({"dataset": "mnist", "label_file": "x.json"}, "label_file", "custom"),
         ({"dataset": "custom", "label_file": "x.json"}, "label_file", "use_subdirs=False"),
         ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "celeba, custom"),
-        ({"dataset": "custom", "num_classes": 0}, "num_classes", "labelled"),
+        ({"dataset": "custom", "num_classes": 0}, "num_classes", "has labels"),
         (
             {"dataset": "custom", "use_subdirs": False, "num_classes": 3},
             "num_classes",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datasets import (
     build_dataset,
@@ -88,8 +88,6 @@ def test_a_transparent_level_of_16_bits(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_honoured(tmp_path, suffix, orientation):
-    from PIL import ImageOps
-
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -100,6 +98,22 @@ def test_exif_orientation_is_honoured(tmp_path, suffix, orientation):
     assert read_size(path) == expected.shape[:2]
     decoded = decode_image(path, ImageSpec(3, *expected.shape[:2], 0))
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_damaged_exif_block_still_turns(tmp_path):
+    """Its orientation can be read, but the block as a whole cannot be written again."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    block = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")  # a width of text
+    assert block != exif.tobytes()
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path, exif=block)
+    with Image.open(path) as saved, pytest.raises(struct.error):
+        ImageOps.exif_transpose(saved)
+    assert read_size(path) == (9, 6)
+    decoded = decode_image(path, ImageSpec(3, 9, 6, 0))
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
 
 
 @pytest.mark.parametrize("side", [8001, 12_000, 60_000])

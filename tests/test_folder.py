@@ -143,8 +143,9 @@ def test_folder_faults(tmp_path):
     write_image(tmp_path / "nested" / "a" / "0.png")
     fails("nested", tmp_path / "nested", "a/", "set use_subdirs=True", use_subdirs=False)
     write_image(tmp_path / "nested" / "loose.png")
-    fails("nested", tmp_path / "nested" / "loose.png", "class folders")
-    fails("nested", tmp_path / "nested" / "a", "subfolder", use_subdirs=False)
+    for use_subdirs in (True, False):
+        parts = (tmp_path / "nested", "directly in it (first: loose.png)", "(first: a/)")
+        fails("nested", *parts, "put all images there", use_subdirs=use_subdirs)
 
     for name in ("x", "y"):
         write_image(tmp_path / "two" / name / "0.png")

@@ -252,9 +252,9 @@ def test_the_fingerprint_follows_the_images_used(folder):
     ("resident", "num_workers"), [(True, 0), (True, 2), (False, 0), (False, 1), (False, 2)]
 )
 def test_workers_and_resuming_change_nothing(folder, resident, num_workers, start_step):
-    def take(count: int, **options: object) -> list[torch.Tensor]:
+    def take(count: int, *, resident: bool | None, **options: object) -> list[torch.Tensor]:
         stream = batches(
-            skipping(folder),
+            make_resident(skipping(folder), CPU, resident=resident),
             batch_size=3,
             seed=1,
             device=CPU,

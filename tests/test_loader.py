@@ -51,11 +51,12 @@ def first(dataset, count: int, **options: Any) -> list[Batch]:
         "device": CPU,
         "horizontal_flip": True,
         "num_workers": 0,
-        "resident": None,
     }
     options = {**defaults, **options}
     options.setdefault("rows", range(options["batch_size"]))
-    return list(islice(batches(dataset, **options), count))
+    resident, num_workers = options.pop("resident", None), options["num_workers"]
+    source = make_resident(dataset, CPU, resident=resident, num_workers=num_workers)
+    return list(islice(batches(source, **options), count))
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -216,16 +217,7 @@ def test_resident_images_are_read_before_training(tmp_path):
     dataset = build_dataset(Config(dataset="custom", data_root=str(tmp_path), use_subdirs=False))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"0\.png"):
-        batches(
-            dataset,
-            batch_size=1,
-            seed=0,
-            device=CPU,
-            rows=range(1),
-            horizontal_flip=False,
-            num_workers=0,
-            resident=None,
-        )
+        make_resident(dataset, CPU)
 
 
 def test_workers_outlive_the_signals_that_stop_a_run_and_end_with_the_iterator(dataset):
@@ -238,7 +230,6 @@ def test_workers_outlive_the_signals_that_stop_a_run_and_end_with_the_iterator(d
         rows=range(8),
         horizontal_flip=True,
         num_workers=1,
-        resident=False,
     )
     got = [next(stream)]
     workers = [child for child in active_children() if child.pid not in before]
