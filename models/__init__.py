@@ -55,6 +55,12 @@ def backend_of(model: nn.Module) -> tuple[str, str] | None:
     return None if backend is None else (backend.name, backend.reason)
 
 
+def computing_params(model_type: str) -> tuple[str, ...]:
+    """The arguments of a backbone that say how it is computed, not what. A continued run may have
+    other values of them."""
+    return getattr(BACKBONES[model_type], "computing_params", ())
+
+
 def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
     """torch.compile in place: the model as one, or each module of its lists of blocks."""
     if how is not None and hasattr(torch._functorch.config, "backward_pass_autocast"):

@@ -33,7 +33,7 @@ from models.layers import (
 from models.mamba import MIXERS, TORCH, at_least_fp32
 from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
-from utils.config import BelowOne, NonNegativeFloat, PositiveInt
+from utils.config_schema import BelowOne, NonNegativeFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the learned positions and padding tokens
@@ -134,6 +134,7 @@ class DiM(nn.Module):
     """
 
     needs_bf16_range = True  # the recurrence exceeds what fp16 can hold
+    computing_params = ("mamba_backend", "activation_checkpointing")  # how it is computed, not what
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from models.layers import (
     unpatchify,
     zero_init,
 )
-from utils.config import BelowOne, PositiveFloat, PositiveInt
+from utils.config_schema import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the timestep embedding; labels start at 1, as short runs then learn them
@@ -91,6 +91,8 @@ class DiT(nn.Module):
     Raises:
         ValueError: sizes that do not fit together.
     """
+
+    computing_params = ("activation_checkpointing",)  # they say how it is computed, not what
 
     def __init__(
         self,
