@@ -63,8 +63,7 @@ def load_config(
     """
     raw = read_config_file(Path(path))
     raw.values.setdefault("experiment_name", Path(path).stem)
-    problems = apply_overrides(raw, overrides)
-    return validate(raw, checks=checks, problems=problems)
+    return validate(raw, checks=checks, problems=apply_overrides(raw, overrides))
 
 
 def apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
@@ -113,14 +112,10 @@ def parse_value(text: str, field: str | None = None) -> Any:
 def validate(
     raw: RawConfig, *, checks: Iterable[Check] = (), problems: Iterable[str] = ()
 ) -> Config:
-    """Turn raw values into a Config.
-
-    Args:
-        checks: what else to ask of the values that are valid each for itself.
-        problems: messages of faults that are known already.
+    """Turn raw values into a Config. `checks` look at all values that are valid on their own.
 
     Raises:
-        ConfigError: there are faults; it has a line for each.
+        ConfigError: there are faults, `problems` or others; it has a line for each.
     """
     messages = list(problems)
     bad_keys: set[str] = set()
@@ -206,10 +201,8 @@ def warnings_of(config: Config) -> list[str]:
     """A line for each setting that is allowed but probably not meant."""
     warnings = []
     if 1 < config.sample_start_epoch >= config.epochs and config.max_steps is None:
-        warnings.append(
-            f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}: "
-            "there will be at most one preview"
-        )
+        given = f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}"
+        warnings.append(f"{given}: there will be at most one preview")
     for key, rules in RULES.items():
         words, holds = rules.get("needs") or ("", None)
         if holds and key in config.model_fields_set and not holds(config):

@@ -99,18 +99,18 @@ def make_grid(
         rows: the indices of the images of each row, see `grid_rows`.
         min_cell_size: pixels; images whose longer side is less are enlarged by a whole factor.
     """
-    height, width = images.shape[2:]
+    channels, height, width = images.shape[1:]
     scale = max(1, math.ceil(min_cell_size / max(height, width)))
-    columns = max(map(len, rows))
-    strips = []
-    for row in rows:
-        cells = images[row].cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        before = (GRID_PADDING, 0, GRID_PADDING, 0)  # left, right, above, below
-        strip = torch.cat([*F.pad(cells, before, value=GRID_BACKGROUND)], dim=2)
-        missing = (columns - len(row)) * (width * scale + GRID_PADDING)
-        strips.append(F.pad(strip, (0, missing, 0, 0), value=GRID_BACKGROUND))
-    behind = (0, GRID_PADDING, 0, GRID_PADDING)
-    return F.pad(torch.cat(strips, dim=1), behind, value=GRID_BACKGROUND)
+    height, width = height * scale, width * scale
+    step_y, step_x = height + GRID_PADDING, width + GRID_PADDING
+    shape = (len(rows) * step_y + GRID_PADDING, max(map(len, rows)) * step_x + GRID_PADDING)
+    grid = torch.full((channels, *shape), GRID_BACKGROUND, dtype=torch.uint8)
+    for r, row in enumerate(rows):
+        for c, index in enumerate(row):
+            cell = images[index].cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            y, x = GRID_PADDING + r * step_y, GRID_PADDING + c * step_x
+            grid[:, y : y + height, x : x + width] = cell
+    return grid
 
 
 def save_image(path: Path, image: Tensor) -> None:

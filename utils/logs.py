@@ -30,10 +30,7 @@ class _FileHandler(logging.FileHandler):
 
 
 def setup_logging(*, is_main: bool) -> logging.Logger:
-    """The project's logger: it prints from INFO on in the main process, errors alone in others.
-
-    `log_to_file` also gets what was logged before it.
-    """
+    """The project's logger: it prints from INFO on in the main process, errors alone in others."""
     logger = logging.getLogger("diffusion")
     logger.handlers.clear()
     logger.propagate = False
