@@ -43,13 +43,13 @@ class Attention(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each normalised, shifted, scaled and gated by the conditioning."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(dim, num_heads)
         self.dropout = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = layers.MLP(dim, mlp_dim, dropout)
+        self.mlp = layers.MLP(dim, layers.mlp_width(dim, mlp_ratio), dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -101,7 +101,6 @@ class DiT(nn.Module):
             patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads
         )
         patch_size, hidden_size, depth, num_heads = layers.from_size(size, SIZES, DEFAULT, args)
-        mlp_dim = layers.mlp_width(hidden_size, mlp_ratio)
         if hidden_size % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
         if hidden_size % 4:
@@ -119,7 +118,7 @@ class DiT(nn.Module):
             layers.LabelEmbedding(num_classes, hidden_size) if num_classes else None
         )
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_dim, dropout) for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(depth)
         )
         self.final_norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
