@@ -15,7 +15,6 @@ from torch import Tensor
 from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
 Texts = Sequence[str]
-
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # of the letters, from the top of the line

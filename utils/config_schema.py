@@ -329,7 +329,8 @@ class Config(BaseModel):
         if scale == 1 or (self.conditional and self.label_dropout > 0):
             return None
         lacking = "cfg_dropout_prob above 0" if self.conditional else "conditional=True"
-        return f"cfg_scale={scale:g} needs training with {lacking}; without it, use cfg_scale=1"
+        without = "dropped labels" if self.conditional else "class labels"
+        return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
 
     def steps_problem(self, steps: int) -> str | None:
         """Why sampling cannot take this number of steps; None if it can."""
