@@ -48,15 +48,11 @@ def make_denoiser(
     twice the batch (on a CPU, two forwards where that would be too large for its cache).
 
     Args:
-        y: (B,) int64 in [0, K), or None for a model without classes.
+        y: (B,) int64 in [0, K), or None for a model without classes, whose only scale is 1.
         cfg_interval: guide only while low <= t / T <= high (Kynkaanniemi et al. 2024); outside
             it the prediction is plain conditional.
-
-    Raises:
-        ValueError: guidance asked of a model without classes.
     """
-    if y is None and cfg_scale != 1.0:
-        raise ValueError(f"cfg_scale={cfg_scale} needs class labels")
+    assert y is not None or cfg_scale == 1.0, "guidance joins predictions with and without classes"
     null = None if y is None else torch.full_like(y, NULL_LABEL)
 
     def is_guided(t: int) -> bool:

@@ -41,12 +41,9 @@ def timestep_grid(num_timesteps: int, num_inference_steps: int, spacing: str) ->
             has both ends (the three of Lin et al. 2023, table 2).
 
     Raises:
-        ValueError: more steps than timesteps, or an unknown spacing.
+        ValueError: an unknown spacing.
     """
-    if not 1 <= num_inference_steps <= num_timesteps:
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps} must lie in 1..{num_timesteps}"
-        )
+    assert 1 <= num_inference_steps <= num_timesteps
     steps = torch.arange(num_inference_steps, dtype=torch.float64)
     if spacing == "trailing":
         grid = num_timesteps - steps * num_timesteps / num_inference_steps - 1

@@ -76,15 +76,13 @@ def sampling_from(
         steps = config.num_inference_steps
     if steps is None:
         steps = min(SAMPLERS[chosen].default_steps or config.num_timesteps, config.num_timesteps)
-    if not 1 <= steps <= config.num_timesteps:
-        raise ConfigError(f"num_inference_steps={steps}: must lie in 1..{config.num_timesteps}")
+    if problem := config.steps_problem(steps):
+        raise ConfigError(problem)
     scale = config.guidance_scale if cfg_scale is None else cfg_scale
     if not 0 <= scale < float("inf"):
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
-    if scale != 1 and not config.conditional:
-        raise ConfigError(f"cfg_scale={scale:g}: this model was trained without class labels")
-    if scale != 1 and config.label_dropout == 0:
-        raise ConfigError(f"cfg_scale={scale:g}: trained with cfg_dropout_prob=0, so only 1 works")
+    if problem := config.guidance_problem(scale):
+        raise ConfigError(problem)
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")

@@ -10,6 +10,12 @@ from utils.distributed import Runtime
 BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
 
 
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device if it can compute in float64, else the CPU: MPS (Apple GPUs) has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class FeatureMoments:
     """Count, sum and sum of outer products of features, in float64.
 
@@ -18,8 +24,7 @@ class FeatureMoments:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        # MPS has no float64.
-        device = "cpu" if torch.device(device).type == "mps" else device
+        device = float64_device(device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)

@@ -50,13 +50,18 @@ def build_model(
 
 
 def backend_of(model: nn.Module) -> tuple[str, str] | None:
-    """(who computes it, why) of a model that leaves the choice; else None."""
+    """Who computes a model that leaves the choice, and why; None for other models."""
     backend = getattr(model, "backend", None)
     return None if backend is None else (backend.name, backend.reason)
 
 
+def computing_params(model_type: str) -> tuple[str, ...]:
+    """The arguments of a backbone that say how it is computed, not what."""
+    return getattr(BACKBONES[model_type], "computing_params", ())
+
+
 def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
-    """torch.compile in place: the model as one, or each module of its lists of blocks."""
+    """Compile a model in place by torch.compile, as one or each of its blocks for itself."""
     if how is not None and hasattr(torch._functorch.config, "backward_pass_autocast"):
         # As without compile: the backward of what is kept out of autocast stays out of it too.
         torch._functorch.config.backward_pass_autocast = "off"
@@ -93,18 +98,18 @@ def _spec_arguments(spec: ImageSpec, num_classes: int) -> dict[str, Any]:
 
 
 def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
-    """Faults of `model_type` and `model_params`; with a spec, also against the images."""
+    """The faults of `model_type` and `model_params`, with a spec also those against the images."""
     if config.model_type not in BACKBONES:
         hint = did_you_mean(config.model_type, BACKBONES)
         names = ", ".join(BACKBONES)
         yield Problem(("model_type",), f"model_type={config.model_type!r}: use {names}{hint}")
         return
     backbone = BACKBONES[config.model_type]
-    found = list(_check_params(backbone, config))
+    problems = list(_check_params(backbone, config))
     if spec is not None:
-        found += _check_spec(backbone, config, spec)
-    yield from found
-    if spec is None or found:
+        problems += _check_spec(backbone, config, spec)
+    yield from problems
+    if spec is None or problems:
         return
     try:
         with torch.device("meta"):  # shapes only: costs no memory and no time
@@ -118,8 +123,7 @@ def _check_params(backbone: type[nn.Module], config: Config) -> Iterator[Problem
     adapters = _adapters(backbone)
     for name, value in config.model_params.items():
         if name not in accepted:
-            allowed = ", ".join(accepted)
-            hint = did_you_mean(name, accepted) or f"; it takes {allowed}"
+            hint = did_you_mean(name, accepted) or f"; it takes {', '.join(accepted)}"
             yield Problem(
                 (name, "model_params"),
                 f"model_params.{name}: {config.model_type!r} takes no such argument{hint}",
@@ -127,9 +131,6 @@ def _check_params(backbone: type[nn.Module], config: Config) -> Iterator[Problem
         elif name in adapters:
             try:
                 _to_type(adapters[name], value)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-                yield Problem((name, "model_params"), f"model_params.{name}={value!r}: {reason}")
             except ValueError as reason:
                 yield Problem((name, "model_params"), f"model_params.{name}={value!r}: {reason}")
 
@@ -150,7 +151,7 @@ def _check_spec(backbone: type[nn.Module], config: Config, spec: ImageSpec) -> I
 
 
 def _convert(backbone: type[nn.Module], params: dict[str, Any]) -> dict[str, Any]:
-    """Values as the signature's types: lists become tuples, 64.0 becomes 64."""
+    """The arguments as the types of the signature: lists become tuples, 64.0 becomes 64."""
     adapters = _adapters(backbone)
     return {
         name: _to_type(adapters[name], value) if name in adapters else value
@@ -160,12 +161,16 @@ def _convert(backbone: type[nn.Module], params: dict[str, Any]) -> dict[str, Any
 
 
 def _to_type(adapter: TypeAdapter, value: Any) -> Any:
-    """Lax conversion, except that true is no number, 1 is no truth, and NaN and inf are neither.
+    """The value as the adapter's type, by pydantic's lax rules, but true is no number, 1 is not
+    true, and NaN and infinity are no numbers either.
 
     Raises:
-        ValueError: the value does not fit (pydantic's ValidationError is one).
+        ValueError: the value does not fit; the message says why.
     """
-    converted = adapter.validate_python(value)
+    try:
+        converted = adapter.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     for old, new in zip(_leaves(value), _leaves(converted), strict=False):
         if isinstance(new, bool) and not isinstance(old, bool):
             raise ValueError("only True or False is allowed")

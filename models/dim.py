@@ -18,22 +18,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.layers import (
-    MLP,
-    LabelEmbedding,
-    TimestepEmbedding,
-    check_image_size,
-    from_size,
-    modulate,
-    patch_grid,
-    run_block,
-    unpatchify,
-    zero_init,
-)
+from models import layers
 from models.mamba import MIXERS, TORCH, at_least_fp32
 from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
-from utils.config import BelowOne, NonNegativeFloat, PositiveInt
+from utils.config_schema import BelowOne, NonNegativeFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the learned positions and padding tokens
@@ -48,7 +37,7 @@ SIZES = {
     "384x13/2": dict(patch_size=2, hidden_size=384, depth=13),
     "128x5/2": dict(patch_size=2, hidden_size=128, depth=5),
 }
-DEFAULTS = SIZES["384x13/2"]
+DEFAULT = "384x13/2"
 STATE_SIZES = {"mamba1": 16, "mamba2": 64}
 
 Conditioning = Literal["adaln_single", "adaln_zero"]
@@ -58,7 +47,7 @@ log = logging.getLogger("diffusion")
 
 
 class DiMBlock(nn.Module):
-    """Fuse the long skip, mix along the sequence, and optionally an MLP; conditioned by adaLN.
+    """Adds the long skip, mixes along the sequence and, if wanted, applies an MLP.
 
     With `adaln_single` c holds the shifts, scales and gates that all blocks share, to which the
     block adds a table of its own (PixArt); with `adaln_zero` a zero-initialised layer of its own
@@ -82,10 +71,10 @@ class DiMBlock(nn.Module):
         self.norm1 = nn.RMSNorm(dim, eps=1e-5)
         self.mixer = mixer
         self.norm2 = nn.RMSNorm(dim, eps=1e-5) if mlp_dim else None
-        self.mlp = MLP(dim, mlp_dim, dropout) if mlp_dim else None
+        self.mlp = layers.MLP(dim, mlp_dim, dropout) if mlp_dim else None
         rows = 6 if mlp_dim else 3
         if conditioning == "adaln_zero":
-            self.modulation, self.table = zero_init(nn.Linear(dim, rows * dim)), None
+            self.modulation, self.table = layers.zero_init(nn.Linear(dim, rows * dim)), None
         else:
             table = torch.randn(rows * dim) / math.sqrt(dim)
             self.modulation, self.table = None, nn.Parameter(table)
@@ -97,21 +86,21 @@ class DiMBlock(nn.Module):
         rows = c + self.table if self.modulation is None else self.modulation(c)
         shift, scale, gate, *of_mlp = rows.unflatten(1, (-1, x.shape[2])).unbind(1)  # (B, D) each
         gate = (self.gate_offset + gate)[:, None]
-        x = torch.addcmul(x, gate, self.mixer(modulate(self.norm1(x), shift, scale)))
+        x = torch.addcmul(x, gate, self.mixer(layers.modulate(self.norm1(x), shift, scale)))
         if self.mlp is not None:
             shift, scale, gate = of_mlp
             gate = (self.gate_offset + gate)[:, None]
-            x = torch.addcmul(x, gate, self.mlp(modulate(self.norm2(x), shift, scale)))
+            x = torch.addcmul(x, gate, self.mlp(layers.modulate(self.norm2(x), shift, scale)))
         return x
 
 
 class DiM(nn.Module):
-    """(x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W).
 
     Args:
         img_size: (H, W) in pixels, divisible by patch_size.
         in_channels: channels of the image.
-        num_classes: K; 0 makes the network unconditional.
+        num_classes: K; with 0 the network is unconditional.
         out_channels: default: in_channels.
         size: `DiM-S/2`, `DiM-L/2`, `DiM-H/2` of the paper, or `128x5/2`, `384x13/2`, `384x25/2`:
             sets the three arguments after it.
@@ -134,6 +123,7 @@ class DiM(nn.Module):
     """
 
     needs_bf16_range = True  # the recurrence exceeds what fp16 can hold
+    computing_params = ("mamba_backend", "activation_checkpointing")  # how it is computed, not what
 
     def __init__(
         self,
@@ -159,20 +149,14 @@ class DiM(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        patch_size, hidden_size, depth = from_size(
-            size, SIZES, DEFAULTS, patch_size=patch_size, hidden_size=hidden_size, depth=depth
-        )
-        mlp_dim = int(hidden_size * mlp_ratio)
-        if mlp_ratio and not mlp_dim:
-            raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")
+        args = dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth)
+        patch_size, hidden_size, depth = layers.from_size(size, SIZES, DEFAULT, args)
+        mlp_dim = layers.mlp_width(hidden_size, mlp_ratio)
         if dropout and not mlp_dim:
             raise ValueError(f"dropout={dropout} works within MLPs, and mlp_ratio=0 has none")
-        if pad_tokens is None:
-            pad_tokens = 0 if scan in ("row", "zigzag8") else PAPER_PAD_TOKENS
-        if pad_tokens and scan == "zigzag8":
-            raise ValueError("scan='zigzag8' leaves no row or column to pad: use pad_tokens=0")
+        pad_tokens = _num_pads(pad_tokens, scan)
         self.img_size, self.patch_size = tuple(img_size), patch_size
-        self.grid = patch_grid(self.img_size, patch_size)
+        self.grid = layers.patch_grid(self.img_size, patch_size)
         self.num_skips = (depth - 1) // 2
         self.mixer_name, self.mamba_backend, self.backend = mixer, mamba_backend, TORCH
         self.state_size = state_size or STATE_SIZES[mixer]
@@ -180,8 +164,10 @@ class DiM(nn.Module):
 
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.first_conv = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
-        self.time_embedding = TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
-        self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
+        self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
+        self.label_embedding = (
+            layers.LabelEmbedding(num_classes, hidden_size) if num_classes else None
+        )
         num_conditions = 2 if num_classes else 1
         num_positions = num_conditions + math.prod(self.grid)
         self.positions = nn.Parameter(torch.randn(num_positions, hidden_size) * INIT_STD)
@@ -194,12 +180,7 @@ class DiM(nn.Module):
         self.blocks = nn.ModuleList(
             DiMBlock(
                 hidden_size,
-                MIXERS[mixer](
-                    hidden_size,
-                    d_state=self.state_size,
-                    d_conv=d_conv,
-                    expand=expand,
-                ),
+                MIXERS[mixer](hidden_size, d_state=self.state_size, d_conv=d_conv, expand=expand),
                 mlp_dim=mlp_dim,
                 dropout=dropout,
                 conditioning=conditioning,
@@ -220,6 +201,10 @@ class DiM(nn.Module):
         # the prefix (conditions, then one row of padding tokens) stays where it is
         self.num_prefix = num_conditions + pad_tokens
         self.padded_grid = (self.grid[0] + pad_tokens, self.grid[1] + pad_tokens)
+        self._init_paths(scan, depth)
+
+    def _init_paths(self, scan: Scan, depth: int) -> None:
+        """Tabulate how tokens move between the orders in which the blocks walk them."""
         cycle = scan_paths(scan, self.padded_grid)
         steps = moves([cycle[i] for i in mirrored(depth, len(cycle))])
         natural = torch.arange(len(steps[0]), device="cpu")
@@ -229,7 +214,7 @@ class DiM(nn.Module):
         self.register_buffer("permutations", permutations, persistent=False)  # (depth + 1, L)
 
     def _init_weights(self) -> None:
-        """All but the mixers, which initialise themselves; only their output is scaled down."""
+        """Draw all weights but those of the mixers, whose outputs are only scaled down."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ".mixer." not in name:
                 nn.init.xavier_uniform_(module.weight)
@@ -239,18 +224,18 @@ class DiM(nn.Module):
         nn.init.zeros_(self.patch_embedding.bias)
         for block in self.blocks:
             if block.modulation is not None:
-                zero_init(block.modulation)
+                layers.zero_init(block.modulation)
             with torch.no_grad():
                 block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
         if self.final_modulation is not None:
-            zero_init(self.final_modulation)
-        zero_init(self.out)
+            layers.zero_init(self.final_modulation)
+        layers.zero_init(self.out)
 
     def choose_backend(self, device: torch.device) -> None:
-        """Decide, and say in one line, who computes the recurrence on `device`.
+        """Decide, and log in one line, who computes the recurrence on `device`.
 
         Raises:
-            ConfigError: `mamba_backend='mamba_ssm'`, which does not work there.
+            ConfigError: `mamba_backend='mamba_ssm'` is asked for and does not work there.
         """
         self.backend = choose_backend(
             self.mamba_backend, self.mixer_name, device, d_state=self.state_size
@@ -272,7 +257,7 @@ class DiM(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(endings)}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        check_image_size(x, self.img_size)
+        layers.check_image_size(x, self.img_size)
         embedding = self.time_embedding(t)  # (B, D)
         conditions = [embedding]
         if self.label_embedding is not None:
@@ -287,7 +272,7 @@ class DiM(nn.Module):
         for i, block in enumerate(self.blocks):
             x = self._move(x, i)
             skip = skips.pop() if i >= first_decoder else None
-            x = run_block(block, x, c, skip, recompute=self.activation_checkpointing)
+            x = layers.run_block(block, x, c, skip, recompute=self.activation_checkpointing)
             if i < self.num_skips:
                 skips.append(x)
         x = self._move(x, len(self.blocks))
@@ -301,11 +286,11 @@ class DiM(nn.Module):
             rows = c[:, : len(self.final_table)] + self.final_table
         shift, scale = rows.chunk(2, dim=1)
         x = self.final_norm(at_least_fp32(x))
-        x = self.out(modulate(x, shift, scale))  # (B, h * w, p * p * C)
-        return unpatchify(x, self.grid, self.patch_size)
+        x = self.out(layers.modulate(x, shift, scale))  # (B, h * w, p * p * C)
+        return layers.unpatchify(x, self.grid, self.patch_size)
 
     def _tokens(self, x: Tensor, conditions: Tensor) -> Tensor:
-        """Image (B, C, H, W) and conditions (B, n, D) -> the padded sequence, row by row."""
+        """The padded sequence, row by row, of images (B, C, H, W) and conditions (B, n, D)."""
         x = self.first_conv(self.patch_embedding(x)).flatten(2).transpose(1, 2)
         num_conditions = conditions.shape[1]
         prefix = conditions + self.positions[:num_conditions]
@@ -319,5 +304,18 @@ class DiM(nn.Module):
         return torch.cat([prefix, pads[:, 0], grid], dim=1)
 
     def _move(self, x: Tensor, step: int) -> Tensor:
-        """Tokens from the order of block `step - 1` to that of block `step`."""
+        """Bring tokens from the order of block `step - 1` into that of block `step`."""
         return x.index_select(1, self.permutations[step]) if self.moves_tokens[step] else x
+
+
+def _num_pads(pad_tokens: int | None, scan: Scan) -> int:
+    """How many padding tokens end each row and column: those asked for, or else the default.
+
+    Raises:
+        ValueError: the scan has no place for them.
+    """
+    if pad_tokens is None:
+        return 0 if scan in ("row", "zigzag8") else PAPER_PAD_TOKENS
+    if pad_tokens and scan == "zigzag8":
+        raise ValueError("scan='zigzag8' leaves no row or column to pad: use pad_tokens=0")
+    return pad_tokens

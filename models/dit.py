@@ -8,20 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import (
-    MLP,
-    LabelEmbedding,
-    TimestepEmbedding,
-    check_image_size,
-    from_size,
-    modulate,
-    patch_grid,
-    run_block,
-    sincos_positions,
-    unpatchify,
-    zero_init,
-)
-from utils.config import BelowOne, PositiveFloat, PositiveInt
+from models import layers
+from utils.config_schema import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the timestep embedding; labels start at 1, as short runs then learn them
@@ -29,13 +17,11 @@ INIT_STD = 0.02  # of the timestep embedding; labels start at 1, as short runs t
 # Table 1 of the paper; the number after the slash is the patch size.
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 SIZES = {
-    f"DiT-{name}/{patch}": dict(
-        patch_size=patch, hidden_size=width, depth=depth, num_heads=num_heads
-    )
-    for name, (width, depth, num_heads) in _WIDTHS.items()
+    f"DiT-{name}/{patch}": dict(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
+    for name, (width, depth, heads) in _WIDTHS.items()
     for patch in (2, 4, 8)
 }
-DEFAULTS = SIZES["DiT-S/2"]
+DEFAULT = "DiT-S/2"
 
 
 class Attention(nn.Module):
@@ -63,24 +49,24 @@ class DiTBlock(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.dropout = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.mlp = layers.MLP(dim, layers.mlp_width(dim, mlp_ratio), dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
-        h = self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1)))
+        h = self.dropout(self.attention(layers.modulate(self.norm1(x), shift1, scale1)))
         x = torch.addcmul(x, gate1[:, None], h)
-        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        h = self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
         return torch.addcmul(x, gate2[:, None], h)
 
 
 class DiT(nn.Module):
-    """(x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W).
 
     Args:
         img_size: (H, W) in pixels, divisible by patch_size.
         in_channels: channels of the image.
-        num_classes: K; 0 makes the network unconditional.
+        num_classes: K; with 0 the network is unconditional.
         out_channels: default: in_channels.
         size: `DiT-S/2` ... `DiT-XL/8`, the paper's sizes: sets the four arguments after it.
         patch_size, hidden_size, depth, num_heads: default: those of DiT-S/2.
@@ -91,6 +77,8 @@ class DiT(nn.Module):
     Raises:
         ValueError: sizes that do not fit together.
     """
+
+    computing_params = ("activation_checkpointing",)  # they say how it is computed, not what
 
     def __init__(
         self,
@@ -109,31 +97,26 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        patch_size, hidden_size, depth, num_heads = from_size(
-            size,
-            SIZES,
-            DEFAULTS,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
+        args = dict(
+            patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads
         )
-        if int(hidden_size * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")
+        patch_size, hidden_size, depth, num_heads = layers.from_size(size, SIZES, DEFAULT, args)
         if hidden_size % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
         if hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size}: the positions need a multiple of 4")
         self.img_size, self.patch_size = tuple(img_size), patch_size
-        self.grid = patch_grid(self.img_size, patch_size)
+        self.grid = layers.patch_grid(self.img_size, patch_size)
         self.activation_checkpointing = activation_checkpointing
         out_channels = out_channels or in_channels
 
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-        positions = sincos_positions(self.grid, hidden_size)
+        positions = layers.sincos_positions(self.grid, hidden_size)
         self.register_buffer("positions", positions, persistent=False)
-        self.time_embedding = TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
-        self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
+        self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
+        self.label_embedding = (
+            layers.LabelEmbedding(num_classes, hidden_size) if num_classes else None
+        )
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(depth)
         )
@@ -152,19 +135,19 @@ class DiT(nn.Module):
         for layer in (self.time_embedding.mlp[0], self.time_embedding.mlp[2]):
             nn.init.normal_(layer.weight, std=INIT_STD)
         for block in self.blocks:
-            zero_init(block.modulation)
-        zero_init(self.final_modulation)
-        zero_init(self.out)
+            layers.zero_init(block.modulation)
+        layers.zero_init(self.final_modulation)
+        layers.zero_init(self.out)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        check_image_size(x, self.img_size)
+        layers.check_image_size(x, self.img_size)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2) + self.positions  # (B, N, D)
         c = self.time_embedding(t)
         if self.label_embedding is not None:
             c = c + self.label_embedding(y)
         c = F.silu(c)  # (B, D)
         for block in self.blocks:
-            x = run_block(block, x, c, recompute=self.activation_checkpointing)
+            x = layers.run_block(block, x, c, recompute=self.activation_checkpointing)
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
-        x = self.out(modulate(self.final_norm(x), shift, scale))  # (B, N, p * p * C)
-        return unpatchify(x, self.grid, self.patch_size)
+        x = self.out(layers.modulate(self.final_norm(x), shift, scale))  # (B, N, p * p * C)
+        return layers.unpatchify(x, self.grid, self.patch_size)

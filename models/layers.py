@@ -14,7 +14,7 @@ MAX_PERIOD = 10_000.0
 
 
 def timestep_features(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features (Vaswani et al. 2017) of t (B,): (B, dim) float32, dim even."""
+    """Sinusoidal features (B, dim) float32 of t (B,), for an even dim (Vaswani et al. 2017)."""
     half = dim // 2
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(MAX_PERIOD) / half)
@@ -24,7 +24,7 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """t (B,) int64 -> (B, dim): sinusoidal features and a two-layer network."""
+    """Embeds t (B,) int64 as (B, dim), by sinusoidal features and a network of two layers."""
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
@@ -37,10 +37,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """y (B,) int64 in [-1, K) -> (B, dim). Row 0 is the null label's, row y + 1 that of class y.
-
-    The shift by one exists here and nowhere else.
-    """
+    """Embeds labels y (B,) int64 in [-1, K) as (B, dim): row 0 is the null label's, row y + 1 that
+    of class y. The shift by one exists here and nowhere else."""
 
     def __init__(self, num_classes: int, dim: int, *, std: float = 1.0) -> None:
         super().__init__()
@@ -52,14 +50,14 @@ class LabelEmbedding(nn.Module):
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zero a layer's parameters, so that the branch it ends starts as nothing."""
+    """Set a layer's parameters to 0, so that the branch that it ends adds nothing at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches along height and width.
+    """How many patches lie along the height and along the width.
 
     Raises:
         ValueError: the patches do not tile the image.
@@ -74,7 +72,7 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed sinusoidal positions (h * w, dim): one half of dim for the row, one for the column."""
+    """Fixed sinusoidal positions (h * w, dim): half of dim tells the row, the other the column."""
     rows = timestep_features(torch.arange(grid[0]), dim // 2)
     columns = timestep_features(torch.arange(grid[1]), dim // 2)
     h, w = grid
@@ -83,7 +81,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """(B, h * w, p * p * C) -> (B, C, h * p, w * p)."""
+    """Put patches (B, h * w, p * p * C) together to images (B, C, h * p, w * p)."""
     h, w = grid
     p = patch_size
     image = patches.unflatten(2, (p, p, -1)).unflatten(1, (h, w))  # (B, h, w, p, p, C)
@@ -91,12 +89,12 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D), shift and scale (B, D) -> x (1 + scale) + shift."""
+    """Shift and scale tokens x (B, N, D) by (B, D) each: x (1 + scale) + shift."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU with its usual tanh (Hendrycks and Gimpel 2016)."""
+    """GELU in its usual approximation by tanh (Hendrycks and Gimpel 2016)."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     # The same, as (1 + tanh(u)) / 2 = sigmoid(2u): compiled for a CPU, an exp is far cheaper.
@@ -118,7 +116,7 @@ class MLP(nn.Module):
 
 
 def check_image_size(x: Tensor, image_size: tuple[int, int]) -> None:
-    """Raises ValueError unless x is (B, C, *image_size)."""
+    """Raise a ValueError unless images x (B, C, H, W) have the size (H, W) that a model is for."""
     if tuple(x.shape[2:]) != image_size:
         raise ValueError(
             f"this model is for images of {image_size[0]}x{image_size[1]} pixels, got "
@@ -129,25 +127,38 @@ def check_image_size(x: Tensor, image_size: tuple[int, int]) -> None:
 def from_size(
     size: str | None,
     sizes: Mapping[str, Mapping[str, int]],
-    defaults: Mapping[str, int],
-    **given: int | None,
+    default: str,
+    given: Mapping[str, int | None],
 ) -> list[int]:
-    """The values of `given`: those of a named size, or else given or default ones.
+    """The values of the arguments `given`, in their order: all those of a named size, or else each
+    one as it was given, or that of the default size where it is None.
 
     Raises:
-        ValueError: given beside a `size` that sets them.
+        ValueError: an argument is given beside a `size` that sets it.
     """
     clashing = [name for name, value in given.items() if value is not None]
     if size is not None and clashing:
         raise ValueError(
             f"size={size!r} already sets {', '.join(clashing)}; leave out one or the other"
         )
-    table = defaults if size is None else sizes[size]
+    table = sizes[size or default]
     return [table[name] if value is None else value for name, value in given.items()]
 
 
+def mlp_width(hidden_size: int, mlp_ratio: float) -> int:
+    """The hidden width of an MLP: `mlp_ratio` times `hidden_size`, 0 for no MLP.
+
+    Raises:
+        ValueError: the ratio is above 0 and the width is not.
+    """
+    width = int(hidden_size * mlp_ratio)
+    if mlp_ratio and not width:
+        raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")
+    return width
+
+
 def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
-    """The block's output; with `recompute`, its activations are not kept for backward."""
+    """The output of a block; with `recompute`, backward computes its activations once more."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

@@ -42,10 +42,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None = None) -> Non
 
 
 def merged_weights(weights: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
-    """The plain model's state dict, from that of a model with adapters: they are added in.
+    """The state dict of a plain model, from that of a model with adapters, which are added in.
 
     Args:
-        alpha: what `add_adapters` was given.
+        alpha: the one that `add_adapters` was given.
     """
     merged = {}
     for name, value in weights.items():
@@ -61,6 +61,7 @@ def merged_weights(weights: Mapping[str, Tensor], alpha: float | None = None) ->
 
 
 def _adapted(model: nn.Module) -> Iterator[str]:
+    """The names of the layers that get an adapter."""
     for prefix, owner in model.named_modules():
         for name, layer in owner.named_children():
             is_dense = isinstance(layer, nn.Linear) or (

@@ -29,13 +29,13 @@ KERNEL_DEVICES = ("cuda",)
 
 @dataclass(frozen=True)
 class Backend:
-    """Who computes the recurrence.
+    """Who computes the recurrence, and why.
 
     Attributes:
         name: `torch`, or `mamba_ssm` with its version and function.
         reason: why this one.
         kernel: mamba-ssm's function; None for PyTorch.
-        slow: this device could use kernels and does not.
+        slow: the device could use kernels and does not.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Backend:
     slow: bool = False
 
     def runs_on(self, x: Tensor) -> bool:
+        """Whether the kernel, and not PyTorch, computes on the device of x."""
         return self.kernel is not None and x.device.type in KERNEL_DEVICES
 
 
@@ -97,17 +98,8 @@ class Mamba(nn.Module):
         self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, bias: Tensor
     ) -> Tensor:
         u, dt, B, C = (tensor.to(z.dtype).transpose(1, 2) for tensor in (u, dt, B, C))
-        y = self.backend.kernel(
-            u,
-            dt,
-            A,
-            B,
-            C,
-            at_least_fp32(self.D),
-            z=z.transpose(1, 2),
-            delta_bias=bias,
-            delta_softplus=True,
-        )
+        D, z = at_least_fp32(self.D), z.transpose(1, 2)
+        y = self.backend.kernel(u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True)
         return y.transpose(1, 2)
 
 
@@ -167,16 +159,9 @@ class Mamba2(nn.Module):
         self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, bias: Tensor
     ) -> Tensor:
         u, B, C = (tensor.to(z.dtype) for tensor in (u, B, C))
+        D = at_least_fp32(self.D)
         return self.backend.kernel(
-            u,
-            dt,
-            A,
-            B,
-            C,
-            chunk_size=KERNEL_CHUNK,
-            D=at_least_fp32(self.D),
-            dt_bias=bias,
-            dt_softplus=True,
+            u, dt, A, B, C, chunk_size=KERNEL_CHUNK, D=D, dt_bias=bias, dt_softplus=True
         )
 
 
@@ -198,12 +183,13 @@ def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Decays and step sizes lose their meaning in 8 bits of mantissa."""
+    """The tensor in float32, or in float64 if it is: 8 bits of mantissa are too few for decays and
+    step sizes."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _initial_dt_bias(size: int) -> Tensor:
-    """Inverse softplus of step sizes drawn log-uniformly from DT_RANGE."""
+    """The inverse softplus (size,) of step sizes that are drawn log-uniformly from DT_RANGE."""
     low, high = map(math.log, DT_RANGE)
     dt = torch.empty(size).uniform_(low, high).exp()
     return dt + torch.log(-torch.expm1(-dt))

@@ -55,7 +55,7 @@ def choose_backend(
 def _probe(
     mixer: str, device: torch.device, d_state: int
 ) -> tuple[str, Callable[..., Tensor] | None, str]:
-    """(name, function, "") if mamba-ssm works on `device`, else ("", None, the reason)."""
+    """mamba-ssm's function, as (name, function, ""); where it does not work ("", None, reason)."""
     try:
         name, kernel = _LOADERS[mixer]()
         kernel = torch.compiler.disable(kernel)  # one clean graph break, whatever is inside
@@ -88,7 +88,7 @@ _LOADERS = {"mamba1": _load_mamba1, "mamba2": _load_mamba2}
 def _try_out(
     mixer: str, kernel: Callable[..., Tensor], device: torch.device, d_state: int, tolerance: float
 ) -> None:
-    """One small mixer forward and backward, beside PyTorch.
+    """Run one small mixer forward and backward, with the kernel and with PyTorch.
 
     Raises:
         RuntimeError: the results are not finite or differ.
@@ -104,8 +104,8 @@ def _try_out(
             y = module(x)
             (grad,) = torch.autograd.grad(y.float().square().sum(), module.in_proj.weight)
         results.append((y.detach().float(), grad))
-    for expected, found in zip(*results, strict=True):
-        error = (found - expected).norm() / expected.norm()
+    for ours, theirs in zip(*results, strict=True):
+        error = (theirs - ours).norm() / ours.norm()
         if not error <= tolerance:  # NaN too
             raise RuntimeError(f"its results differ from PyTorch's by {float(error):.1e}")
 

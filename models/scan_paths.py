@@ -36,7 +36,7 @@ def scan_paths(scan: Scan, grid: tuple[int, int]) -> list[Tensor]:
 
 
 def _snake(cells: Tensor) -> Tensor:
-    """Row by row, every second row backwards."""
+    """The cells (h, w) row by row, but every second row backwards: (h * w,)."""
     cells = cells.clone()
     cells[1::2] = cells[1::2].flip(1)
     return cells.flatten()

@@ -25,13 +25,7 @@ SSD_CHUNK = 64  # tokens that become one matrix product
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor | None = None,
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = C_t . h_t + D u_t.
 
@@ -70,7 +64,7 @@ def _segment(tensor: Tensor) -> int:
 def _selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y (B, L, E), last state (B, N, E), the states before every segment (B, S, N, E).
+    """Returns y (B, L, E), the last state (B, N, E) and those before each segment (B, S, N, E).
 
     Here A is (N, E), as with E innermost all operations run along contiguous memory, and to the
     base of two: decays are 2^(dt A).
@@ -110,7 +104,7 @@ def _selective_scan_backward(
     C: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C and the initial state, from the last segment to the first.
+    """The gradients of u, dt, A, B, C and the first state, from the last segment to the first.
 
     With g_t the gradient of h_t: g_t = grad_y_t C_t + a_(t+1) g_(t+1), and
     grad A = ln 2 sum_t dt_t r_t with r_t = g_t a_t h_(t-1).
@@ -174,7 +168,7 @@ _selective_scan.register_autograd(_backward, setup_context=_save)
 
 
 def _row_blocks(u: Tensor, A: Tensor, segment: int) -> list[slice]:
-    """Examples taken together: on a CPU as many as fit the scratch tensors."""
+    """Which examples are computed together: on a CPU as many as fit the scratch tensors."""
     batch = u.shape[0]
     if u.device.type != "cpu":
         return [slice(0, batch)]
@@ -183,24 +177,25 @@ def _row_blocks(u: Tensor, A: Tensor, segment: int) -> list[slice]:
 
 
 def _scratch(u: Tensor, A: Tensor, segment: int) -> Tensor:
-    """(b, T, N, E) for the values of one segment; allocated once per block of rows."""
+    """A tensor (b, T, N, E) for the values of a segment, allocated once for a block of rows."""
     return u.new_empty(u.shape[0], min(segment, u.shape[1]), *A.shape)
 
 
 def _dot_n(weights: Tensor, values: Tensor) -> Tensor:
-    """(b, T, N) . (b, T, N, E) -> (b, T, E)."""
+    """The products (b, T, N) . (b, T, N, E) -> (b, T, E), summed over N."""
     return torch.matmul(weights[:, :, None], values)[:, :, 0]
 
 
 def _dot_e(weights: Tensor, values: Tensor) -> Tensor:
-    """(b, T, E) . (b, T, N, E) -> (b, T, N). A row times a matrix: the other way round is slow."""
+    """The products (b, T, E) . (b, T, N, E) -> (b, T, N), as a row times a matrix: the other way
+    round is slow."""
     return torch.matmul(weights[:, :, None], values.transpose(2, 3))[:, :, 0]
 
 
 def _states(
     dt: Tensor, u: Tensor, A: Tensor, B: Tensor, state: Tensor, decay: Tensor, out: Tensor
 ) -> Tensor:
-    """The states (b, T, N, E) of one segment in `out`, its decays in `decay`."""
+    """Write the states (b, T, N, E) of one segment to `out` and its decays to `decay`."""
     size = dt.shape[1]
     a = torch.mul(dt[:, :, None], A, out=decay[:, :size]).exp2_()
     h = torch.mul((dt * u)[:, :, None], B[..., None], out=out[:, :size])
@@ -228,7 +223,7 @@ def _advance_backward(g: Tensor, decay: Tensor, carry: Tensor, next_decay: Tenso
 
 
 def _chunk(values: Tensor) -> int:
-    """1: step by step."""
+    """How many tokens a chunk has; 1 means step by step."""
     return 1 if values.device.type == "cpu" else GPU_CHUNK
 
 
@@ -321,8 +316,7 @@ def _chunked_scan(
 
 
 def _decay_between(log_decay: Tensor) -> Tensor:
-    """(..., c) logarithms -> (..., c, c): the decay from s to t, exp(sum of s < j <= t), or 0 if
-    s > t.
+    """The decays (..., c, c) from s to t: exp(sum of s < j <= t) of the logarithms, 0 if s > t.
 
     Every pair has its own sum: the difference of two cumulative sums would lose the digits of
     short ones once the long ones are large.

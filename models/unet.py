@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import LabelEmbedding, TimestepEmbedding, zero_init
-from utils.config import BelowOne, PositiveInt
+from utils.config_schema import BelowOne, PositiveInt
 
 MAX_GROUPS = 32
 MIN_CHANNELS_PER_GROUP = 4
@@ -22,7 +22,7 @@ Norm = Callable[[int], nn.GroupNorm]
 
 
 def group_norm(channels: int, num_groups: int | None = None) -> nn.GroupNorm:
-    """By default at most 32 groups of at least 4 channels; fewer where the channels do not divide.
+    """A group norm of `num_groups` groups, by default at most 32 of at least 4 channels each.
 
     Raises:
         ValueError: `num_groups` does not divide the channels.
@@ -142,12 +142,12 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W).
 
     Args:
         image_size: (H, W) in pixels, divisible by 2 ** (levels - 1).
         in_channels: channels of the image.
-        num_classes: K; 0 makes the network unconditional.
+        num_classes: K; with 0 the network is unconditional.
         model_channels: width of the first level; level i has model_channels * channel_mult[i].
         out_channels: default: in_channels.
         num_res_blocks: residual blocks per level (one more on the way up).
@@ -185,18 +185,8 @@ class UNet(nn.Module):
         class_emb_size: PositiveInt = 16,
     ) -> None:
         super().__init__()
-        levels = len(channel_mult)
-        if not levels:
-            raise ValueError("channel_mult=() has no levels")
-        sides = _level_sides(image_size, levels)
-        if attention_resolutions is None:
-            attention_resolutions = tuple(s for s in sides if s <= LARGEST_ATTENTION_SIDE)
-        unmatched = [side for side in attention_resolutions if side not in sides]
-        if unmatched and use_attention:
-            raise ValueError(
-                f"attention_resolutions {unmatched} match no level; image_size {image_size} with "
-                f"{levels} levels has the sides {', '.join(map(str, sides))}"
-            )
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = _levels(image_size, widths, attention_resolutions if use_attention else ())
         if model_channels % 2:
             raise ValueError(f"model_channels={model_channels} must be even")
 
@@ -214,43 +204,36 @@ class UNet(nn.Module):
         )
         attention = partial(AttentionBlock, num_head_channels=num_head_channels, norm=norm)
 
-        def stage(channels_in: int, channels_out: int, side: int) -> Stage:
-            attend = use_attention and side in attention_resolutions
-            return Stage(
-                residual(channels_in, channels_out), attention(channels_out) if attend else None
-            )
+        def stage(channels_in: int, channels_out: int, attends: bool) -> Stage:
+            block = residual(channels_in, channels_out)
+            return Stage(block, attention(channels_out) if attends else None)
 
-        channels = model_channels * channel_mult[0]
+        channels = widths[0]
         first_channels = in_channels + (class_emb_size if concat else 0)
         self.stem = nn.Conv2d(first_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
         skips = [channels]
-        for level, (mult, side) in enumerate(zip(channel_mult, sides, strict=True)):
+        for number, (width, attends) in enumerate(levels):
             for _ in range(num_res_blocks):
-                self.down.append(stage(channels, model_channels * mult, side))
-                channels = model_channels * mult
+                self.down.append(stage(channels, width, attends))
+                channels = width
                 skips.append(channels)
-            if level < levels - 1:
+            if number < len(levels) - 1:
                 self.down.append(Downsample(channels))
                 skips.append(channels)
 
-        self.middle = nn.ModuleList(
-            [
-                Stage(residual(channels, channels), attention(channels) if use_attention else None),
-                Stage(residual(channels, channels), None),
-            ]
-        )
+        first = stage(channels, channels, use_attention)
+        self.middle = nn.ModuleList([first, stage(channels, channels, False)])
 
         self.up = nn.ModuleList()
-        for level in reversed(range(levels)):
-            width = model_channels * channel_mult[level]
+        for number, (width, attends) in reversed(list(enumerate(levels))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(stage(channels + skips.pop(), width, sides[level]))
+                self.up.append(stage(channels + skips.pop(), width, attends))
                 channels = width
-            if level > 0:
+            if number > 0:
                 self.up.append(Upsample(channels))
 
-        self.side_factor = 2 ** (levels - 1)
+        self.side_factor = 2 ** (len(levels) - 1)
         self.out_norm = norm(channels)
         self.out = zero_init(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
@@ -283,12 +266,32 @@ class UNet(nn.Module):
         return self.out(F.silu(self.out_norm(h)))
 
 
-def _level_sides(image_size: tuple[int, int], levels: int) -> list[int]:
-    """The shorter side, in pixels, of every level."""
-    factor = 2 ** (levels - 1)
+def _levels(
+    image_size: tuple[int, int], widths: list[int], resolutions: tuple[int, ...] | None
+) -> list[tuple[int, bool]]:
+    """The channels of each level, from the largest image to the smallest, and whether it attends.
+
+    Args:
+        widths: the channels of each level.
+        resolutions: the sides of the levels with attention; None: all sides of at most 16.
+
+    Raises:
+        ValueError: the image cannot be halved so often, or a resolution is that of no level.
+    """
+    if not widths:
+        raise ValueError("channel_mult=() has no levels")
+    factor = 2 ** (len(widths) - 1)
     if any(side % factor for side in image_size):
         raise ValueError(
-            f"image_size {image_size} cannot be halved {levels - 1} times; use multiples of "
-            f"{factor} or a shorter channel_mult than the {levels} levels given"
+            f"image_size {image_size} cannot be halved {len(widths) - 1} times; use multiples of "
+            f"{factor} or a shorter channel_mult than the {len(widths)} levels given"
         )
-    return [min(image_size) // 2**level for level in range(levels)]
+    sides = [min(image_size) // 2**number for number in range(len(widths))]
+    if resolutions is None:
+        resolutions = tuple(side for side in sides if side <= LARGEST_ATTENTION_SIDE)
+    if unmatched := [side for side in resolutions if side not in sides]:
+        raise ValueError(
+            f"attention_resolutions {unmatched} match no level; image_size {image_size} with "
+            f"{len(widths)} levels has the sides {', '.join(map(str, sides))}"
+        )
+    return [(width, side in resolutions) for width, side in zip(widths, sides, strict=True)]

@@ -80,7 +80,7 @@ BAD_CONFIGS = {
     "learning_rate=float('nan')": "learning_rate=nan: a finite number",
     "image_size=7": "image_size (7, 7) cannot be halved",
     "conditional=True, num_classes=102": "num_classes=102, but digits has 10 classes",
-    "conditional=False, cfg_scale=3": "cfg_scale=3.0 needs conditional=True",
+    "conditional=False, cfg_scale=3": "cfg_scale=3 needs training with conditional=True",
     "gradient_accumulation_steps=3": "batch_size=128 cannot be shared evenly",
     "gpu_ids=(0, 1, 2, 3)": "names 4 GPU(s), but this node runs 1 process(es)",
     "beta_start=0.5, beta_end=0.1": "beta_start=0.5 must be below beta_end=0.1",
@@ -330,8 +330,8 @@ def test_a_damaged_best_model_is_not_swapped_for_another(command, tmp_path, scri
 
 UNCONDITIONAL = {
     "--labels 1": "--labels: this model was trained without class labels",
-    "--cfg_scale 2": "cfg_scale=2: this model was trained without class labels",
-    "--cfg_scale 0": "cfg_scale=0: this model was trained without class labels",
+    "--cfg_scale 2": "cfg_scale=2 needs training with conditional=True",
+    "--cfg_scale 0": "cfg_scale=0 needs training with conditional=True",
     "--use_ema": "holds no EMA weights",
     "--num_inference_steps 21": "num_inference_steps=21: must lie in 1..20",
     "--sampling_method euler": "sampling_method='euler': use ddpm, ddim, dpmpp_2m",
@@ -356,7 +356,7 @@ def test_sample_refuses_what_the_model_cannot_do(command, tmp_path):
     conditional = make_checkpoint(tmp_path / "cond", conditional=True, cfg_dropout_prob=0.0)
     cases = [(run, *case) for case in UNCONDITIONAL.items()]
     cases += [(conditional, *case) for case in CONDITIONAL.items()]
-    cases += [(conditional, "--cfg_scale 3", "trained with cfg_dropout_prob=0")]
+    cases += [(conditional, "--cfg_scale 3", "needs training with cfg_dropout_prob above 0")]
     for folder, options, message in cases:
         code, text = command(sample.main, "--checkpoint", folder, *options.split())
         assert code in (EXIT_USAGE, EXIT_FAILURE), options
@@ -372,7 +372,7 @@ def test_evaluate_refuses_what_it_cannot_do(command, tmp_path):
         "--metrics fdi": "'fdi' is not a metric; did you mean 'fid'?",
         "--metrics=": "not a metric",
         "--num_samples 0": "must be at least 1",
-        "--cfg_scale 2": "this model was trained without class labels",
+        "--cfg_scale 2": "cfg_scale=2 needs training with conditional=True",
         "--use_ema": "holds no EMA weights",
         "lr=1": "'lr' is not a config key",
     }

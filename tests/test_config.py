@@ -15,12 +15,13 @@ from generation.run import CONFIG_CHECKS
 from utils.cli import new_parser, parse_args, parse_int_list
 from utils.config import (
     ALIASES,
+    RULES,
     Config,
     RawConfig,
     format_config,
+    keys_by_resume,
     load_config,
     parse_value,
-    reference_table,
     validate,
     warnings_of,
 )
@@ -147,8 +148,8 @@ def test_a_flag_is_true_or_false_and_nothing_like_it(key):
 
 
 def test_compile_is_a_mode_and_true_means_the_whole_model(tmp_path):
-    found = [load_python(tmp_path, f"compile={v}").compile for v in ("True", "False", "'blocks'")]
-    assert found == ["model", None, "blocks"]
+    modes = [load_python(tmp_path, f"compile={v}").compile for v in ("True", "False", "'blocks'")]
+    assert modes == ["model", None, "blocks"]
 
 
 def test_sizes_and_sequences(tmp_path):
@@ -222,9 +223,7 @@ def test_json_round_trip(tmp_path):
         validate(RawConfig({**stored, "gone": 1}, {"gone": "checkpoint.pth"}))
 
 
-def test_the_reference_table_has_every_key():
-    table = reference_table()
-    assert all(f"| `{name}` |" in table for name in Config.model_fields)
+def test_every_key_has_its_text():
     assert all(field.description for field in Config.model_fields.values())
 
 
@@ -244,6 +243,14 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
     path = write(tmp_path, "model_params:\n  dropout: 0.1\n  dropout: 0.2\n", "run.yml")
     with pytest.raises(ConfigError, match=r"run\.yml:3: 'dropout' is given twice"):
         load_config(path)
+    path = write(tmp_path, "classes:\n- {a: 1,\n   a: 2}\n", "run.yml")
+    with pytest.raises(ConfigError, match=r"run\.yml:3: 'a' is given twice"):
+        load_config(path)
+
+
+def test_a_yaml_mapping_may_lay_its_own_keys_over_merged_ones(tmp_path):
+    text = "model_params:\n  <<: {dropout: 0.1, model_channels: 32}\n  dropout: 0.2\n"
+    assert load_yaml(tmp_path, text).model_params == {"dropout": 0.2, "model_channels": 32}
 
 
 BAD_FILES = {
@@ -458,9 +465,24 @@ def test_unknown_keys_get_a_hint(tmp_path, typo, meant):
     assert f"did you mean {meant!r}?" in fault_of(tmp_path, "", f"{typo}=1")
 
 
-def test_aliases_are_hints_for_keys_that_exist():
-    assert set(ALIASES.values()) <= set(Config.model_fields)
+def test_aliases_are_hints_alone():
     assert set(ALIASES).isdisjoint(Config.model_fields)
+    assert ALIASES["T"] == "num_timesteps"
+    names = [name for rules in RULES.values() for name in rules.get("also", ())]
+    assert len(names) == len(set(names)), "a name is given to two keys"
+
+
+def test_what_a_continued_run_may_change_stands_at_the_keys():
+    assert keys_by_resume("architecture") == (
+        "model_type",
+        "model_params",
+        "lora_rank",
+        "lora_alpha",
+    )
+    assert keys_by_resume("run") == ("seed", "batch_size", "optimizer", "use_ema")
+    assert "learning_rate" in keys_by_resume("warn")
+    kinds = [set(keys_by_resume(kind)) for kind in ("architecture", "meaning", "run", "warn")]
+    assert len(set().union(*kinds)) == sum(map(len, kinds)) < len(Config.model_fields)
 
 
 def test_all_faults_come_at_once_each_with_its_place(tmp_path):
@@ -591,9 +613,15 @@ def test_conditions_on_each_other(tmp_path):
         tmp_path, "dataset='custom', conditional=True, num_classes=0"
     )
     dropout_0 = "conditional=True, cfg_dropout_prob=0, cfg_scale=3.0"
-    assert "cfg_dropout_prob=0 never trains" in fault_of(tmp_path, dropout_0)
+    assert "cfg_scale=3 needs training with cfg_dropout_prob above 0" in fault_of(
+        tmp_path, dropout_0
+    )
     load_python(tmp_path, "conditional=True, cfg_dropout_prob=0, cfg_scale=1")
     load_python(tmp_path, "cfg_scale=1")
+    interval = "cfg_interval=(0.1, 0.5)"
+    assert f"{interval} needs labels: set conditional=True" in fault_of(tmp_path, interval)
+    steps = "num_inference_steps=30, num_timesteps=20"
+    assert "num_inference_steps=30: must lie in 1..20" in fault_of(tmp_path, steps)
     load_python(tmp_path, "beta_start=0.5, beta_end=0.1, beta_schedule='cosine'")
 
 

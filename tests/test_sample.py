@@ -176,7 +176,7 @@ def test_sampling_takes_the_defaults_of_its_method():
         (dict(method="euler"), "sampling_method"),
         (dict(num_inference_steps=0), "num_inference_steps"),
         (dict(num_inference_steps=1001), "num_inference_steps"),
-        (dict(cfg_scale=2.0), "without class labels"),
+        (dict(cfg_scale=2.0), "needs training with conditional=True"),
         (dict(cfg_scale=-1.0), "cfg_scale"),
         (dict(cfg_scale=float("nan")), "cfg_scale"),
     ],

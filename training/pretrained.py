@@ -12,19 +12,15 @@ from torch import Tensor, nn
 
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
-from training.resume import SAME_MODEL, changed_settings
+from training.resume import changed_settings
 from utils.checkpoint import resolve_checkpoint
-from utils.config import Config
+from utils.config import Config, keys_by_resume
 from utils.errors import CheckpointError
 from utils.weights_file import load_any
 
 MAX_SHOWN = 10  # parameters in a message
-# Of what weights mean: what their shapes tell, and what a fresh run chooses for itself.
-CHECKED = [
-    key
-    for key in SAME_MODEL
-    if key not in ("model_type", "model_params", "lora_rank", "lora_alpha")
-]
+# What the weights were trained to mean, and their shapes do not tell.
+CHECKED = keys_by_resume("meaning")
 
 log = logging.getLogger("diffusion")
 

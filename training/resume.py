@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from models import computing_params
 from training.schedule import Schedule
 from utils.checkpoint import (
     CURRENT,
@@ -18,7 +19,7 @@ from utils.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from utils.config import Config
+from utils.config import Config, keys_by_resume
 from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError
 
@@ -27,46 +28,11 @@ AUTO = "auto"
 NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
 NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
 
-# What a checkpoint's weights mean: no other value makes sense with them.
-SAME_MODEL = (
-    "model_type",
-    "model_params",
-    "conditional",
-    "num_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "lora_rank",
-    "lora_alpha",
-)
-# Arguments of a backbone that say how it is computed, not what.
-FREE_MODEL_PARAMS = ("mamba_backend", "activation_checkpointing")
-# A changed value of these would not continue the run, but silently begin another one.
-SAME_RUN = ("batch_size", "seed", "optimizer", "use_ema")
-MAY_DIFFER = [
-    "learning_rate",
-    "weight_decay",
-    "grad_clip",
-    "ema_decay",
-    "loss_type",
-    "loss_weighting",
-    "min_snr_gamma",
-    "cfg_dropout_prob",
-    "use_scheduler",
-    "scheduler_type",
-    "warmup_epochs",
-    "warmup_start_factor",
-    "step_size",
-    "gamma",
-    "gradient_accumulation_steps",
-    "precision",
-    "dataset",
-    "classes",
-    "image_size",
-    "horizontal_flip",
-    "on_bad_image",
-]
+# Their values belong to the weights: no other value makes sense with them.
+SAME_MODEL = keys_by_resume("architecture", "meaning")
+# Another value of these would not continue the run, but silently begin another one.
+SAME_RUN = keys_by_resume("run")
+MAY_DIFFER = keys_by_resume("warn")
 
 log = logging.getLogger("diffusion")
 
@@ -141,7 +107,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
         pairs += [
             (f"model_params.{name}", before.get(name, "unset"), after.get(name, "unset"))
             for name in dict.fromkeys((*before, *after))
-            if name not in FREE_MODEL_PARAMS
+            if name not in computing_params(new["model_type"])
         ]
     return [
         f"{name}: {was} in the checkpoint, {now} in the config"

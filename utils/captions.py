@@ -8,11 +8,13 @@ from itertools import groupby
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
+Texts = Sequence[str]
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # of the letters, from the top of the line
@@ -35,7 +37,7 @@ WIDE_FONTS = (
 
 @functools.cache
 def wide_font() -> ImageFont.FreeTypeFont | None:
-    """The first of `WIDE_FONTS` that is installed."""
+    """The first of `WIDE_FONTS` that is installed, or None."""
     for name in WIDE_FONTS:
         try:
             return ImageFont.truetype(name, FONT_SIZE)
@@ -45,8 +47,8 @@ def wide_font() -> ImageFont.FreeTypeFont | None:
 
 
 def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
-    """A caption per label: the name of its class, or `class 3` where it has none, or none that can
-    be written here."""
+    """A caption for each label: the name of its class, or `class 3` if it has no name, or one with
+    letters that no installed font has."""
     names = {
         label: name
         for label, name in enumerate(class_names)
@@ -56,49 +58,40 @@ def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[st
 
 
 def contact_sheet(
-    images: Tensor,
-    rows: list[list[int]],
-    *,
-    above: Sequence[Sequence[str]] = (),
-    left: Sequence[str] = (),
+    images: Tensor, rows: list[list[int]], *, above: Sequence[Texts] = (), left: Texts = ()
 ) -> Tensor:
-    """`make_grid` with words.
+    """A picture, uint8 (C, H', W'), of images uint8 (B, C, H, W) with words beside them.
 
     Args:
-        images: uint8 (B, C, H, W).
-        rows: indices of the images of each row, see `make_grid`.
-        above: for each row nothing, or a text for each cell; equal ones side by side are written
+        rows: the indices of the images of each row, see `make_grid`.
+        above: for each row nothing, or a text for each cell; equal texts side by side are written
             once. What does not fit is cut short.
         left: a text for each row.
-
-    Returns:
-        uint8 (C, H', W').
     """
     font = ImageFont.load_default(FONT_SIZE)
     if not all(text.isascii() for texts in (*above, left) for text in texts):
         font = wide_font() or font
     gutter = max([round(font.getlength(text)) + 2 * MARGIN for text in left if text], default=0)
-    above = above or [()] * len(rows)
     strips = [make_grid(images, [row]) for row in rows]
     width = max(strip.shape[2] for strip in strips)
-    lines = [LINE_HEIGHT if any(texts) else 0 for texts in above]
-    height = sum(lines) + sum(strip.shape[1] - GRID_PADDING for strip in strips) + GRID_PADDING
-    sheet = torch.full((len(images[0]), height, gutter + width), GRID_BACKGROUND, dtype=torch.uint8)
+    parts: list[Tensor] = []
     words: list[tuple[int, int, str]] = []
     y = 0
     for r, strip in enumerate(strips):
+        texts = above[r] if above else ()
         cell = (strip.shape[2] - GRID_PADDING) // len(rows[r])
-        for text, run in groupby(range(len(above[r])), key=lambda c, r=r: above[r][c]):
+        for text, run in groupby(range(len(texts)), key=texts.__getitem__):
             columns = list(run)
             space = len(columns) * cell - GRID_PADDING
             words.append((gutter + GRID_PADDING + columns[0] * cell, y, _fit(text, font, space)))
-        y += lines[r]
-        sheet[:, y : y + strip.shape[1], gutter : gutter + strip.shape[2]] = strip
+        line = LINE_HEIGHT if any(texts) else 0
         if left:
-            middle = y + (strip.shape[1] - LINE_HEIGHT) // 2
-            words.append((MARGIN, middle, left[r]))
-        y += strip.shape[1] - GRID_PADDING
-    return _write(sheet, words, font)
+            words.append((MARGIN, y + line + (strip.shape[1] - LINE_HEIGHT) // 2, left[r]))
+        strip = strip if r == len(strips) - 1 else strip[:, :-GRID_PADDING]  # the next one has it
+        around = (gutter, width - strip.shape[2], line, 0)  # left, right, above, below
+        parts.append(F.pad(strip, around, value=GRID_BACKGROUND))
+        y += parts[-1].shape[1]
+    return _write(torch.cat(parts, dim=1), words, font)
 
 
 def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
@@ -10,7 +11,7 @@ from utils.errors import EXIT_USAGE
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a fault in one line, and not below the whole usage."""
+    """A parser that tells a fault in one line, without the usage that argparse puts above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message}; see python {self.prog} --help\n")
@@ -19,10 +20,10 @@ class Parser(argparse.ArgumentParser):
 def new_parser(
     description: str, make: Callable[..., argparse.ArgumentParser] = Parser
 ) -> argparse.ArgumentParser:
-    """A parser with the options every script has. Finish with `parse_args` of this module.
+    """A parser with the options that every script has; `parse_args` below reads the command line.
 
     Args:
-        make: what makes a parser; that of a subcommand is made by its parent.
+        make: makes the parser. That of a subcommand is made by the parser above it.
     """
     parser = make(
         description=description,
@@ -30,25 +31,20 @@ def new_parser(
         allow_abbrev=False,
         epilog="Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="set_values",
-        help="override a config key (same as a bare key=value)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
-    parser.add_argument("--print_config", action="store_true", help="print the config and stop")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, write nothing")
+    add = parser.add_argument
+    override = "override a config key (same as a bare key=value)"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="set_values", help=override)
+    add("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
+    add("--print_config", action="store_true", help="print the config and stop")
+    add("--dry_run", action="store_true", help="check everything, write nothing")
     return parser
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which weights, for every script that reads a checkpoint."""
+    """The options of every script that reads a checkpoint: which file, and which of its weights."""
     add = parser.add_argument
-    known = "a .pth or exported .safetensors file, or a run directory"
-    add("--checkpoint", "--ckpt", required=required, help=known)
+    kinds = "a .pth or exported .safetensors file, or a run directory"
+    add("--checkpoint", "--ckpt", required=required, help=kinds)
     add("--config", help="config file laid over the one in the checkpoint")
     add("--use_ema", action="store_true", default=None, help="averaged weights (the default)")
     add("--no_ema", action="store_false", dest="use_ema", help="raw weights")
@@ -61,9 +57,11 @@ def add_sampling_options(
     sweep: bool = False,
     needs_checkpoint: bool = True,
 ) -> None:
-    """What all that sample take: which weights, and how to sample from them.
+    """The options of every script that samples: which weights, and how to sample from them.
 
-    With `sweep`, steps and cfg_scale are lists of values.
+    Args:
+        samplers: the names of all samplers.
+        sweep: let the number of steps and cfg_scale be lists of values.
     """
     add = parser.add_argument
     steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
@@ -89,18 +87,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
-    """`--dry-run` -> `--dry_run`."""
-    found = []
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token.partition("=")
-            token = "--" + name[2:].replace("-", "_") + equals + value
-        found.append(token)
-    return found
+    """The arguments with underscores in the names of options: `--dry-run` -> `--dry_run`."""
+    return [re.sub("^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
 
 
 def parse_float_list(text: str) -> list[float]:
-    """`"1,1.5,2"` -> [1.0, 1.5, 2.0]."""
+    """The numbers of an option such as `--cfg_scale 1,1.5,2`."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -108,15 +100,15 @@ def parse_float_list(text: str) -> list[float]:
 
 
 def parse_int_list(text: str) -> list[int]:
-    """`"0,1,5-7"` -> [0, 1, 5, 6, 7]. For --labels and --seeds."""
+    """The numbers of an option such as `--labels 0,1,5-7`, a range with both its ends."""
     numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            found = range(int(first), int(last) + 1) if dash else [int(first)]
+            added = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            found = []
-        if not found:
+            added = range(0)
+        if not added:
             raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers such as 0,1,2 or 0-9")
-        numbers += found
+        numbers += added
     return numbers

@@ -19,27 +19,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from utils.config_files import RawConfig, merge, read_config_file
-from utils.config_schema import BelowOne, Config, NonNegativeFloat, PositiveFloat, PositiveInt
+from utils.config_schema import Config
+from utils.config_schema import PositiveInt as PositiveInt
 from utils.errors import ConfigError
-
-__all__ = [
-    "BelowOne",
-    "Check",
-    "Config",
-    "NonNegativeFloat",
-    "PositiveFloat",
-    "PositiveInt",
-    "Problem",
-    "RawConfig",
-    "apply_overrides",
-    "did_you_mean",
-    "format_config",
-    "load_config",
-    "read_config_file",
-    "reference_table",
-    "validate",
-    "warnings_of",
-]
 
 MAX_NAME_BYTES = 200  # file systems take 255
 
@@ -53,45 +35,18 @@ class Problem(NamedTuple):
 
 Check = Callable[[Config], Iterable[Problem]]
 
-# Names that other projects use; for hints only, never accepted.
-ALIASES = {
-    "lr": "learning_rate",
-    "bs": "batch_size",
-    "wd": "weight_decay",
-    "ema": "use_ema",
-    "cfg": "cfg_scale",
-    "guidance_scale": "cfg_scale",
-    "w": "cfg_scale",
-    "label_dropout": "cfg_dropout_prob",
-    "timesteps": "num_timesteps",
-    "T": "num_timesteps",
-    "steps": "num_inference_steps",
-    "sampler": "sampling_method",
-    "sample_steps": "num_inference_steps",
-    "eta": "ddim_eta",
-    "model": "model_type",
-    "backbone": "model_type",
-    "data": "dataset",
-    "data_dir": "data_root",
-    "data_path": "data_root",
-    "img_size": "image_size",
-    "resolution": "image_size",
-    "num_epochs": "epochs",
-    "n_epochs": "epochs",
-    "resume": "resume_path",
-    "output_dir": "save_dir",
-    "name": "experiment_name",
-    "accum": "gradient_accumulation_steps",
-    "amp": "precision",
-    "objective": "prediction_type",
-    "schedule": "beta_schedule",
-    "workers": "num_workers",
-    "device": "gpu_ids",
-}
+# What the schema says of each key, see `key` there.
+RULES = {name: field.json_schema_extra or {} for name, field in Config.model_fields.items()}
+ALIASES = {alias: name for name, rules in RULES.items() for alias in rules.get("also", ())}
+
+
+def keys_by_resume(*kinds: str) -> tuple[str, ...]:
+    """The keys whose `resume` in the schema is one of `kinds`."""
+    return tuple(name for name, rules in RULES.items() if rules.get("resume") in kinds)
 
 
 def did_you_mean(word: str, allowed: Iterable[str], aliases: Mapping[str, str] = {}) -> str:
-    """`"; did you mean 'x'?"`, or nothing if no allowed word is near."""
+    """The end of a message, "; did you mean 'x'?", or "" if no allowed word is near."""
     if word in aliases:
         return f"; did you mean {aliases[word]!r}?"
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
@@ -101,49 +56,45 @@ def did_you_mean(word: str, allowed: Iterable[str], aliases: Mapping[str, str] =
 def load_config(
     path: str | Path, overrides: Iterable[str] = (), *, checks: Iterable[Check] = ()
 ) -> Config:
-    """Read `path`, apply `key=value` overrides, validate.
+    """Read a config file, lay `key=value` overrides over it and check the result.
 
     Raises:
-        ConfigError: with one line per fault.
+        ConfigError: there are faults; it has a line for each.
     """
     raw = read_config_file(Path(path))
     raw.values.setdefault("experiment_name", Path(path).stem)
-    problems = apply_overrides(raw, overrides)
-    return validate(raw, checks=checks, problems=problems)
+    return validate(raw, checks=checks, problems=apply_overrides(raw, overrides))
 
 
 def apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
-    """Write `key=value` strings into `raw`; later ones win. Returns what could not be read."""
+    """Write `key=value` strings into `raw`; later ones win. Returns a message for each bad one."""
     problems = []
     # A changed model_type drops the model_params of the file, but not those given beside it.
     for override in sorted(overrides, key=lambda text: not text.startswith("model_type=")):
         key, equals, text = override.partition("=")
+        field, dot, param = key.partition(".")
+        source = f"command line ({_short(override)})"
         if not equals or not key:
             problems.append(f"command line: {override!r}: write key=value")
-            continue
-        field, _, param = key.partition(".")
-        source = f"command line ({_short(override)})"
-        if param:
-            if field != "model_params":
-                problems.append(f"{source}: only model_params has inner keys")
-                continue
-            params = raw.values.get("model_params") or {}
-            if isinstance(params, dict):  # anything else is reported as such
-                raw.values["model_params"] = {**params, param: parse_value(text)}
-                raw.sources[param] = source
-        else:
-            top = RawConfig({field: parse_value(text, field)}, {field: source})
-            merge(raw, top)
+        elif not dot:
+            merge(raw, RawConfig({field: parse_value(text, field)}, {field: source}))
+        elif field != "model_params":
+            problems.append(f"{source}: only model_params has inner keys")
+        elif isinstance(raw.values.get("model_params") or {}, dict):  # others are faults anyway
+            merge(raw, RawConfig({"model_params": {param: parse_value(text)}}, {param: source}))
     return problems
 
 
 def parse_value(text: str, field: str | None = None) -> Any:
-    """A command-line value: text fields stay raw, others as Python literals, else text.
+    """The value that a text on the command line means for a field.
 
-    `1,2,4` is a tuple, `fid,is` a tuple of words, `none` and `null` are None unless the field takes
-    text but not None (`threshold=none`).
+    Fields of text take it as it is; for others it is a Python literal if it can be one. `1,2,4` is
+    a tuple, `fid,is` a tuple of words. `none` and `null` are None, unless the field takes text but
+    not None (`threshold=none`).
     """
-    kinds = _kinds(field)
+    annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
     is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
     if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
         return None
@@ -158,49 +109,38 @@ def parse_value(text: str, field: str | None = None) -> Any:
         return tuple(words) if len(words) > 1 else text
 
 
-def _kinds(field: str | None) -> tuple[Any, ...]:
-    """The types a field takes, and the words of a Literal."""
-    if field not in Config.model_fields:
-        return ()
-    annotation = Config.model_fields[field].annotation
-    if typing.get_origin(annotation) in (typing.Union, UnionType, Literal):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
 def validate(
     raw: RawConfig, *, checks: Iterable[Check] = (), problems: Iterable[str] = ()
 ) -> Config:
-    """Turn raw values into a Config.
+    """Turn raw values into a Config. `checks` look at all values that are valid on their own.
 
     Raises:
-        ConfigError: all faults of the values, and those that `checks` find among the valid ones.
+        ConfigError: there are faults, `problems` or others; it has a line for each.
     """
     messages = list(problems)
-    values = dict(raw.values)
     bad_keys: set[str] = set()
-
-    def where(key: str) -> str:
-        return f"{raw.sources[key]}: " if key in raw.sources else ""
-
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(raw.values)
     except ValidationError as error:
         for fault in error.errors():
             key = str(fault["loc"][0])
             bad_keys.add(key)
-            messages.append(where(key) + _describe(key, values.get(key), fault))
-        remaining = {k: v for k, v in values.items() if isinstance(k, str) and k not in bad_keys}
-        config = Config.model_validate(remaining)
+            messages.append(_placed(raw, (key,), _describe(key, raw.values.get(key), fault)))
+        good_values = {k: v for k, v in raw.values.items() if str(k) not in bad_keys}
+        config = Config.model_validate(good_values)
     for check in (check_values, *checks):
-        for keys, message in check(config):
-            if not bad_keys.intersection(keys):
-                messages.append(
-                    where(next((k for k in keys if k in raw.sources), keys[0])) + message
-                )
+        for problem in check(config):
+            if not bad_keys.intersection(problem.keys):
+                messages.append(_placed(raw, *problem))
     if messages:
         raise ConfigError("\n       ".join(dict.fromkeys(messages)))
     return config
+
+
+def _placed(raw: RawConfig, keys: tuple[str, ...], message: str) -> str:
+    """The message, behind the place where the first of `keys` was written."""
+    places = [f"{raw.sources[key]}: " for key in keys if key in raw.sources]
+    return (places[0] if places else "") + message
 
 
 def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
@@ -220,119 +160,56 @@ def _short(text: str) -> str:
 
 
 def check_values(config: Config) -> Iterable[Problem]:
-    """Combinations that no single field can see."""
+    """What no type in the schema can see, above all the combinations of several keys."""
     name = config.experiment_name
-    if (
-        name in ("", ".", "..")
-        or any(c in name for c in "/\\")
-        or not name.isprintable()
-        or len(os.fsencode(name)) > MAX_NAME_BYTES
-    ):
-        yield Problem(
-            ("experiment_name",), f"experiment_name={name!r}: must be usable as a folder name"
-        )
+    is_plain = name.isprintable() and not any(c in name for c in "/\\")
+    if name in ("", ".", "..") or not is_plain or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        message = f"experiment_name={name!r}: must be usable as a folder name"
+        yield Problem(("experiment_name",), message)
     for key in ("resume_path", "init_from", "data_root", "label_file", "save_dir", "sample_dir"):
         if getattr(config, key) == "":
             yield Problem((key,), f"{key}='': give a path, or leave it out")
     if config.beta_start >= config.beta_end and config.beta_schedule != "cosine":
-        yield Problem(
-            ("beta_start", "beta_end"),
-            f"beta_start={config.beta_start} must be below beta_end={config.beta_end}",
-        )
+        message = f"beta_start={config.beta_start} must be below beta_end={config.beta_end}"
+        yield Problem(("beta_start", "beta_end"), message)
     steps = config.num_inference_steps
-    if steps is not None and steps > config.num_timesteps:
-        yield Problem(
-            ("num_inference_steps", "num_timesteps"),
-            f"num_inference_steps={steps} exceeds num_timesteps={config.num_timesteps}",
-        )
+    if steps is not None and (message := config.steps_problem(steps)):
+        yield Problem(("num_inference_steps", "num_timesteps"), message)
     if config.init_from is not None and config.resume_path not in (None, "auto"):
-        yield Problem(
-            ("init_from", "resume_path"),
-            f"init_from={config.init_from!r} starts a fresh run, but "
-            f"resume_path={config.resume_path!r} goes on with one; give one of them",
-        )
+        message = "init_from starts a fresh run and resume_path goes on with one; give one of them"
+        yield Problem(("init_from", "resume_path"), message)
     if config.lora_rank and config.init_from is None:
-        yield Problem(
-            ("lora_rank", "init_from"),
-            f"lora_rank={config.lora_rank} trains adapters of a trained model; set init_from to "
-            "its checkpoint",
-        )
+        message = f"lora_rank={config.lora_rank} trains adapters of a trained model; set init_from"
+        yield Problem(("lora_rank", "init_from"), f"{message} to its checkpoint")
     if config.cfg_interval is not None and config.cfg_interval[0] >= config.cfg_interval[1]:
-        yield Problem(
-            ("cfg_interval",), f"cfg_interval={config.cfg_interval}: low must be below high"
-        )
-    yield from _check_conditioning(config)
-
-
-def _check_conditioning(config: Config) -> Iterable[Problem]:
+        message = f"cfg_interval={config.cfg_interval}: low must be below high"
+        yield Problem(("cfg_interval",), message)
+    if message := config.guidance_problem(config.guidance_scale):
+        other = "cfg_dropout_prob" if config.conditional else "conditional"
+        yield Problem(("cfg_scale", other), message)
     if not config.conditional:
-        if config.cfg_scale not in (None, 1.0):
-            yield Problem(
-                ("cfg_scale", "conditional"),
-                f"cfg_scale={config.cfg_scale} needs conditional=True (or leave cfg_scale out)",
-            )
-        if config.cfg_dropout_prob:
-            yield Problem(
-                ("cfg_dropout_prob", "conditional"),
-                f"cfg_dropout_prob={config.cfg_dropout_prob} drops labels, "
-                "but conditional=False uses none; set conditional=True or leave it out",
-            )
-        if config.cfg_interval is not None:
-            yield Problem(("cfg_interval", "conditional"), "cfg_interval needs conditional=True")
-    elif config.cfg_dropout_prob == 0 and config.cfg_scale not in (None, 1.0):
-        yield Problem(
-            ("cfg_scale", "cfg_dropout_prob"),
-            f"cfg_scale={config.cfg_scale} needs the unconditional prediction, which "
-            "cfg_dropout_prob=0 never trains; use cfg_dropout_prob=0.1 or cfg_scale=1",
-        )
-    if config.num_classes == 0 and config.conditional:
-        yield Problem(
-            ("num_classes", "conditional"), "conditional=True needs classes, but num_classes=0"
-        )
+        for key in ("cfg_dropout_prob", "cfg_interval"):
+            if value := getattr(config, key):
+                message = f"{key}={value} needs labels: set conditional=True, or leave {key} out"
+                yield Problem((key, "conditional"), message)
+    elif config.num_classes == 0:
+        message = "conditional=True needs classes, but num_classes=0"
+        yield Problem(("num_classes", "conditional"), message)
 
 
 def warnings_of(config: Config) -> list[str]:
-    """What is allowed but probably not meant."""
-    found = []
-    given = config.model_fields_set
+    """A line for each setting that is allowed but probably not meant."""
+    warnings = []
     if 1 < config.sample_start_epoch >= config.epochs and config.max_steps is None:
-        found.append(
-            f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}: "
-            "there will be at most one preview"
-        )
-    scheduler = config.scheduler_type if config.use_scheduler else None
-    without_effect = {
-        "scheduler_type": (not config.use_scheduler, "use_scheduler=True"),
-        "warmup_epochs": (scheduler != "warmup_cosine", "scheduler_type='warmup_cosine'"),
-        "warmup_start_factor": (scheduler != "warmup_cosine", "scheduler_type='warmup_cosine'"),
-        "step_size": (scheduler != "step", "scheduler_type='step'"),
-        "gamma": (scheduler != "step", "scheduler_type='step'"),
-        "lora_alpha": (config.lora_rank == 0, "lora_rank above 0"),
-        "ema_decay": (not config.use_ema, "use_ema=True"),
-        "min_snr_gamma": (config.loss_weighting != "min_snr", "loss_weighting='min_snr'"),
-        "ddim_eta": (config.sampling_method != "ddim", "sampling_method='ddim'"),
-        "beta_start": (config.beta_schedule == "cosine", "another beta_schedule than 'cosine'"),
-        "beta_end": (config.beta_schedule == "cosine", "another beta_schedule than 'cosine'"),
-        "cfg_interval": (config.guidance_scale in (0, 1), "cfg_scale above 1"),
-        "use_subdirs": (config.dataset != "custom", "dataset='custom'"),
-        "swanlab_mode": (not config.use_swanlab, "use_swanlab=True"),
-        "max_nonfinite_steps": (config.on_nonfinite == "stop", "on_nonfinite='skip'"),
-    }
-    for key, (unused, needed) in without_effect.items():
-        if unused and key in given:
-            found.append(f"{key} has no effect without {needed}")
-    return found
+        given = f"sample_start_epoch={config.sample_start_epoch} with epochs={config.epochs}"
+        warnings.append(f"{given}: there will be at most one preview")
+    for key, rules in RULES.items():
+        words, holds = rules.get("needs") or ("", None)
+        if holds and key in config.model_fields_set and not holds(config):
+            warnings.append(f"{key} has no effect without {words}")
+    return warnings
 
 
 def format_config(config: Config) -> str:
     """The resolved config as JSON text (`--print_config`)."""
     return json.dumps(config.to_dict(), indent=2, ensure_ascii=False)
-
-
-def reference_table() -> str:
-    """The table of docs/configs.md, which a test compares with this."""
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Config.model_fields.items():
-        default = {} if field.default_factory else field.default
-        rows.append(f"| `{name}` | `{default!r}` | {field.description} |")
-    return "\n".join(rows)

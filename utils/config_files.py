@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 
 from utils.config_schema import Config
 from utils.errors import ConfigError
+
+Mapping = list[tuple[Any, int]]  # the keys that one mapping of a file has, with their lines
 
 
 @dataclass
@@ -23,21 +26,22 @@ class RawConfig:
 
 
 def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
-    """The mapping a file defines, laid over that of its `_base_`."""
+    """The mapping that a file defines, laid over that of its `_base_`; `chain` led to this file.
+
+    Raises:
+        ConfigError: the file or its base is missing, or defines no such mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file{_similar_file(path)}")
     if path.resolve() in chain:
         raise ConfigError(f"{path}: `_base_` refers back to itself")
-    if path.suffix == ".py":
-        values, lines = _read_python(path)
-    elif path.suffix in (".yml", ".yaml"):
-        values, lines = _read_yaml(path)
-    else:
+    if path.suffix not in READERS:
         raise ConfigError(f"{path}: config files end in .py, .yml or .yaml")
+    values, mappings = READERS[path.suffix](path)
+    sources = {key: f"{path}:{line}" for key, line in _lines_of(mappings, path).items()}
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: {key!r} is not a config key; keys are words")
-    sources = {key: f"{path}:{line}" for key, line in lines.items()}
     own = RawConfig(values, sources)
     base_name = own.values.pop("_base_", None)
     if base_name is None:
@@ -53,22 +57,31 @@ def merge(base: RawConfig, top: RawConfig) -> None:
     """Lay `top` over `base` in place; `model_params` merge key by key for an unchanged model."""
     old_model = base.values.get("model_type", Config.model_fields["model_type"].default)
     same_model = top.values.get("model_type", old_model) == old_model
-    for key, value in top.values.items():
-        old = base.values.get(key)
-        if (
-            key == "model_params"
-            and same_model
-            and isinstance(old, dict)
-            and isinstance(value, dict)
-        ):
-            value = {**old, **value}
-        base.values[key] = value
-    if not same_model and "model_params" not in top.values:
+    old, new = base.values.get("model_params"), top.values.get("model_params")
+    if not same_model:
         base.values.pop("model_params", None)
+    base.values.update(top.values)
     base.sources.update(top.sources)
+    if same_model and isinstance(old, dict) and isinstance(new, dict):
+        base.values["model_params"] = {**old, **new}
 
 
-def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _lines_of(mappings: Iterable[Mapping], path: Path) -> dict[str, int]:
+    """The line of each key: the one in the first of the mappings that have it.
+
+    Raises:
+        ConfigError: a mapping gives a key twice.
+    """
+    lines: dict[str, int] = {}
+    for keys in mappings:
+        for number, (key, line) in enumerate(keys):
+            if any(key == earlier for earlier, _ in keys[:number]):
+                raise ConfigError(f"{path}:{line}: {key!r} is given twice")
+            lines.setdefault(str(key), line)
+    return lines
+
+
+def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     """Run the file in a namespace of its own and take its `config`."""
     try:
         source = path.read_text(encoding="utf-8")
@@ -79,16 +92,12 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}{line}: not valid Python: {error.msg}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as Python: {error}") from error
-    lines: dict[str, int] = {}
+    mappings = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
-            names = [(k.value, k.lineno) for k in node.keys if isinstance(k, ast.Constant)]
-            for name, line in names:
-                if [n for n, _ in names].count(name) > 1:
-                    raise ConfigError(f"{path}:{line}: {name!r} is given twice")
-                lines.setdefault(str(name), line)
-        elif isinstance(node, ast.keyword) and node.arg is not None:
-            lines.setdefault(node.arg, node.value.lineno)
+            mappings.append([(k.value, k.lineno) for k in node.keys if isinstance(k, ast.Constant)])
+        elif isinstance(node, ast.Call):
+            mappings.append([(k.arg, k.value.lineno) for k in node.keywords if k.arg])
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": "config_file"}
     try:
         exec(code, namespace)
@@ -97,41 +106,39 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     config = namespace.get("config")
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: must define `config = dict(...)`")
-    return dict(config), lines
+    return dict(config), mappings
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Load a YAML mapping; unlike PyYAML alone, refuse a key given twice."""
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML's loader, which also notes the keys of every mapping, from the outermost inwards."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self.mappings: list[Mapping] = []
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        self.mappings.insert(0, [(key.value, key.start_mark.line + 1) for key, _ in node.value])
+        return node
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     try:
-        source = path.read_text(encoding="utf-8")
-        root = yaml.compose(source, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(source)
+        loader = _YamlLoader(path.read_text(encoding="utf-8"))
+        values = loader.get_single_data()
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: bad dates
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {problem}") from error
-    if not isinstance(root, yaml.MappingNode) or not isinstance(values, dict):
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
-    lines: dict[str, int] = {}
-    mappings, visited = [root], {id(root)}  # an alias leads to the same node again
-    while mappings:
-        seen: set[str] = set()
-        for key, value in mappings.pop().value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise ConfigError(f"{path}:{line}: {key.value!r} is given twice")
-            seen.add(key.value)
-            lines.setdefault(key.value, line)
-            if isinstance(value, yaml.MappingNode) and id(value) not in visited:
-                visited.add(id(value))
-                mappings.append(value)
-    return values, lines
+    return values, loader.mappings
+
+
+READERS = {".py": _read_python, ".yml": _read_yaml, ".yaml": _read_yaml}
 
 
 def _similar_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
-    if not folder.is_dir():
-        return ""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".py", ".yml", ".yaml"))
+    names = sorted(p.name for p in folder.glob("*") if p.suffix in READERS)
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"; did you mean {folder / near[0]}?"

@@ -1,8 +1,10 @@
-"""The one schema of a run's settings: keys, types, defaults, descriptions."""
+"""The one schema of a run's settings. What is true of one key stands at that key: its type and its
+default, what it needs to have an effect, whether a continued run may change it, its text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,17 +22,10 @@ def _number(value: Any) -> Any:
             value = float(value)
         except ValueError:
             raise ValueError("a number is needed") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a finite number is needed")
-    return value
-
-
-def _integer(value: Any) -> Any:
-    value = _number(value)
     if isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError("a whole number is needed")
-        return int(value)
+        if not math.isfinite(value):
+            raise ValueError("a finite number is needed")
+        return int(value) if value.is_integer() else value
     return value
 
 
@@ -41,12 +36,21 @@ def _flag(value: Any) -> Any:
 
 
 def _sequence(value: Any) -> Any:
-    return (
-        (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
-    )
+    return (value,) if isinstance(value, int | float | str) else value
 
 
-Int = Annotated[int, BeforeValidator(_integer)]
+def _image_size(value: Any) -> Any:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError("one side or (height, width) is needed")
+    return sides
+
+
+def _compile(value: Any) -> Any:
+    return {True: "model", False: None}[value] if isinstance(value, bool) else value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
@@ -55,242 +59,252 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Probability = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
-Classes = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence), Field(min_length=1)]
-
-
-def _image_size(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        if len(value) != 2:
-            raise ValueError("one side or (height, width) is needed")
-        return tuple(_integer(side) for side in value)
-    side = _integer(value)
-    return (side, side)
-
-
-def _compile(value: Any) -> Any:
-    return {True: "model", False: None}[value] if isinstance(value, bool) else value
-
-
+Factor = Annotated[Float, Field(gt=0, le=1)]
+Beta = Annotated[Float, Field(gt=0, lt=1)]
 Side = Annotated[Int, Field(ge=1, le=2**14)]
 ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
+Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_sequence)]
+Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
+
+
+def having(**values: Any) -> Condition:
+    """The condition that other keys have these values. The words are those of the last key."""
+    words = [f"{name}={value!r}" for name, value in values.items()][-1]
+    return words, lambda config: all(getattr(config, k) == v for k, v in values.items())
+
+
+WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
+STEPPING = having(use_scheduler=True, scheduler_type="step")
+RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
+ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
+GUIDANCE = ("cfg_scale above 1", lambda config: config.guidance_scale not in (0, 1))
+
+
+def key(
+    default: Any,
+    *,
+    resume: Literal["architecture", "meaning", "run", "warn"] | None = None,
+    needs: Condition | None = None,
+    also: str = "",
+) -> Any:
+    """A key of the config, as a pydantic field.
+
+    Args:
+        resume: what another value does to weights trained with this one. They do not fit it
+            ("architecture"), they mean something else ("meaning"), or their training becomes that
+            of another run ("run"); all three are refused. "warn": it is allowed, with a warning.
+        needs: the condition without which the key has no effect; default: it always has one.
+        also: what other projects call it, with spaces between the names; for hints alone.
+    """
+    return Field(default, json_schema_extra=dict(resume=resume, needs=needs, also=also.split()))
 
 
 class Config(BaseModel):
-    """Every setting of a run. The field descriptions are the reference in docs/configs.md."""
+    """Every setting of a run. The texts below the keys are the reference in docs/configs.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     # --- run
-    project_name: str = Field("diffusion", description="SwanLab project")
-    experiment_name: str = Field(
-        "", description="names the run's folder; default: the config file's name"
-    )
-    resume_path: str | None = Field(
-        None,
-        description="checkpoint to go on from, or `auto`: the run's newest one if there is any",
-    )
-    init_from: str | None = Field(
-        None, description="checkpoint whose weights (EMA, if it has them) a fresh run starts from"
-    )
-    seed: NonNegativeInt = Field(42, description="fixes weights, data order, noise and samples")
-    gpu_ids: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)] | None = Field(
-        None, description="CUDA device of each process on this node; default: all in order"
-    )
-    port: Annotated[Int, Field(ge=1, le=65535)] | None = Field(
-        None, description="rendezvous port, where the launcher sets no MASTER_PORT"
-    )
-    timeout_minutes: PositiveFloat = Field(
-        10.0, description="processes that wait longer for another one give up"
-    )
+    project_name: str = "diffusion"
+    """SwanLab project"""
+    experiment_name: str = key("", also="name")
+    """names the run's folder; default: the config file's name"""
+    resume_path: str | None = key(None, also="resume")
+    """checkpoint to go on from, or `auto`: the run's newest one if there is any"""
+    init_from: str | None = None
+    """checkpoint whose weights (EMA, if it has them) a fresh run starts from"""
+    seed: NonNegativeInt = key(42, resume="run")
+    """fixes weights, data order, noise and samples"""
+    gpu_ids: Numbers | None = key(None, also="device")
+    """CUDA device of each process on this node; default: all in order"""
+    port: Annotated[Int, Field(ge=1, le=65535)] | None = None
+    """rendezvous port, where the launcher sets no MASTER_PORT"""
+    timeout_minutes: PositiveFloat = 10.0
+    """processes that wait longer for another one give up"""
 
     # --- model
-    model_type: str = Field("unet", description="backbone: unet, dit or dim, see below")
-    model_params: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of the backbone, checked against its signature"
-    )
+    model_type: str = key("unet", resume="architecture", also="model backbone")
+    """backbone: unet, dit or dim, see below"""
+    model_params: dict[str, Any] = key({}, resume="architecture")
+    """arguments of the backbone, checked against its signature"""
 
     # --- data
-    dataset: str = Field("digits", description="name of a data set, or `custom`: a folder")
-    data_root: str = Field("./data", description="folder that holds the data")
-    image_size: ImageSize | None = Field(
-        None, description="side, or (height, width), in pixels; default: the data set's own"
-    )
-    image_channels: Annotated[Literal[1, 3], BeforeValidator(_integer)] | None = Field(
-        None, description="1 grey or 3 RGB; default: the data set's own (`custom`: 3)"
-    )
-    conditional: Bool = Field(False, description="condition on the class label")
-    num_classes: NonNegativeInt | None = Field(
-        None, description="checked against the data set; default: what the data set has"
-    )
-    use_subdirs: Bool = Field(
-        True, description="`custom`: one folder per class; False: flat folder"
-    )
-    classes: Classes | None = Field(
-        None,
-        description="use only the images of these classes, counted from 0; default: all. The "
-        "model still has all of them",
-    )
-    label_file: str | None = Field(
-        None, description='`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled'
-    )
-    on_bad_image: Literal["error", "skip"] = Field(
-        "error",
-        description="image files that cannot be decoded: stop, or let the next good image take "
-        "their place (at most 1 %), for which all are decoded once at the start",
-    )
-    horizontal_flip: Bool | None = Field(
-        None, description="random mirroring; default: on, but off for digits, mnist and synthetic"
-    )
-    num_workers: NonNegativeInt = Field(
-        4, description="loader processes of data not held in memory, at most one per core"
-    )
-    resident: Bool | None = Field(
-        None,
-        description="hold all images in device memory as uint8; default: if they take at most "
-        "1 GiB",
-    )
+    dataset: str = key("digits", resume="warn", also="data")
+    """name of a data set, or `custom`: a folder"""
+    data_root: str = key("./data", also="data_dir data_path")
+    """folder that holds the data"""
+    image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
+    """side, or (height, width), in pixels; default: the data set's own"""
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(_number)] | None = None
+    """1 grey or 3 RGB; default: the data set's own (`custom`: 3)"""
+    conditional: Bool = key(False, resume="meaning")
+    """condition on the class label"""
+    num_classes: NonNegativeInt | None = None
+    """checked against the data set; default: what the data set has"""
+    use_subdirs: Bool = key(True, needs=having(dataset="custom"))
+    """`custom`: one folder per class; False: flat folder"""
+    classes: Annotated[Numbers, Field(min_length=1)] | None = key(None, resume="warn")
+    """use only the images of these classes, counted from 0; default: all. The model still has all
+    of them"""
+    label_file: str | None = None
+    """`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled"""
+    on_bad_image: Literal["error", "skip"] = key("error", resume="warn")
+    """image files that cannot be decoded: stop, or let the next good image take their place (at
+    most 1 %), for which all are decoded once at the start"""
+    horizontal_flip: Bool | None = key(None, resume="warn")
+    """random mirroring; default: on, but off for digits, mnist and synthetic"""
+    num_workers: NonNegativeInt = key(4, also="workers")
+    """loader processes of data not held in memory, at most one per core"""
+    resident: Bool | None = None
+    """hold all images in device memory as uint8; default: if they take at most 1 GiB"""
 
     # --- diffusion
-    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = Field(1000, description="T of training")
-    beta_start: Annotated[Float, Field(gt=0, lt=1)] = Field(1e-4, description="first beta")
-    beta_end: Annotated[Float, Field(gt=0, lt=1)] = Field(0.02, description="last beta")
-    beta_schedule: str = Field("linear", description="linear, cosine or quadratic")
-    prediction_type: Literal["eps", "x_0", "v"] = Field(
-        "eps", description="what the model predicts"
+    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = key(
+        1000, resume="meaning", also="timesteps T"
     )
-    loss_type: Literal["l1", "l2", "huber"] = Field("l2", description="distance to the target")
-    loss_weighting: Literal["uniform", "min_snr"] = Field("uniform", description="weight over t")
-    min_snr_gamma: PositiveFloat = Field(5.0, description="cap of the min-SNR weighting")
-    cfg_dropout_prob: Probability | None = Field(
-        None, description="share of labels dropped in training; default: 0.1 if conditional, else 0"
-    )
+    """T of training"""
+    beta_start: Beta = key(1e-4, resume="meaning", needs=RAMP)
+    """first beta"""
+    beta_end: Beta = key(0.02, resume="meaning", needs=RAMP)
+    """last beta"""
+    beta_schedule: str = key("linear", resume="meaning", also="schedule")
+    """linear, cosine or quadratic"""
+    prediction_type: Literal["eps", "x_0", "v"] = key("eps", resume="meaning", also="objective")
+    """what the model predicts"""
+    loss_type: Literal["l1", "l2", "huber"] = key("l2", resume="warn")
+    """distance to the target"""
+    loss_weighting: Literal["uniform", "min_snr"] = key("uniform", resume="warn")
+    """weight over t"""
+    min_snr_gamma: PositiveFloat = key(5.0, resume="warn", needs=having(loss_weighting="min_snr"))
+    """cap of the min-SNR weighting"""
+    cfg_dropout_prob: Probability | None = key(None, resume="warn", also="label_dropout")
+    """share of labels dropped in training; default: 0.1 if conditional, else 0"""
 
     # --- sampling
-    cfg_scale: NonNegativeFloat | None = Field(
-        None,
-        description="guidance u + s (c - u): 0 unconditional, 1 conditional, above 1 guided; "
-        "default: 2 if conditional and trained with dropped labels, else 1",
-    )
-    cfg_interval: tuple[Probability, Probability] | None = Field(
-        None, description="guide only while low <= t / T <= high; outside it is conditional"
-    )
-    sampling_method: str = Field("ddim", description="ddpm, ddim or dpmpp_2m")
-    num_inference_steps: PositiveInt | None = Field(
-        None, description="sampling steps; default: ddpm T, ddim 50, dpmpp_2m 20"
-    )
-    ddim_eta: Probability = Field(0.0, description="noise of DDIM: 0 none, 1 as DDPM")
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = Field(
-        "trailing", description="how sampling steps spread over T"
-    )
-    threshold: Literal["static", "dynamic", "none"] = Field(
-        "static", description="bounds predicted x_0: clamp, 99.5 % quantile, or not at all"
-    )
+    cfg_scale: NonNegativeFloat | None = key(None, also="cfg guidance_scale w")
+    """guidance u + s (c - u): 0 unconditional, 1 conditional, above 1 guided; default: 2 if
+    conditional and trained with dropped labels, else 1"""
+    cfg_interval: tuple[Probability, Probability] | None = key(None, needs=GUIDANCE)
+    """guide only while low <= t / T <= high; outside it is conditional"""
+    sampling_method: str = key("ddim", also="sampler")
+    """ddpm, ddim or dpmpp_2m"""
+    num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")
+    """sampling steps; default: ddpm T, ddim 50, dpmpp_2m 20"""
+    ddim_eta: Probability = key(0.0, needs=having(sampling_method="ddim"), also="eta")
+    """noise of DDIM: 0 none, 1 as DDPM"""
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    """how sampling steps spread over T"""
+    threshold: Literal["static", "dynamic", "none"] = "static"
+    """bounds predicted x_0: clamp, 99.5 % quantile, or not at all"""
 
     # --- training
-    epochs: PositiveInt = Field(100, description="passes over the data")
-    max_steps: PositiveInt | None = Field(
-        None, description="stop after so many optimizer steps, if sooner than `epochs`"
+    epochs: PositiveInt = key(100, also="num_epochs n_epochs")
+    """passes over the data"""
+    max_steps: PositiveInt | None = None
+    """stop after so many optimizer steps, if sooner than `epochs`"""
+    batch_size: PositiveInt = key(128, resume="run", also="bs")
+    """images per optimizer step, over all processes and micro-batches"""
+    gradient_accumulation_steps: PositiveInt = key(1, resume="warn", also="accum")
+    """micro-batches a batch is cut into: less memory, the same result up to rounding and dropout
+    masks"""
+    optimizer: Literal["adam", "adamw"] = key("adamw", resume="run")
+    """fused where possible"""
+    learning_rate: PositiveFloat = key(2e-4, resume="warn", also="lr")
+    """peak learning rate"""
+    weight_decay: NonNegativeFloat = key(0.0, resume="warn", also="wd")
+    """decay of the optimizer"""
+    grad_clip: PositiveFloat | None = key(1.0, resume="warn")
+    """largest gradient norm; None: no limit"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """where loss or gradient is not finite: end the run, or skip the step"""
+    max_nonfinite_steps: Annotated[Int, Field(ge=1, le=10_000)] = key(
+        10, needs=having(on_nonfinite="skip")
     )
-    batch_size: PositiveInt = Field(
-        128, description="images per optimizer step, over all processes and micro-batches"
+    """`on_nonfinite=skip`: steps a run may skip before it ends"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", resume="warn", also="amp")
+    """auto: bf16 on GPUs that have it, else fp32, whose matrix products and convolutions are TF32
+    on NVIDIA GPUs"""
+    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = None
+    """torch.compile the backbone: `model` as one, or each of its `blocks`, which compiles sooner;
+    True means `model`"""
+    channels_last: Bool = False
+    """lay out images and convolutions as (B, H, W, C) in memory"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """several processes: each holds the model (`ddp`), or each a slice of its weights, gradients,
+    average and optimizer state (`fsdp`)"""
+    lora_rank: NonNegativeInt = key(0, resume="architecture")
+    """above 0: freeze the weights of `init_from` and train low-rank adapters of this rank beside
+    them (`pip install peft`)"""
+    lora_alpha: PositiveFloat | None = key(None, resume="architecture", needs=ADAPTERS)
+    """adapters count lora_alpha / lora_rank; default: lora_rank"""
+    use_ema: Bool = key(True, resume="run", also="ema")
+    """keep an exponential moving average of the weights"""
+    ema_decay: BelowOne = key(0.9999, resume="warn", needs=having(use_ema=True))
+    """its decay, after a warm-up"""
+    use_scheduler: Bool = key(False, resume="warn")
+    """change the learning rate during training"""
+    scheduler_type: Literal["cosine", "linear", "step", "warmup_cosine"] = key(
+        "cosine", resume="warn", needs=having(use_scheduler=True)
     )
-    gradient_accumulation_steps: PositiveInt = Field(
-        1,
-        description="micro-batches a batch is cut into: less memory, the same result up to "
-        "rounding and dropout masks",
-    )
-    optimizer: Literal["adam", "adamw"] = Field("adamw", description="fused where possible")
-    learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decay of the optimizer")
-    grad_clip: PositiveFloat | None = Field(
-        1.0, description="largest gradient norm; None: no limit"
-    )
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="where loss or gradient is not finite: end the run, or skip the step"
-    )
-    max_nonfinite_steps: Annotated[Int, Field(ge=1, le=10_000)] = Field(
-        10, description="`on_nonfinite=skip`: steps a run may skip before it ends"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="auto: bf16 on GPUs that have it, else fp32, whose matrix products and "
-        "convolutions are TF32 on NVIDIA GPUs",
-    )
-    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = Field(
-        None,
-        description="torch.compile the backbone: `model` as one, or each of its `blocks`, which "
-        "compiles sooner; True means `model`",
-    )
-    channels_last: Bool = Field(
-        False, description="lay out images and convolutions as (B, H, W, C) in memory"
-    )
-    strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp",
-        description="several processes: each holds the model (`ddp`), or each a slice of its "
-        "weights, gradients, average and optimizer state (`fsdp`)",
-    )
-    lora_rank: NonNegativeInt = Field(
-        0,
-        description="above 0: freeze the weights of `init_from` and train low-rank adapters of "
-        "this rank beside them (`pip install peft`)",
-    )
-    lora_alpha: PositiveFloat | None = Field(
-        None, description="adapters count lora_alpha / lora_rank; default: lora_rank"
-    )
-    use_ema: Bool = Field(True, description="keep an exponential moving average of the weights")
-    ema_decay: BelowOne = Field(0.9999, description="its decay, after a warm-up")
-    use_scheduler: Bool = Field(False, description="change the learning rate during training")
-    scheduler_type: Literal["cosine", "linear", "step", "warmup_cosine"] = Field(
-        "cosine", description="how; stepped per optimizer step"
-    )
-    warmup_epochs: NonNegativeFloat = Field(5, description="`warmup_cosine`: epochs of warm-up")
-    warmup_start_factor: Annotated[Float, Field(gt=0, le=1)] = Field(
-        0.01, description="`warmup_cosine`: share of the learning rate to start from"
-    )
-    step_size: PositiveInt = Field(30, description="`step`: epochs between two drops")
-    gamma: Annotated[Float, Field(gt=0, le=1)] = Field(0.1, description="`step`: factor of a drop")
+    """how; stepped per optimizer step"""
+    warmup_epochs: NonNegativeFloat = key(5, resume="warn", needs=WARMING_UP)
+    """`warmup_cosine`: epochs of warm-up"""
+    warmup_start_factor: Factor = key(0.01, resume="warn", needs=WARMING_UP)
+    """`warmup_cosine`: share of the learning rate to start from"""
+    step_size: PositiveInt = key(30, resume="warn", needs=STEPPING)
+    """`step`: epochs between two drops"""
+    gamma: Factor = key(0.1, resume="warn", needs=STEPPING)
+    """`step`: factor of a drop"""
 
     # --- files
-    save_dir: str = Field("checkpoints", description="the run's folder is made in here")
-    save_interval: PositiveInt = Field(10, description="epochs between two checkpoints")
-    keep_last: PositiveInt = Field(3, description="`model_epoch_*.pth` files kept")
-    sample_dir: str | None = Field(
-        None,
-        description="previews go to its folder of this experiment; default: the run's `samples/`",
-    )
-    sample_interval: PositiveInt = Field(10, description="epochs between two previews")
-    sample_start_epoch: PositiveInt = Field(1, description="epoch of the first preview")
-    num_samples: PositiveInt = Field(64, description="images of a preview, or of sample.py")
+    save_dir: str = key("checkpoints", also="output_dir")
+    """the run's folder is made in here"""
+    save_interval: PositiveInt = 10
+    """epochs between two checkpoints"""
+    keep_last: PositiveInt = 3
+    """`model_epoch_*.pth` files kept"""
+    sample_dir: str | None = None
+    """previews go to its folder of this experiment; default: the run's `samples/`"""
+    sample_interval: PositiveInt = 10
+    """epochs between two previews"""
+    sample_start_epoch: PositiveInt = 1
+    """epoch of the first preview"""
+    num_samples: PositiveInt = 64
+    """images of a preview, or of sample.py"""
 
     # --- evaluation
-    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = Field(
-        ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity"),
-        description="what evaluations compute; `all`: everything",
+    eval_metrics: Words = key(
+        ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
-    eval_num_samples: PositiveInt = Field(50_000, description="images an evaluation draws")
-    eval_interval: NonNegativeInt = Field(
-        0, description="epochs between evaluations during training; 0: none"
-    )
-    eval_best_metric: str | None = Field(
-        None, description="metric that chooses best_model.pth; None: the training loss"
-    )
+    """what evaluations compute; `all`: everything"""
+    eval_num_samples: PositiveInt = 50_000
+    """images an evaluation draws"""
+    eval_interval: NonNegativeInt = 0
+    """epochs between evaluations during training; 0: none"""
+    eval_best_metric: str | None = None
+    """metric that chooses best_model.pth; None: the training loss"""
 
     # --- tracking
-    log_interval: PositiveInt = Field(50, description="optimizer steps between two log lines")
-    use_swanlab: Bool = Field(False, description="log to SwanLab as well as to metrics.jsonl")
-    swanlab_mode: Literal["auto", "cloud", "local", "offline", "disabled"] = Field(
-        "auto", description="auto: cloud with a key, else offline"
+    log_interval: PositiveInt = 50
+    """optimizer steps between two log lines"""
+    use_swanlab: Bool = False
+    """log to SwanLab as well as to metrics.jsonl"""
+    swanlab_mode: Literal["auto", "cloud", "local", "offline", "disabled"] = key(
+        "auto", needs=having(use_swanlab=True)
     )
-    use_tensorboard: Bool = Field(
-        False, description="write event files to the run's `tensorboard/`, too"
-    )
+    """auto: cloud with a key, else offline"""
+    use_tensorboard: Bool = False
+    """write event files to the run's `tensorboard/`, too"""
 
     @property
     def run_dir(self) -> Path:
+        """The folder of the run's checkpoints, logs and reports."""
         return Path(self.save_dir) / self.experiment_name
 
     @property
     def preview_dir(self) -> Path:
+        """The folder that images drawn during training are written to."""
         if self.sample_dir is None:
             return self.run_dir / "samples"
         return Path(self.sample_dir) / self.experiment_name
@@ -298,16 +312,31 @@ class Config(BaseModel):
     @property
     def label_dropout(self) -> float:
         """`cfg_dropout_prob` with its default filled in."""
-        if self.cfg_dropout_prob is not None:
-            return self.cfg_dropout_prob
-        return 0.1 if self.conditional else 0.0
+        default = 0.1 if self.conditional else 0.0
+        return default if self.cfg_dropout_prob is None else self.cfg_dropout_prob
 
     @property
     def guidance_scale(self) -> float:
         """`cfg_scale` with its default filled in."""
-        if self.cfg_scale is not None:
-            return self.cfg_scale
-        return 2.0 if self.conditional and self.label_dropout > 0 else 1.0
+        default = 2.0 if self.conditional and self.label_dropout > 0 else 1.0
+        return default if self.cfg_scale is None else self.cfg_scale
+
+    def guidance_problem(self, scale: float) -> str | None:
+        """Why a model of this config cannot be sampled with this `cfg_scale`; None if it can.
+
+        All scales but 1 need a model that was trained both with labels and without them.
+        """
+        if scale == 1 or (self.conditional and self.label_dropout > 0):
+            return None
+        lacking = "cfg_dropout_prob above 0" if self.conditional else "conditional=True"
+        without = "dropped labels" if self.conditional else "class labels"
+        return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
+
+    def steps_problem(self, steps: int) -> str | None:
+        """Why sampling cannot take this number of steps; None if it can."""
+        if 1 <= steps <= self.num_timesteps:
+            return None
+        return f"num_inference_steps={steps}: must lie in 1..{self.num_timesteps} (num_timesteps)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as stored in checkpoints and config.json."""

@@ -40,7 +40,7 @@ class MissingWeightsError(UserError):
 
 
 def one_line(error: object, limit: int = 200) -> str:
-    """The message of an error on one line, cut to `limit` characters; its class if it has none."""
+    """The message of an error on one line, cut to `limit` characters; without one, its class."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
@@ -48,7 +48,7 @@ def require(*packages: str) -> None:
     """Make sure, without importing them, that optional packages are installed.
 
     Raises:
-        UserError: one is not. The message says how to install it.
+        UserError: a package is missing. The message says how to install all of them.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ MIN_GIF_FRAME_MS = 20.0  # viewers slow down whatever is faster
 
 
 class ImageSpec(NamedTuple):
-    """Shape of one image and number of classes; `num_classes` 0 means unlabelled."""
+    """The shape of one image, and how many classes the images have; 0 if they have no labels."""
 
     channels: int
     height: int
@@ -37,60 +38,53 @@ class ImageSpec(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
         return self.channels, self.height, self.width
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
+    """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]."""
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float [-1, 1] -> uint8 [0, 255]: x * 127.5 + 128, clipped, truncated (as EDM and DiT).
+    """Images of values in [-1, 1] as uint8: x * 127.5 + 128, clipped, truncated (as EDM and DiT).
 
-    `to_uint8(to_float(u)) == u` for every u.
+    It inverts `to_float`: `to_uint8(to_float(u)) == u` for every u.
     """
     return images.float().mul(127.5).add_(128.0).clamp_(0, 255).to(torch.uint8)
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) -> (B, 3, H, W); grey is repeated."""
+    """Images (B, 1 or 3, H, W) as (B, 3, H, W); the one channel of grey ones is repeated."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def to_array(image: Tensor) -> np.ndarray:
-    """uint8 (C, H, W) -> (H, W) for grey or (H, W, 3), as PIL and imageio expect."""
+    """A uint8 image (C, H, W) as PIL and imageio take it: (H, W) if grey, else (H, W, 3)."""
     array = image.cpu().numpy()
     return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
 
 
 def grid_rows(num_images: int, labels: Sequence[int] | None = None) -> list[list[int]]:
-    """Where the images of a grid go: rows of image indices.
+    """The rows of a grid, each a list of image indices.
 
     With labels, consecutive equal labels share rows and a new label starts a new row; where every
     label has a single image, or there are no labels, the grid is near-square.
     """
-    groups: list[list[int]] = []
-    for i in range(num_images):
-        if labels is None or i == 0 or labels[i] != labels[i - 1]:
-            groups.append([])
-        groups[-1].append(i)
+    key = None if labels is None else labels.__getitem__
+    groups = [list(group) for _, group in groupby(range(num_images), key)]
     if all(len(group) == 1 for group in groups):
+        groups = [list(range(num_images))]
         columns = max(1, min(MAX_COLUMNS, math.ceil(math.sqrt(num_images))))
-        groups, columns_per_group = [list(range(num_images))], columns
     else:
-        longest = max(len(group) for group in groups)
-        num_lines = math.ceil(longest / MAX_COLUMNS)
-        columns_per_group = math.ceil(longest / num_lines)
-    return [
-        group[i : i + columns_per_group]
-        for group in groups
-        for i in range(0, len(group), columns_per_group)
-    ]
+        longest = max(map(len, groups))
+        columns = math.ceil(longest / math.ceil(longest / MAX_COLUMNS))
+    return [group[i : i + columns] for group in groups for i in range(0, len(group), columns)]
 
 
 def block_labels(num_samples: int, labels: Sequence[int]) -> list[int]:
-    """`num_samples` labels in blocks of equal ones, as even as can be; for grids."""
+    """`num_samples` labels for a grid: those given, in blocks that are as equal as they can be."""
     if num_samples < len(labels):
         return list(labels[:num_samples])
     return [labels[i * len(labels) // num_samples] for i in range(num_samples)]
@@ -99,10 +93,11 @@ def block_labels(num_samples: int, labels: Sequence[int]) -> list[int]:
 def make_grid(
     images: Tensor, rows: list[list[int]], *, min_cell_size: int = MIN_CELL_SIZE
 ) -> Tensor:
-    """uint8 (B, C, H, W) -> (C, H', W'): a cell per index in `rows`, small images enlarged.
+    """One picture, uint8 (C, H', W'), of images uint8 (B, C, H, W).
 
     Args:
-        min_cell_size: pixels, the least of a cell's longer side.
+        rows: the indices of the images of each row, see `grid_rows`.
+        min_cell_size: pixels; images whose longer side is less are enlarged by a whole factor.
     """
     channels, height, width = images.shape[1:]
     scale = max(1, math.ceil(min_cell_size / max(height, width)))
@@ -139,7 +134,7 @@ def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
     """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer.
 
     Raises:
-        ImportError: imageio-ffmpeg is not installed; `can_write_mp4` knows before.
+        ImportError: imageio-ffmpeg is not installed, see `can_write_mp4`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [frames[-1]] * max(0, round(final_seconds * fps) - 1)
@@ -151,4 +146,5 @@ def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
 
 
 def can_write_mp4() -> bool:
+    """Whether imageio-ffmpeg, which `save_mp4` needs, is installed."""
     return importlib.util.find_spec("imageio_ffmpeg") is not None

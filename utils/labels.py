@@ -25,16 +25,16 @@ def requested_labels(
     classes: Sequence[int] | None = None,
     train_labels: Tensor | None = None,
 ) -> list[int]:
-    """The class of image 0, 1, ... `count` - 1; each a function of the mode and its index alone.
+    """The classes, in [0, num_classes), of images 0, 1, ... `count` - 1, whatever `count` is.
 
     Args:
-        mode: "balanced" (one after the other), "uniform" (drawn), "train" (drawn as often as in
-            the train images) or a class number.
-        classes: those to choose from; default: all.
-        train_labels: int64 (N,), for "train".
+        mode: "balanced" (one class after the other), "uniform" (drawn), "train" (drawn as often as
+            in the train images) or the number of a class.
+        classes: the classes to choose from; default: all.
+        train_labels: int64 (N,), the classes of the train images. Only "train" needs them.
 
     Raises:
-        ConfigError: another mode, no such class, or no train images to count.
+        ConfigError: there is no such mode or class, or there are no train images to count.
     """
     classes = range(num_classes) if classes is None else classes
     if mode == "balanced":
@@ -58,10 +58,10 @@ def requested_labels(
 
 
 def save_labels(folder: Path, labels: Sequence[int]) -> None:
-    """The classes of 000000.png ... in `folder`, so that it can be evaluated or trained on again.
+    """Write the classes of 000000.png, ... to `folder`, so that it can be trained on or evaluated.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
     folder.mkdir(parents=True, exist_ok=True)

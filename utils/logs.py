@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import deque
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,30 +22,6 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class _EarlyRecords(logging.Handler):
-    """Keeps what is said before there is a file to write it to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-def setup_logging(*, is_main: bool) -> logging.Logger:
-    """The project's logger: INFO on the main process, errors alone on the others."""
-    logger = logging.getLogger("diffusion")
-    logger.handlers.clear()
-    logger.propagate = False
-    logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    console = _ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(console)
-    logger.addHandler(_EarlyRecords())
-    return logger
-
-
 class _FileHandler(logging.FileHandler):
     """A full disk costs lines, not a traceback for each; the console has them all."""
 
@@ -53,15 +29,28 @@ class _FileHandler(logging.FileHandler):
         pass
 
 
+def setup_logging(*, is_main: bool) -> logging.Logger:
+    """The project's logger: it prints from INFO on in the main process, errors alone in others."""
+    logger = logging.getLogger("diffusion")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    console = _ConsoleHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    logger.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
+    return logger
+
+
 def log_to_file(path: Path) -> None:
-    """Append all that was said since `setup_logging`, and will be, to `path`, with UTC times."""
+    """Append to `path` all that was logged since `setup_logging` or will be, with UTC times."""
     handler = _FileHandler(path, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logger = logging.getLogger("diffusion")
-    for early in [h for h in logger.handlers if isinstance(h, _EarlyRecords)]:
+    for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
         logger.removeHandler(early)
-        for record in early.records:
-            handler.handle(record)
+        early.setTarget(handler)
+        early.close()
     logger.addHandler(handler)

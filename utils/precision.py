@@ -32,21 +32,21 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Context for forward passes in a resolved `precision`."""
+    """A context whose forward passes compute in `precision`, which `resolve_precision` gave."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def allow_tf32() -> None:
-    """From now on NVIDIA GPUs multiply float32 in TF32: 10-bit mantissas, much faster."""
+    """Let NVIDIA GPUs multiply float32 in TF32 from now on: 10-bit mantissas, but much faster."""
     for setting in FLOAT32_SETTINGS:
         setting.fp32_precision = "tf32"
 
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: both move a FID by more than a model's improvement does."""
+    """A context without autocast and TF32: both move a FID by more than a better model does."""
     before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
     for setting in FLOAT32_SETTINGS:
         setting.fp32_precision = "ieee"
