@@ -44,9 +44,7 @@ def timestep_grid(num_timesteps: int, num_inference_steps: int, spacing: str) ->
         ValueError: more steps than timesteps, or an unknown spacing.
     """
     if not 1 <= num_inference_steps <= num_timesteps:
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps} must lie in 1..{num_timesteps}"
-        )
+        raise ValueError(f"num_inference_steps={num_inference_steps}: use 1..{num_timesteps}")
     steps = torch.arange(num_inference_steps, dtype=torch.float64)
     if spacing == "trailing":
         grid = num_timesteps - steps * num_timesteps / num_inference_steps - 1

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
 from training.resume import SAME_MODEL, changed_settings
-from utils.checkpoint import resolve_checkpoint
+from utils.checkpoint import load_any, resolve_checkpoint
 from utils.config import Config
 from utils.errors import CheckpointError
-from utils.weights_file import load_any
 
 MAX_SHOWN = 10  # parameters in a message
 # Of what weights mean: what their shapes tell, and what a fresh run chooses for itself.
