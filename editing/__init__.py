@@ -1,13 +1,82 @@
-"""The commands of `edit.py`, a file each: one more is a file, and a line here."""
+"""The commands of `edit.py`: one more is a function, and a row of this table.
 
-from editing import decode, grid, img2img, inpaint, interpolate, invert
-from editing.command import Command
+A command is a generator of lines to print. Before the first line, which says what it is about to
+do, it has checked all that it was given. What it draws and writes, it does after that one.
+"""
 
-COMMANDS: dict[str, Command] = {
-    "interpolate": interpolate.COMMAND,
-    "img2img": img2img.COMMAND,
-    "inpaint": inpaint.COMMAND,
-    "invert": invert.COMMAND,
-    "decode": decode.COMMAND,
-    "grid": grid.COMMAND,
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from datasets import SPLITS
+from editing.command import Job
+from editing.from_pictures import img2img, inpaint, invert
+from editing.grid import grid
+from editing.latents import decode, interpolate
+from utils.cli import parse_int_list
+
+Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of `add_argument`
+
+
+class Command(NamedTuple):
+    """A subcommand. One that `sweeps` takes lists of numbers of steps and of guidance scales."""
+
+    run: Callable[[Job], Iterator[str]]
+    help: str
+    options: list[Option]
+    sweeps: bool = False
+
+
+def option(*names: str, **settings: Any) -> Option:
+    return names, settings
+
+
+LABELS = option("--labels", type=parse_int_list, help="a class for all images, or one for each")
+SEEDS = option("--seeds", type=parse_int_list, help="a seed for all images, or one for each")
+PICTURES = [
+    option("--input", metavar="PATH", help="pictures: an image file, a folder, or an .npz"),
+    option("--real_split", choices=SPLITS, help="or images of the model's data set"),
+    option("--num_samples", "--n", type=int, help="how many of them; default: all"),
+    option("--save_images", action="store_true", help="each result as NAME_images/000000.png ..."),
+    LABELS,
+]
+WAY = dict(type=parse_int_list, action="append")
+FILM = [
+    option("--seeds", **WAY, help="noise along the way; again: a row"),
+    option("--labels", **WAY, help="classes along the way, likewise"),
+    option("--frames", type=int, default=16, help="from one stop to the next, both counted"),
+    option("--format", choices=("gif", "mp4"), default="gif", help="of the film"),
+    option("--fps", type=float, default=12.0, help="frames a second"),
+    option("--final_seconds", type=float, default=1.0, help="how long the last frame stays"),
+]
+STRENGTH = option(
+    "--strength", type=float, default=0.6, help="share of the steps: 1 forgets the picture"
+)
+HOLE = [
+    option("--mask", metavar="PATH", help="an image as large as the model's; white is drawn"),
+    option("--box", type=parse_int_list, metavar="X0,Y0,X1,Y1", help="or a rectangle, in pixels"),
+    option("--resample", type=int, default=1, help="take each step so often (RePaint); default: 1"),
+]
+ITERATIONS = option(
+    "--iterations", type=int, default=5, help="forwards a step on the way to the noise"
+)
+NOISE = [
+    option("--latents", required=True, metavar="NPZ", help="the file"),
+    option("--labels", type=parse_int_list, help="other classes than those in the file"),
+]
+
+COMMANDS = {
+    "interpolate": Command(
+        interpolate, "a path through noise, classes, or both, as a strip and a film", FILM
+    ),
+    "img2img": Command(img2img, "pictures, noised and drawn again", [*PICTURES, SEEDS, STRENGTH]),
+    "inpaint": Command(
+        inpaint, "parts of pictures drawn anew, the rest kept as it is", [*PICTURES, SEEDS, *HOLE]
+    ),
+    "invert": Command(
+        invert, "pictures to the noise that gives them, and back", [*PICTURES, ITERATIONS]
+    ),
+    "decode": Command(decode, "samples from the noise that invert wrote", NOISE),
+    "grid": Command(grid, "guidance against steps on one sheet", [LABELS, SEEDS], sweeps=True),
 }

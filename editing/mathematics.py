@@ -1,7 +1,7 @@
 """Samples from something else than fresh noise: paths between samples, and pictures to start from.
 
 First the mathematics, functions of tensors and denoisers; then the steps of one batch of each kind,
-for `generation.last_steps`. The last step's x is the result, (b, C, H, W), pictures are in [-1, 1].
+for `sampling.run_steps`. The last step's x is the result, (b, C, H, W); pictures are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion import SAMPLERS
+from diffusion.ddim import ddim
 from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import Denoiser
 from diffusion.schedules import with_previous
+from generation.run import Run
 from generation.sampling import (
-    Run,
+    Labels,
     SamplerFunction,
     Sampling,
     label_denoiser,
@@ -97,7 +100,7 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
     """Every step but the last taken `times` times, noised back in between (RePaint, algorithm 1).
 
     What is drawn so hears of what is known again and again before the noise is less. For samplers
-    whose step follows from x_t alone: ddim and ddpm.
+    whose step follows from x_t alone, which multistep ones do not.
     """
 
     def sample(
@@ -154,6 +157,9 @@ def ddim_invert(
         yield Step(t, x, predicted)
 
 
+INVERSES = {ddim: ddim_invert}  # a sampler's function -> the function that undoes its steps
+
+
 class Waypoint(NamedTuple):
     """What one sample comes from; label None for a model without classes."""
 
@@ -203,21 +209,16 @@ def morph_steps(
 ) -> Iterator[Step]:
     """The samples at these points: noise on the great circle, predictions mixed."""
     weight = torch.tensor([frame.weight for frame in frames], dtype=torch.float64)
-    starts, ends = [frame.start for frame in frames], [frame.end for frame in frames]
-
-    def noise_of(stops: list[Waypoint]) -> Tensor:
+    noise, denoisers = [], []
+    for stops in ([frame.start for frame in frames], [frame.end for frame in frames]):
         draw = sample_noise([stop.seed for stop in stops], weight.device)
-        return draw((len(stops), *run.spec.shape))
-
-    def denoiser_of(stops: list[Waypoint]) -> Denoiser:
+        noise.append(draw((len(stops), *run.spec.shape)))
         labels = None if stops[0].label is None else [stop.label for stop in stops]
-        return label_denoiser(run, labels, sampling, device)
-
-    x_T = slerp(noise_of(starts), noise_of(ends), weight).to(device)
-    denoise = denoiser_of(starts)
+        denoisers.append(label_denoiser(run, labels, sampling, device))
+    denoise = denoisers[0]
     if any(frame.start.label != frame.end.label for frame in frames):
-        denoise = blend(denoise, denoiser_of(ends), weight.float().to(device))
-    yield from steps_from(run, denoise, x_T, sampling)
+        denoise = blend(*denoisers, weight.float().to(device))
+    yield from steps_from(run, denoise, slerp(*noise, weight).to(device), sampling)
 
 
 def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> Iterator[Step]:
@@ -230,13 +231,13 @@ def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> 
     yield from sampler_of(sampling)(denoise, x_T, run.diffusion, timesteps, no_noise)
 
 
+def decode_steps(run: Run, x_T: Tensor, labels: Labels, sampling: Sampling) -> Iterator[Step]:
+    """Deterministic sampling of classes from given noise x_T (b, C, H, W)."""
+    return steps_from(run, label_denoiser(run, labels, sampling, x_T.device), x_T, sampling)
+
+
 def img2img_steps(
-    run: Run,
-    x_0: Tensor,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    strength: float,
-    sampling: Sampling,
+    run: Run, x_0: Tensor, labels: Labels, seeds: Sequence[int], strength: float, sampling: Sampling
 ) -> Iterator[Step]:
     """Noise the pictures x_0 as far as `strength` says, and sample from there (Meng et al. 2022,
     SDEdit). Picture i takes its noise from seeds[i]."""
@@ -252,9 +253,9 @@ def img2img_steps(
 def inpaint_steps(
     run: Run,
     x_0: Tensor,
-    unknown: Tensor,
+    labels: Labels,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    unknown: Tensor,
     num_resamples: int,
     sampling: Sampling,
 ) -> Iterator[Step]:
@@ -278,11 +279,11 @@ def inpaint_steps(
 
 
 def invert_steps(
-    run: Run, x_0: Tensor, labels: Sequence[int] | None, iterations: int, sampling: Sampling
+    run: Run, x_0: Tensor, labels: Labels, iterations: int, sampling: Sampling
 ) -> Iterator[Step]:
     """Invert the pictures x_0 to noise, then sample from it: as many steps there as back."""
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    timesteps = timesteps_of(run, sampling)
-    for step in ddim_invert(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
+    timesteps, undo = timesteps_of(run, sampling), INVERSES[SAMPLERS[sampling.method].run]
+    for step in undo(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
         yield step
     yield from steps_from(run, denoise, step.x, sampling)

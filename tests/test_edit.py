@@ -16,10 +16,7 @@ import edit
 import sample
 import train
 from diffusion import SAMPLERS
-from editing import interpolate
-from editing.mathematics import (
-    img2img_steps,
-)
+from editing.mathematics import img2img_steps
 from generation.run import load_run
 from generation.sampling import sampling_from, timesteps_of
 from tests.conftest import TINY_CONFIG
@@ -192,7 +189,7 @@ def test_pictures_are_noised_as_far_as_the_strength_says(do, runs):
     pictures = torch.zeros(2, 1, 8, 8)
     for strength, count in ((1.0, 10), (0.6, 6)):
         with torch.inference_mode():
-            steps = list(img2img_steps(run, pictures, [0, 1], [3, 3], strength, sampling))
+            steps = list(img2img_steps(run, pictures, [3, 3], [0, 1], strength, sampling))
         assert [s.t for s in steps] == [*timesteps_of(run, sampling)[1:], -1][-count:]
     options = ("--real_split", "test", "--n", 5, "--seeds", "0-4", "--labels", 3, "--steps", 20)
     distances = []
@@ -222,7 +219,7 @@ def test_unmasked_pixels_are_those_of_the_input(do, method):
     assert (known[:, mask == 255] == 128).all()
     do("inpaint", *options, "--box", "1,2,7,5", "--save_images", "--batch_size", 1)
     assert_same(drawn, saved("inpaint_images"))
-    if method != "dpmpp_2m":
+    if not SAMPLERS[method].multistep:
         do("inpaint", *options, "--box", "1,2,7,5", "--save_images", "--resample", 3)
         again = saved("inpaint_images")
         assert (again[:, mask == 0] == shown[:, mask == 0]).all()
@@ -371,7 +368,7 @@ BAD = [
     ("inpaint --real_split test --n 2 --box 0,0,4,4 --resample 0", "--resample 0"),
     (
         "inpaint --real_split test --n 2 --box 0,0,4,4 --resample 2 --sampling_method dpmpp_2m",
-        "use ddim or ddpm",
+        "use ddpm or ddim",
     ),
     ("invert --real_split test --n 2 --sampling_method ddpm", "invert undoes"),
     ("invert --real_split test --n 2 --seed 1", "--seed"),
@@ -388,7 +385,7 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "message"), BAD)
 def test_bad_input_is_one_line_and_writes_nothing(do, command, message, monkeypatch):
-    monkeypatch.setattr(interpolate, "can_write_mp4", lambda: False)
+    monkeypatch.setattr("utils.images.can_write_mp4", lambda: False)
     Path("text.png").write_text("no image", encoding="utf-8")
     Image.fromarray(np.zeros((4, 6), np.uint8)).save("mask.png")
     wrong = np.zeros((2, 3, 8, 8), np.float32)

@@ -27,7 +27,7 @@ from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
 from utils.images import ImageSpec, to_uint8
 from utils.rng import sample_noise
-from utils.weights_file import load_weights
+from utils.checkpoint import load_weights
 
 CPU = torch.device("cpu")
 DIGITS = ImageSpec(1, 8, 8, 10)
