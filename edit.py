@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
-        if args.batch_size < 1 or (args.seed or 0) < 0:
-            given = f"--batch_size {args.batch_size}, --seed {args.seed}"
-            raise ConfigError(f"{given}: must be at least 1, and 0 or more")
+        if args.batch_size < 1:
+            raise ConfigError(f"--batch_size {args.batch_size}: must be at least 1")
+        if args.seed is not None and args.seed < 0:
+            raise ConfigError(f"--seed {args.seed}: must be 0 or more")
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
-        summary = next(lines)
-        say(f"{run.describe()} on {describe_device(runtime.device)}\n{summary}")
+        say(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
         if args.dry_run:
             return EXIT_OK
         make_output_dir(args.output_dir, "--output_dir")

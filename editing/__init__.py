@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 from datasets import SPLITS
 from editing.command import Job
+from editing.from_noise import decode, grid, interpolate
 from editing.from_pictures import img2img, inpaint, invert
-from editing.grid import grid
-from editing.latents import decode, interpolate
 from utils.cli import parse_int_list
-
-Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of `add_argument`
 
 
 class Command(NamedTuple):
@@ -24,11 +21,11 @@ class Command(NamedTuple):
 
     run: Callable[[Job], Iterator[str]]
     help: str
-    options: list[Option]
+    options: list[tuple[tuple[str, ...], dict[str, Any]]]  # arguments of `add_argument`
     sweeps: bool = False
 
 
-def option(*names: str, **settings: Any) -> Option:
+def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, settings
 
 

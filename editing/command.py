@@ -12,15 +12,7 @@ from tqdm import tqdm
 
 from diffusion import Step
 from generation.run import Run, check_labels
-from generation.sampling import (
-    Labels,
-    OnStep,
-    Sampling,
-    batch_rows,
-    gather_images,
-    run_steps,
-    sampling_from,
-)
+from generation.sampling import Sampling, batch_rows, gather_images, run_steps, sampling_from
 from utils.captions import class_captions
 from utils.distributed import Runtime
 from utils.errors import ConfigError
@@ -50,11 +42,9 @@ class Job(NamedTuple):
         steps, scale = args.num_inference_steps, args.cfg_scale
         return sampling_from(self.run.config, args.sampling_method, steps, args.ddim_eta, scale)
 
-    def labels(self, own: Labels, count: int, missing: str | None) -> list[int] | None:
-        """The class of each of `count` images: that of --labels, else its own.
-
-        Args:
-            own: the classes that pictures came with; None if without any, and `missing` says why.
+    def labels(self, own: list[int] | None, count: int, missing: str | None) -> list[int] | None:
+        """The class of each of `count` images: that of --labels, else `own`, which pictures came
+        with; None if they came with none, and `missing` says why.
 
         Raises:
             ConfigError: there is none, the model does not have it, or their number is wrong.
@@ -69,33 +59,23 @@ class Job(NamedTuple):
         check_labels(own, self.run)
         return spread(own, count, "labels of the pictures")
 
-    def captions(self, labels: Labels, count: int) -> list[str]:
+    def captions(self, labels: list[int] | None, count: int) -> list[str]:
         return [""] * count if labels is None else class_captions(labels, self.run.class_names)
 
-    def draw(
-        self,
-        num_images: int,
-        steps_of: Callable[[slice], Iterator[Step]],
-        on_step: OnStep | None = None,
-    ) -> Tensor | None:
+    def draw(self, num_images: int, steps_of: Callable[[slice], Iterator[Step]]) -> Tensor | None:
         """Sample images: uint8 (N, C, H, W) on the main process, None on the others.
 
-        Args:
-            steps_of: from a slice of 0..num_images to the steps of these images.
+        From a slice of 0..num_images, `steps_of` makes the steps that draw these.
         """
         run, device = self.run, self.runtime.device
         rows = batch_rows(num_images, self.args.batch_size, self.runtime)
         bar = tqdm(rows, unit="batch", disable=not self.runtime.is_main)
-        parts = (to_uint8(run_steps(run, steps_of(batch), device, on_step)).cpu() for batch in bar)
+        parts = (to_uint8(run_steps(run, steps_of(batch), device)).cpu() for batch in bar)
         return gather_images(parts, num_images, run.spec.shape, self.runtime)
 
 
 def spread(values: Sequence[T], count: int, name: str) -> list[T]:
-    """`count` values from as many, or from one for all.
-
-    Raises:
-        ConfigError: neither one value for all nor `count` of them.
-    """
+    """`count` values from as many, or from one for all; a ConfigError if it is neither."""
     if len(values) not in (1, count):
         raise ConfigError(f"{name}: {len(values)} given; give 1 for all, or {count}")
     return list(values) * (count // len(values))
@@ -105,10 +85,6 @@ def spread_both(seeds: list[S], labels: list[T], where: str = "") -> tuple[list[
     """As many seeds as labels, see `spread`; `where` ends the options' names in messages."""
     count = max(len(seeds), len(labels))
     return spread(seeds, count, f"--seeds{where}"), spread(labels, count, f"--labels{where}")
-
-
-def part(labels: Labels, rows: slice) -> Labels:
-    return None if labels is None else labels[rows]
 
 
 def wrote(paths: Sequence[Path], following: str) -> str:

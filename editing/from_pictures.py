@@ -14,8 +14,8 @@ import datasets
 from datasets.pictures import fitted_pictures, read_mask
 from datasets.real import chosen_images
 from diffusion import SAMPLERS, Step
-from editing.command import Job, part, spread, wrote
-from editing.latents import invertible_samplers
+from editing.command import Job, spread, wrote
+from editing.from_noise import invertible_samplers
 from editing.mathematics import box_mask, img2img_steps, inpaint_steps, invert_steps, last_timesteps
 from generation.sampling import Labels, gather_images, sampling_from, timesteps_of
 from utils.captions import contact_sheet
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     def batch(self, rows: slice) -> tuple[Tensor, Labels, list[int]]:
         """Some pictures, float (b, C, H, W) in [-1, 1] on the device, their classes and seeds."""
         pictures = to_float(self.images[rows].to(self.device))
-        return pictures, part(self.labels, rows), self.seeds[rows]
+        return pictures, self.labels and self.labels[rows], self.seeds[rows]
 
 
 def inputs_of(job: Job) -> Inputs:
@@ -81,9 +81,8 @@ def _read_inputs(job: Job) -> tuple[str, datasets.ImageDataset, Labels, str | No
         if dataset.spec.shape != run.spec.shape:
             raise DataError(f"{name}: images of {dataset.spec}, but the model draws {run.spec}")
         return name, dataset, dataset.labels.tolist(), None
-    asked = run.config.conditional and args.labels is None
     numbers = tuple(map(str, range(run.spec.num_classes)))
-    names = (run.class_names or numbers) if asked else ()
+    names = (run.class_names or numbers) if run.config.conditional and args.labels is None else ()
     return args.input, *fitted_pictures(args.input, run.spec, names)
 
 
@@ -135,8 +134,7 @@ def inpaint(job: Job) -> Iterator[str]:
     if times > 1 and SAMPLERS[sampling.method].multistep:
         others = " or ".join(name for name, sampler in SAMPLERS.items() if not sampler.multistep)
         raise ConfigError(f"--resample: {sampling.method} remembers its last step; use {others}")
-    size = run.spec.height, run.spec.width
-    is_box = args.mask is None
+    size, is_box = (run.spec.height, run.spec.width), args.mask is None
     unknown = box_mask(args.box, *size) if is_box else read_mask(args.mask, *size)
     inputs = inputs_of(job)
     count, area = len(inputs.images), f"{int(unknown.sum())} of {unknown.numel()} pixels"
@@ -166,32 +164,27 @@ def invert(job: Job) -> Iterator[str]:
     scale = 1.0 if args.cfg_scale is None else args.cfg_scale
     sampling = sampling_from(run.config, method, steps, eta, scale)
     if method not in names or not sampling.is_deterministic:
-        undone = f"{' or '.join(names)} with ddim_eta 0"
-        raise ConfigError(f"invert undoes the steps of {undone}, no others")
+        raise ConfigError(f"invert undoes {' or '.join(names)} with ddim_eta 0, no others")
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations}: must be at least 1")
-    inputs, noise = inputs_of(job), []
-    count, ways = len(inputs.images), f"{args.iterations} iterations a step, and back"
-    yield f"{count} pictures to noise, {ways}: {sampling.describe()}"
+    inputs, noise, times = inputs_of(job), [], args.iterations
+    count, iterations = len(inputs.images), f"{times} iterations a step"
+    yield f"{count} pictures to noise, {iterations}, and back: {sampling.describe()}"
 
-    def keep_noise(number: int, step: Step) -> None:
-        if number == sampling.num_inference_steps - 1:
-            noise.append(step.x.float().cpu())
+    def steps_of(rows: slice) -> Iterator[Step]:
+        x_0, labels, _ = inputs.batch(rows)
+        return invert_steps(run, x_0, labels, times, sampling, noise)
 
-    images = job.draw(
-        count,
-        lambda rows: invert_steps(run, *inputs.batch(rows)[:2], args.iterations, sampling),
-        keep_noise,
-    )
-    x_T = gather_images(noise, count, run.spec.shape, job.runtime, dtype=torch.float32)
+    images = job.draw(count, steps_of)
+    parts = [x_T.float().cpu() for x_T in noise]
+    x_T = gather_images(parts, count, run.spec.shape, job.runtime, dtype=torch.float32)
     if images is None:
         return
     yield from errors_of(images, inputs)
     path = job.path(".npz")
-    facts = dict(num_inference_steps=sampling.num_inference_steps, cfg_scale=sampling.cfg_scale)
-    if inputs.labels is not None:
-        facts["labels"] = np.array(inputs.labels)
-    np.savez_compressed(path, x_T=x_T.numpy(), **facts)
+    labels = {} if inputs.labels is None else {"labels": np.array(inputs.labels)}
+    steps, scale = sampling.num_inference_steps, sampling.cfg_scale
+    np.savez_compressed(path, x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
     paths = [*write_pictures(job, {"input": inputs.images, "output": images}, inputs), path]
     yield wrote(paths, f"python edit.py decode --checkpoint {args.checkpoint} --latents {path}")
 

@@ -19,17 +19,11 @@ from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import Denoiser
 from diffusion.schedules import with_previous
 from generation.run import Run
-from generation.sampling import (
-    Labels,
-    SamplerFunction,
-    Sampling,
-    label_denoiser,
-    sampler_of,
-    timesteps_of,
-)
+from generation.sampling import Labels, Sampling, label_denoiser, sampler_of, timesteps_of
 from utils.errors import ConfigError
 from utils.rng import sample_noise
 
+SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
 PARALLEL = 1e-6  # radians; below it a great circle is not defined, and a straight line is as good
 
 
@@ -103,13 +97,7 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
     whose step follows from x_t alone, which multistep ones do not.
     """
 
-    def sample(
-        denoise: Denoiser,
-        x_T: Tensor,
-        diffusion: GaussianDiffusion,
-        timesteps: Sequence[int],
-        randn_like: Callable[[Tensor], Tensor],
-    ) -> Iterator[Step]:
+    def sample(denoise, x_T, diffusion, timesteps, randn_like):
         x = x_T
         for t, s in with_previous(timesteps):
             one_step = [t] if s < 0 else [t, s]
@@ -231,11 +219,6 @@ def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> 
     yield from sampler_of(sampling)(denoise, x_T, run.diffusion, timesteps, no_noise)
 
 
-def decode_steps(run: Run, x_T: Tensor, labels: Labels, sampling: Sampling) -> Iterator[Step]:
-    """Deterministic sampling of classes from given noise x_T (b, C, H, W)."""
-    return steps_from(run, label_denoiser(run, labels, sampling, x_T.device), x_T, sampling)
-
-
 def img2img_steps(
     run: Run, x_0: Tensor, labels: Labels, seeds: Sequence[int], strength: float, sampling: Sampling
 ) -> Iterator[Step]:
@@ -245,8 +228,7 @@ def img2img_steps(
     draw = sample_noise(list(seeds), x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
     x_t = run.diffusion.q_sample(x_0, t, draw(tuple(x_0.shape)))
-    denoise = label_denoiser(run, labels, sampling, x_0.device)
-    sampler = sampler_of(sampling)
+    denoise, sampler = label_denoiser(run, labels, sampling, x_0.device), sampler_of(sampling)
     yield from sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
@@ -266,24 +248,20 @@ def inpaint_steps(
     draw = sample_noise(list(seeds), x_0.device)
     x_T = draw(tuple(x_0.shape))
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    sampler = sampler_of(sampling)
+    known = keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device))
+    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
     if num_resamples > 1:
         sampler = resampling(sampler, num_resamples)
-    yield from sampler(
-        keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device)),
-        x_T,
-        run.diffusion,
-        timesteps_of(run, sampling),
-        lambda x: draw(tuple(x.shape)),
-    )
+    yield from sampler(known, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
 def invert_steps(
-    run: Run, x_0: Tensor, labels: Labels, iterations: int, sampling: Sampling
+    run: Run, x_0: Tensor, labels: Labels, iterations: int, sampling: Sampling, noise: list[Tensor]
 ) -> Iterator[Step]:
-    """Invert the pictures x_0 to noise, then sample from it: as many steps there as back."""
+    """Invert the pictures x_0 to noise, append that to `noise`, and sample from it."""
     denoise = label_denoiser(run, labels, sampling, x_0.device)
     timesteps, undo = timesteps_of(run, sampling), INVERSES[SAMPLERS[sampling.method].run]
     for step in undo(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
-        yield step
-    yield from steps_from(run, denoise, step.x, sampling)
+        x_T = step.x
+    noise.append(x_T)
+    yield from steps_from(run, denoise, x_T, sampling)

@@ -130,10 +130,7 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
 
 
 def check_labels(labels: Sequence[int], run: Run) -> None:
-    """
-    Raises:
-        ConfigError: the model has no classes, or not these.
-    """
+    """Raise a ConfigError if the model has no classes, or not these."""
     if not run.config.conditional:
         raise ConfigError("--labels: this model was trained without class labels")
     wrong = [label for label in labels if not 0 <= label < run.spec.num_classes]

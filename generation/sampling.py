@@ -23,7 +23,6 @@ from utils.rng import sample_noise
 
 MAX_GIF_FRAMES = 60
 
-SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
 Labels = Sequence[int] | None  # a class in [0, K) for each image; None: a model without classes
 OnStep = Callable[[int, Step], None]  # called with (step number, step) after every step of a batch
 
@@ -127,7 +126,7 @@ def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
     return timestep_grid(run.config.num_timesteps, sampling.num_inference_steps, sampling.spacing)
 
 
-def sampler_of(sampling: Sampling) -> SamplerFunction:
+def sampler_of(sampling: Sampling) -> Callable[..., Iterator[Step]]:
     """The function of the sampler, its options filled in."""
     return partial(SAMPLERS[sampling.method].run, **sampling.options)
 
@@ -142,8 +141,7 @@ def sample_steps(
     denoise = label_denoiser(run, labels, sampling, device)
     draw = sample_noise(list(seeds), device)
     x_T = draw((len(seeds), *run.spec.shape))
-    timesteps = timesteps_of(run, sampling)
-    sampler = sampler_of(sampling)
+    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
     yield from sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
@@ -192,11 +190,7 @@ def generate(
     runtime: Runtime,
     on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
-    """Sample one image per seed: this rank's share of them, in order.
-
-    Yields:
-        batches of images, uint8 (b, C, H, W) on the CPU.
-    """
+    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU."""
     for rows in batch_rows(len(seeds), batch_size, runtime):
         asked = None if labels is None else labels[rows]
         steps = sample_steps(run, seeds[rows], asked, sampling, runtime.device)
@@ -211,22 +205,17 @@ def gather_images(
     *,
     dtype: torch.dtype = torch.uint8,
 ) -> Tensor | None:
-    """All images, (num_images, *shape), on the main process, and None on the others.
+    """All images, (num_images, *shape) on the CPU of the main process; None on the others.
 
-    Args:
-        parts: the batches of this rank's share, in order, each (b, *shape) on the CPU.
-        shape: of one image; a rank whose share is empty has it and `dtype` from here.
+    `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
     """
     rows = torch.cat([torch.zeros((0, *shape), dtype=dtype), *parts])
     return runtime.gather(rows, num_images)
 
 
 class FrameRecorder:
-    """An `OnStep` that keeps evenly spaced steps, for GIFs and step pictures.
-
-    Attributes:
-        frames: for the number of each step kept, its batches, uint8 (b, C, H, W).
-    """
+    """An `OnStep` that keeps evenly spaced steps, for GIFs and step pictures, in `frames`: from
+    the number of a step to its batches, uint8 (b, C, H, W)."""
 
     def __init__(self, num_steps: int) -> None:
         kept = np.linspace(0, num_steps - 1, min(num_steps, MAX_GIF_FRAMES)).round().astype(int)

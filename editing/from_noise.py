@@ -1,4 +1,4 @@
-"""The commands that start from noise: on a path through it, or kept in a file by `invert`."""
+"""The commands that start from noise: along a path, from a file of `invert`, or from seeds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS
-from editing.command import Job, part, spread_both, wrote
-from editing.mathematics import INVERSES, Waypoint, decode_steps, frames_along, morph_steps
+from diffusion import SAMPLERS, Step
+from editing.command import Job, spread_both, wrote
+from editing.mathematics import INVERSES, Waypoint, frames_along, morph_steps, steps_from
 from generation.run import check_labels
-from generation.sampling import Sampling, sampling_from
+from generation.sampling import Sampling, label_denoiser, sample_steps, sampling_from
+from generation.sweep import settings_of
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.config import Config
@@ -29,7 +30,7 @@ FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
 class Latents(NamedTuple):
     """Noise that `invert` found for pictures, with the settings it was found with."""
 
-    noise: Tensor  # float32 (N, C, H, W), `x_T` in the file
+    noise: Tensor  # x_T, float32 (N, C, H, W)
     labels: list[int] | None  # the pictures' classes; None for a model without any
     num_inference_steps: int
     cfg_scale: float
@@ -67,11 +68,7 @@ def interpolate(job: Job) -> Iterator[str]:
 
 
 def chains_of(job: Job) -> list[list[Waypoint]]:
-    """The stops of each row, as many in every row.
-
-    Raises:
-        ConfigError: seeds and labels that do not go together, or no way to go.
-    """
+    """The stops of each row, as many in every row; a ConfigError if there is no way to go."""
     args, run = job.args, job.run
     if run.config.conditional and not args.labels:
         raise ConfigError("--labels: give a class, or one for each stop, e.g. 2,7")
@@ -135,14 +132,15 @@ def decode(job: Job) -> Iterator[str]:
     scale = latents.cfg_scale if args.cfg_scale is None else args.cfg_scale
     sampling = sampling_from(run.config, method, steps, args.ddim_eta or 0.0, scale)
     check_deterministic(sampling)
-    count = len(latents.noise)
+    count, x_T = len(latents.noise), latents.noise.to(device)
     labels = job.labels(latents.labels, count, f"{args.latents} has no labels")
     yield f"{count} images from {args.latents}: {sampling.describe()}"
 
-    x_T = latents.noise.to(device)
-    images = job.draw(
-        count, lambda rows: decode_steps(run, x_T[rows], part(labels, rows), sampling)
-    )
+    def steps_of(rows: slice) -> Iterator[Step]:
+        denoise = label_denoiser(run, labels and labels[rows], sampling, device)
+        return steps_from(run, denoise, x_T[rows], sampling)
+
+    images = job.draw(count, steps_of)
     if images is not None:
         rows, names = pictures.grid_rows(count), job.captions(labels, count)
         above = [[names[i] for i in row] for row in rows]
@@ -173,3 +171,42 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Latents:
         raise DataError(f"{path}: labels: {labels.dtype} {labels.shape}, not {len(x_T)} integers")
     classes = None if labels is None else labels.tolist()
     return Latents(torch.from_numpy(x_T), classes, steps, scale)
+
+
+def grid(job: Job) -> Iterator[str]:
+    """The same images with every guidance scale, a row each, and number of steps, a column each."""
+    args, run, device = job.args, job.run, job.runtime.device
+    scales, counts = args.cfg_scale or [None], args.num_inference_steps or [None]
+    options = dict(method=args.sampling_method, eta=args.ddim_eta)
+    settings = settings_of(run.config, 1, cfg_scales=scales, step_counts=counts, **options)
+    samplings = [setting.sampling for setting in settings]
+    if args.labels:
+        check_labels(args.labels, run)
+    every = list(run.classes) if run.config.conditional else [None]
+    seeds, labels = spread_both(args.seeds or [job.first_seed], args.labels or every)
+    count, last = len(seeds), samplings[-1]
+    if count * len(samplings) > (most := pictures.MAX_GRID_IMAGES):
+        cells = f"{len(samplings)} cells of {count} images: a sheet shows at most {most} images"
+        raise ConfigError(f"{cells}; give fewer --labels or --seeds")
+    yield f"{len(samplings)} settings of {count} images, up to {last.describe()}"
+
+    labels, cells = labels if run.config.conditional else None, []
+    for s in samplings:
+        images = job.draw(
+            count,
+            lambda rows, s=s: sample_steps(run, seeds[rows], labels and labels[rows], s, device),
+        )
+        if images is not None:
+            row = [list(range(count))]
+            cells.append(images[0] if count == 1 else pictures.make_grid(images, row))
+    if not cells:
+        return
+    rows = [list(range(i, i + len(counts))) for i in range(0, len(cells), len(counts))]
+    above = [[f"{s.num_inference_steps} steps" for s in samplings[: len(counts)]]]
+    left = [f"cfg {s.cfg_scale:g}" for s in samplings[:: len(counts)]]
+    above += [[]] * (len(rows) - 1)
+    sheet = contact_sheet(torch.stack(cells), rows, above=above, left=left)
+    pictures.save_image(job.path(".png"), sheet)
+    best = f"--num_inference_steps {last.num_inference_steps} --cfg_scale {last.cfg_scale:g}"
+    command = f"python sample.py --checkpoint {args.checkpoint} {best}, with the best of them"
+    yield wrote([job.path(".png")], command)
