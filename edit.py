@@ -36,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--batch_size", type=int, default=64, help="images sampled at a time")
         sub.add_argument("--output_dir", default="samples", help="where files go")
         sub.add_argument("--output_name", default=name, help=f"their name (default: {name})")
-        for flags, settings in command.options:
-            sub.add_argument(*flags, **settings)
+        for names, settings in command.options.items():
+            sub.add_argument(*names.split(), **settings)
     return parser
 
 

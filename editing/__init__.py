@@ -21,59 +21,55 @@ class Command(NamedTuple):
 
     run: Callable[[Job], Iterator[str]]
     help: str
-    options: list[tuple[tuple[str, ...], dict[str, Any]]]  # arguments of `add_argument`
+    options: dict[str, dict[str, Any]]  # names, separated by spaces -> settings of `add_argument`
     sweeps: bool = False
 
 
-def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return names, settings
-
-
-LABELS = option("--labels", type=parse_int_list, help="a class for all images, or one for each")
-SEEDS = option("--seeds", type=parse_int_list, help="a seed for all images, or one for each")
-PICTURES = [
-    option("--input", metavar="PATH", help="pictures: an image file, a folder, or an .npz"),
-    option("--real_split", choices=SPLITS, help="or images of the model's data set"),
-    option("--num_samples", "--n", type=int, help="how many of them; default: all"),
-    option("--save_images", action="store_true", help="each result as NAME_images/000000.png ..."),
-    LABELS,
-]
+LABELS = {"--labels": dict(type=parse_int_list, help="a class for all images, or one for each")}
+SEEDS = {"--seeds": dict(type=parse_int_list, help="a seed for all images, or one for each")}
+PICTURES = {
+    "--input": dict(metavar="PATH", help="pictures: an image file, a folder, or an .npz"),
+    "--real_split": dict(choices=SPLITS, help="or images of the model's data set"),
+    "--num_samples --n": dict(type=int, help="how many of them; default: all"),
+    "--save_images": dict(action="store_true", help="each result as NAME_images/000000.png ..."),
+    **LABELS,
+}
 WAY = dict(type=parse_int_list, action="append")
-FILM = [
-    option("--seeds", **WAY, help="noise along the way; again: a row"),
-    option("--labels", **WAY, help="classes along the way, likewise"),
-    option("--frames", type=int, default=16, help="from one stop to the next, both counted"),
-    option("--format", choices=("gif", "mp4"), default="gif", help="of the film"),
-    option("--fps", type=float, default=12.0, help="frames a second"),
-    option("--final_seconds", type=float, default=1.0, help="how long the last frame stays"),
-]
-STRENGTH = option(
-    "--strength", type=float, default=0.6, help="share of the steps: 1 forgets the picture"
-)
-HOLE = [
-    option("--mask", metavar="PATH", help="an image as large as the model's; white is drawn"),
-    option("--box", type=parse_int_list, metavar="X0,Y0,X1,Y1", help="or a rectangle, in pixels"),
-    option("--resample", type=int, default=1, help="take each step so often (RePaint); default: 1"),
-]
-ITERATIONS = option(
-    "--iterations", type=int, default=5, help="forwards a step on the way to the noise"
-)
-NOISE = [
-    option("--latents", required=True, metavar="NPZ", help="the file"),
-    option("--labels", type=parse_int_list, help="other classes than those in the file"),
-]
+FILM = {
+    "--seeds": WAY | dict(help="noise along the way; again: a row"),
+    "--labels": WAY | dict(help="classes along the way, likewise"),
+    "--frames": dict(type=int, default=16, help="from one stop to the next, both counted"),
+    "--format": dict(choices=("gif", "mp4"), default="gif", help="of the film"),
+    "--fps": dict(type=float, default=12.0, help="frames a second"),
+    "--final_seconds": dict(type=float, default=1.0, help="how long the last frame stays"),
+}
+STRENGTH = {
+    "--strength": dict(type=float, default=0.6, help="share of the steps: 1 forgets the picture")
+}
+HOLE = {
+    "--mask": dict(metavar="PATH", help="an image as large as the model's; white is drawn"),
+    "--box": dict(type=parse_int_list, metavar="X0,Y0,X1,Y1", help="or a rectangle, in pixels"),
+    "--resample": dict(type=int, default=1, help="take each step so often (RePaint); default: 1"),
+}
+ITERATIONS = {
+    "--iterations": dict(type=int, default=5, help="forwards a step on the way to the noise")
+}
+NOISE = {
+    "--latents": dict(required=True, metavar="NPZ", help="the file"),
+    "--labels": dict(type=parse_int_list, help="other classes than those in the file"),
+}
 
 COMMANDS = {
     "interpolate": Command(
         interpolate, "a path through noise, classes, or both, as a strip and a film", FILM
     ),
-    "img2img": Command(img2img, "pictures, noised and drawn again", [*PICTURES, SEEDS, STRENGTH]),
+    "img2img": Command(img2img, "pictures, noised and drawn again", PICTURES | SEEDS | STRENGTH),
     "inpaint": Command(
-        inpaint, "parts of pictures drawn anew, the rest kept as it is", [*PICTURES, SEEDS, *HOLE]
+        inpaint, "parts of pictures drawn anew, the rest kept as it is", PICTURES | SEEDS | HOLE
     ),
     "invert": Command(
-        invert, "pictures to the noise that gives them, and back", [*PICTURES, ITERATIONS]
+        invert, "pictures to the noise that gives them, and back", PICTURES | ITERATIONS
     ),
     "decode": Command(decode, "samples from the noise that invert wrote", NOISE),
-    "grid": Command(grid, "guidance against steps on one sheet", [LABELS, SEEDS], sweeps=True),
+    "grid": Command(grid, "guidance against steps on one sheet", LABELS | SEEDS, sweeps=True),
 }
