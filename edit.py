@@ -50,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
-        if args.batch_size < 1:
-            raise ConfigError(f"--batch_size {args.batch_size}: must be at least 1")
-        if args.seed is not None and args.seed < 0:
-            raise ConfigError(f"--seed {args.seed}: must be 0 or more")
+        for name, least in (("batch_size", 1), ("seed", 0)):
+            if (value := getattr(args, name)) is not None and value < least:
+                raise ConfigError(f"--{name} {value}: must be {least} or more")
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
         say(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
         if args.dry_run:

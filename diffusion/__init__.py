@@ -18,12 +18,12 @@ __all__ += ["build_diffusion", "check_config", "make_denoiser", "timestep_grid"]
 
 
 class Sampler(NamedTuple):
-    """All that others need to know of a sampler, which is a function
-    (denoise, x_T, diffusion, timesteps, randn_like, **options) as in the files beside this one."""
+    """All that others need to know of a sampler. It is a function (denoise, x_T, diffusion,
+    timesteps, randn_like, **options); whether it is deterministic may be a function of options."""
 
     run: Callable[..., Iterator[Step]]
     default_steps: int | None  # how many steps it takes when nobody says; None: all T
-    deterministic: bool | Callable[..., bool] = False  # x_T tells the images; may ask the options
+    deterministic: bool | Callable[..., bool] = False  # if x_T alone decides the images
     options: tuple[str, ...] = ()  # fields of `generation.sampling.Sampling` that `run` takes
     forwards_per_step: int = 1  # how often a step calls `denoise`
     multistep: bool = False  # a step uses what earlier ones saw, so none can be taken again

@@ -1,4 +1,4 @@
-"""What the commands share: what they are given, and how they draw."""
+"""What the commands share: what they are given, how they draw, and what they say at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ S, T = TypeVar("S"), TypeVar("T")
 
 
 class Job(NamedTuple):
-    """What a command is given: its options, the model, and this process's place."""
+    """What a command is given: its options, the model, and which process of how many this is."""
 
     args: argparse.Namespace
     run: Run
@@ -30,10 +30,11 @@ class Job(NamedTuple):
 
     @property
     def first_seed(self) -> int:
+        """The seed of the first image: that of --seed, else the config's."""
         return self.run.config.seed if self.args.seed is None else self.args.seed
 
     def path(self, suffix: str) -> Path:
-        """Of an output file or folder, from --output_dir and --output_name."""
+        """The path of an output file or folder, from --output_dir and --output_name."""
         return Path(self.args.output_dir, self.args.output_name + suffix)
 
     def sampling(self) -> Sampling:
@@ -60,6 +61,7 @@ class Job(NamedTuple):
         return spread(own, count, "labels of the pictures")
 
     def captions(self, labels: list[int] | None, count: int) -> list[str]:
+        """The names of `count` images' classes, empty for a model without classes."""
         return [""] * count if labels is None else class_captions(labels, self.run.class_names)
 
     def draw(self, num_images: int, steps_of: Callable[[slice], Iterator[Step]]) -> Tensor | None:

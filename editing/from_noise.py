@@ -93,7 +93,7 @@ def strips(chains: list[list[Waypoint]], num_frames: int) -> list[list[int]]:
 
 
 def title(ends: Sequence[Waypoint], class_names: Sequence[str]) -> str:
-    """Of a strip, such as `2 to 7, seed 3`."""
+    """The title of the strip between two stops, such as `2 to 7, seed 3`."""
     words = "seed " + " to ".join(dict.fromkeys(str(stop.seed) for stop in ends))
     if ends[0].label is None:
         return words
@@ -102,6 +102,7 @@ def title(ends: Sequence[Waypoint], class_names: Sequence[str]) -> str:
 
 
 def describe(stop: Waypoint) -> str:
+    """A stop in words, such as `seed 3 label 2`."""
     return f"seed {stop.seed}" + ("" if stop.label is None else f" label {stop.label}")
 
 
