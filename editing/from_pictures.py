@@ -164,7 +164,8 @@ def invert(job: Job) -> Iterator[str]:
     scale = 1.0 if args.cfg_scale is None else args.cfg_scale
     sampling = sampling_from(run.config, method, steps, eta, scale)
     if method not in names or not sampling.is_deterministic:
-        raise ConfigError(f"invert undoes {' or '.join(names)} with ddim_eta 0, no others")
+        undone = " or ".join(names)
+        raise ConfigError(f"invert undoes the steps of {undone} with ddim_eta 0, no others")
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations}: must be at least 1")
     inputs, noise, times = inputs_of(job), [], args.iterations

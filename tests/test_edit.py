@@ -337,7 +337,9 @@ def test_inverting_undoes_the_function_and_not_the_name(do, own_samplers):
         "decode", "--latents", "samples/theirs.npz", "sampling_method=mine"
     )
     assert Path("samples/ours.png").read_bytes() == Path("samples/theirs.png").read_bytes()
-    with pytest.raises(ConfigError, match="invert undoes ddim or mine with ddim_eta 0"):
+    with pytest.raises(
+        ConfigError, match="invert undoes the steps of ddim or mine with ddim_eta 0"
+    ):
         do("invert", *options, "x", "--sampling_method", "heun")
 
 
