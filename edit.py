@@ -17,6 +17,7 @@ from functools import partial
 
 from diffusion import SAMPLERS
 from editing import COMMANDS
+from editing.command import Job
 from generation.run import load_run_of
 from utils.cli import Parser, add_sampling_options, new_parser, parse_args
 from utils.config import format_config
@@ -31,11 +32,12 @@ def make_parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = new_parser(command.help, partial(parsers.add_parser, name, help=command.help))
-        add_sampling_options(sub, SAMPLERS, sweep=command.is_sweep)
+        add_sampling_options(sub, SAMPLERS, sweep=command.sweeps)
         sub.add_argument("--batch_size", type=int, default=64, help="images sampled at a time")
         sub.add_argument("--output_dir", default="samples", help="where files go")
         sub.add_argument("--output_name", default=name, help=f"their name (default: {name})")
-        command.add_options(sub.add_argument)
+        for names, settings in command.options.items():
+            sub.add_argument(*names.split(), **settings)
     return parser
 
 
@@ -48,18 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
-        if args.batch_size < 1:
-            raise ConfigError(f"--batch_size {args.batch_size}: must be at least 1")
-        if args.seed is not None and args.seed < 0:
-            raise ConfigError(f"--seed {args.seed}: must be 0 or more")
-        job = COMMANDS[args.command].prepare(args, run, runtime)
-        say(f"{run.describe()} on {describe_device(runtime.device)}")
-        say(job.summary)
+        for name, least in (("batch_size", 1), ("seed", 0)):
+            if (value := getattr(args, name)) is not None and value < least:
+                raise ConfigError(f"--{name} {value}: must be {least} or more")
+        lines = COMMANDS[args.command].run(Job(args, run, runtime))
+        say(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
         if args.dry_run:
             return EXIT_OK
         make_output_dir(args.output_dir, "--output_dir")
-        paths = job.write()
-        say(f"wrote {', '.join(map(str, paths))}; next: {job.following}")
+        for line in lines:
+            say(line)
     return EXIT_OK
 
 

@@ -286,10 +286,9 @@ def sampled(
         seeds = range(setting.seed + indices.start, setting.seed + indices.stop)
         asked = None if labels is None else labels[indices.start : indices.stop]
         alone = dataclasses.replace(runtime, rank=0, world_size=1)
-        for images, _, _ in generate(
+        yield from generate(
             run, seeds, asked, sampling=setting.sampling, batch_size=batch_size, runtime=alone
-        ):
-            yield images
+        )
 
     there = sum(len(part) for part, path in store.runs(share) if path is not None)
     if there:

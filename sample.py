@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
-from generation.sampling import FrameRecorder, generate, sampling_from
+from generation.sampling import FrameRecorder, batch_rows, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
@@ -82,13 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             say(format_config(run.config))
             return EXIT_OK
-        sampling = sampling_from(
-            run.config,
-            args.sampling_method,
-            args.num_inference_steps,
-            args.ddim_eta,
-            args.cfg_scale,
-        )
+        steps, scale = args.num_inference_steps, args.cfg_scale
+        sampling = sampling_from(run.config, args.sampling_method, steps, args.ddim_eta, scale)
         seeds, labels = plan(args, run)
         say(f"{run.describe()} on {describe_device(runtime.device)}")
         say(f"{len(seeds)} images: {sampling.describe()}")
@@ -96,21 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_OK
         check_outputs(args, len(seeds))
 
-        recorder = FrameRecorder(sampling.num_inference_steps)
-        batches = generate(
-            run,
-            seeds,
-            labels,
-            sampling=sampling,
-            batch_size=args.batch_size,
-            runtime=runtime,
-            on_step=recorder if args.create_gif or args.save_intermediate else None,
-        )
-        total = -(-len(runtime.share(len(seeds))) // args.batch_size)
+        shows_steps = args.create_gif or args.save_intermediate
+        recorder = FrameRecorder(sampling.num_inference_steps if shows_steps else 0)
+        options = dict(sampling=sampling, batch_size=args.batch_size, runtime=runtime)
+        batches = generate(run, seeds, labels, on_step=recorder, **options)
+        total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        empty = torch.zeros((0, *run.spec.shape), dtype=torch.uint8)
-        images = runtime.gather(torch.cat([empty, *(b for b, _, _ in bar)]), len(seeds))
-        frames = [runtime.gather(f, len(seeds)) for f in recorder.frames(run.spec.shape)]
+        place = len(seeds), run.spec.shape, runtime
+        images = gather_images(bar, *place)
+        frames = [gather_images(parts, *place) for parts in recorder.frames.values()]
         if images is not None:
             for path in write_outputs(args, images, labels, frames, run.class_names):
                 say(f"wrote {path}")
@@ -118,11 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_outputs(args: argparse.Namespace, num_images: int) -> None:
-    """Find out before sampling whether the files asked for can be written.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Raise a UserError before sampling if the files asked for cannot be written."""
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
         raise ConfigError(
             f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images; lower --num_samples"
@@ -141,31 +125,24 @@ def write_outputs(
     frames: list[Tensor],
     class_names: Sequence[str],
 ) -> Iterator[Path]:
-    """Write everything that was asked for; yields what was written."""
+    """Write all that was asked for, and yield where; `frames` are the images after some steps."""
     folder, name = Path(args.output_dir), args.output_name
-    count = len(images)
-    num_shown = min(count, pictures.MAX_GRID_IMAGES)
-    shown = sorted({round(i) for i in np.linspace(0, count - 1, num_shown)})
-    rows = pictures.grid_rows(len(shown), None if labels is None else [labels[i] for i in shown])
-
-    def grid(batch: Tensor) -> Tensor:
-        return pictures.make_grid(batch[shown], rows)
-
-    sheet = grid(images)
+    shown = np.linspace(0, len(images) - 1, min(len(images), pictures.MAX_GRID_IMAGES))
+    shown = shown.round().astype(int).tolist()
+    rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
+    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in (images, *frames))
     if args.captions:
         names = class_captions([labels[i] for i in shown], class_names)
         sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
     pictures.save_image(folder / f"{name}.png", sheet)
     yield folder / f"{name}.png"
     if args.create_gif:
-        grids = [grid(frame) for frame in frames]
-        pictures.save_gif(
-            folder / f"{name}.gif", grids, fps=args.gif_fps, final_seconds=args.gif_final_seconds
-        )
-        yield folder / f"{name}.gif"
+        path, seconds = folder / f"{name}.gif", args.gif_final_seconds
+        pictures.save_gif(path, grids, fps=args.gif_fps, final_seconds=seconds)
+        yield path
     if args.save_intermediate:
-        for number, frame in enumerate(frames):
-            pictures.save_image(folder / f"{name}_steps" / f"{number:03d}.png", grid(frame))
+        for number, grid in enumerate(grids):
+            pictures.save_image(folder / f"{name}_steps" / f"{number:03d}.png", grid)
         yield folder / f"{name}_steps"
     if args.save_images:
         for i, image in enumerate(images):
@@ -176,7 +153,6 @@ def write_outputs(
     if args.npz:
         array = images.permute(0, 2, 3, 1).numpy()
         path = folder / f"{name}_{'x'.join(map(str, array.shape))}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
         given = {} if labels is None else {"arr_1": np.array(labels)}
         np.savez_compressed(path, arr_0=array, **given)
         yield path

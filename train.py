@@ -343,7 +343,7 @@ def preview(run: Run, runtime: Runtime, tracker: TrackerGroup, epoch: int, step:
                 batch_size=PREVIEW_BATCH_SIZE,
                 runtime=runtime,
             )
-            images = torch.cat([images, *(part for part, _, _ in parts)])
+            images = torch.cat([images, *parts])
     except Exception as failure:
         error = failure
     if runtime.any(error is not None):  # all ranks skip the gather, or none
@@ -407,7 +407,8 @@ def evaluate(
             runtime=runtime,
         )
         facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
-        report = evaluation.score(images, facts=facts, started=started)
+        labelled = with_labels(images, evaluation.labels, runtime.share(count).start)
+        report = evaluation.score(labelled, facts=facts, started=started)
     evaluation.close()
     values = None
     if report is not None:
@@ -419,6 +420,16 @@ def evaluate(
             log.warning("%s: not written, %s", path, error)
         values = {name: found["value"] for name, found in report["metrics"].items()}
     return runtime.broadcast_object(values)
+
+
+def with_labels(
+    batches: Iterator[torch.Tensor], labels: Sequence[int] | None, start: int
+) -> Iterator[tuple]:
+    """Batches as scorers take them; the first image of the first one has labels[start]."""
+    for images in batches:
+        stop = start + len(images)
+        yield images, None if labels is None else list(labels[start:stop]), None
+        start = stop
 
 
 if __name__ == "__main__":

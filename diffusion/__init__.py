@@ -13,39 +13,33 @@ from diffusion.guidance import make_denoiser
 from diffusion.schedules import SCHEDULES, timestep_grid
 from utils.config import Config, Problem, did_you_mean
 
-__all__ = [
-    "SAMPLERS",
-    "SCHEDULES",
-    "GaussianDiffusion",
-    "Prediction",
-    "Step",
-    "build_diffusion",
-    "check_config",
-    "make_denoiser",
-    "timestep_grid",
-]
+__all__ = ["SAMPLERS", "SCHEDULES", "GaussianDiffusion", "Prediction", "Sampler", "Step"]
+__all__ += ["build_diffusion", "check_config", "make_denoiser", "timestep_grid"]
 
 
 class Sampler(NamedTuple):
-    """A sampler function and how many steps it takes when nobody says (None: all T)."""
+    """All that others need to know of a sampler. It is a function (denoise, x_T, diffusion,
+    timesteps, randn_like, **options); whether it is deterministic may be a function of options."""
 
     run: Callable[..., Iterator[Step]]
-    default_steps: int | None
+    default_steps: int | None  # how many steps it takes when nobody says; None: all T
+    deterministic: bool | Callable[..., bool] = False  # if x_T alone decides the images
+    options: tuple[str, ...] = ()  # fields of `generation.sampling.Sampling` that `run` takes
+    forwards_per_step: int = 1  # how often a step calls `denoise`
+    multistep: bool = False  # a step uses what earlier ones saw, so none can be taken again
 
 
 SAMPLERS = {
     "ddpm": Sampler(ddpm, None),
-    "ddim": Sampler(ddim, 50),
-    "dpmpp_2m": Sampler(dpmpp_2m, 20),
+    "ddim": Sampler(ddim, 50, deterministic=lambda eta: eta == 0, options=("eta",)),
+    "dpmpp_2m": Sampler(dpmpp_2m, 20, deterministic=True, multistep=True),
 }
 
 
 def build_diffusion(config: Config) -> GaussianDiffusion:
-    betas = SCHEDULES[config.beta_schedule](
-        config.num_timesteps, config.beta_start, config.beta_end
-    )
+    make_betas = SCHEDULES[config.beta_schedule]
     return GaussianDiffusion(
-        betas,
+        make_betas(config.num_timesteps, config.beta_start, config.beta_end),
         prediction_type=config.prediction_type,
         loss_type=config.loss_type,
         loss_weighting=config.loss_weighting,

@@ -54,16 +54,11 @@ def make_denoiser(
     """
     assert y is not None or cfg_scale == 1.0, "guidance joins predictions with and without classes"
     null = None if y is None else torch.full_like(y, NULL_LABEL)
-
-    def is_guided(t: int) -> bool:
-        if cfg_scale == 1.0:
-            return False
-        low, high = cfg_interval or (0.0, 1.0)
-        return low <= t / diffusion.num_timesteps <= high
+    low, high = cfg_interval or (0.0, 1.0)
 
     def denoise(x_t: Tensor, t: int) -> Prediction:
         times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        if not is_guided(t):
+        if cfg_scale == 1.0 or not low <= t / diffusion.num_timesteps <= high:
             output = model(x_t, times, y)
         elif cfg_scale == 0.0:
             output = model(x_t, times, null)

@@ -1,144 +1,94 @@
-"""What a command is, and what the commands share: settings, labels, seeds, drawing."""
+"""What the commands share: what they are given, how they draw, and what they say at the end."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import Step
-from generation.run import check_labels
-from generation.sampling import Run, Sampling, last_steps, sampling_from
+from generation.run import Run, check_labels
+from generation.sampling import Sampling, batch_rows, gather_images, run_steps, sampling_from
 from utils.captions import class_captions
-from utils.cli import parse_int_list
 from utils.distributed import Runtime
 from utils.errors import ConfigError
 from utils.images import to_uint8
 
-T = TypeVar("T")
-AddOption = Callable[..., argparse.Action]
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class Job(NamedTuple):
-    """A command whose arguments have been checked.
+    """What a command is given: its options, the model, and which process of how many this is."""
 
-    Attributes:
-        summary: what it does, in a line.
-        write: sample, on every process, and write, on the main one, which returns the files.
-        following: a command that could come next.
-    """
+    args: argparse.Namespace
+    run: Run
+    runtime: Runtime
 
-    summary: str
-    write: Callable[[], list[Path]]
-    following: str
+    @property
+    def first_seed(self) -> int:
+        """The seed of the first image: that of --seed, else the config's."""
+        return self.run.config.seed if self.args.seed is None else self.args.seed
 
+    def path(self, suffix: str) -> Path:
+        """The path of an output file or folder, from --output_dir and --output_name."""
+        return Path(self.args.output_dir, self.args.output_name + suffix)
 
-class Command(NamedTuple):
-    """A subcommand.
+    def sampling(self) -> Sampling:
+        """The sampler and its settings that the options ask for."""
+        args = self.args
+        steps, scale = args.num_inference_steps, args.cfg_scale
+        return sampling_from(self.run.config, args.sampling_method, steps, args.ddim_eta, scale)
 
-    Attributes:
-        help: what it is for, in a few words.
-        add_options: adds what it takes beside the options of all.
-        prepare: checks what was given, and writes nothing. Raises ConfigError or DataError.
-        is_sweep: takes lists of steps and scales.
-    """
+    def labels(self, own: list[int] | None, count: int, missing: str | None) -> list[int] | None:
+        """The class of each of `count` images: that of --labels, else `own`, which pictures came
+        with; None if they came with none, and `missing` says why.
 
-    help: str
-    add_options: Callable[[AddOption], None]
-    prepare: Callable[[argparse.Namespace, Run, Runtime], Job]
-    is_sweep: bool = False
+        Raises:
+            ConfigError: there is none, the model does not have it, or their number is wrong.
+        """
+        if self.args.labels is not None:
+            check_labels(self.args.labels, self.run)
+            return spread(self.args.labels, count, "--labels")
+        if not self.run.config.conditional:
+            return None
+        if own is None:
+            raise ConfigError(f"--labels: give a class for all images, or one for each; {missing}")
+        check_labels(own, self.run)
+        return spread(own, count, "labels of the pictures")
 
+    def captions(self, labels: list[int] | None, count: int) -> list[str]:
+        """The names of `count` images' classes, empty for a model without classes."""
+        return [""] * count if labels is None else class_captions(labels, self.run.class_names)
 
-def add_label_option(add: AddOption) -> None:
-    add("--labels", type=parse_int_list, help="a class for all images, or one for each")
+    def draw(self, num_images: int, steps_of: Callable[[slice], Iterator[Step]]) -> Tensor | None:
+        """Sample images: uint8 (N, C, H, W) on the main process, None on the others.
 
-
-def add_seed_option(add: AddOption) -> None:
-    add("--seeds", type=parse_int_list, help="a seed for all images, or one for each")
-
-
-def sampling_of(args: argparse.Namespace, run: Run) -> Sampling:
-    return sampling_from(
-        run.config, args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
-    )
-
-
-def deterministic(sampling: Sampling) -> Sampling:
-    """
-    Raises:
-        ConfigError: the image does not follow from x_T alone.
-    """
-    if not sampling.is_deterministic:
-        raise ConfigError(
-            f"{sampling.describe()}: draws noise on the way; use --sampling_method ddim "
-            "--ddim_eta 0, or dpmpp_2m"
-        )
-    return sampling
+        From a slice of 0..num_images, `steps_of` makes the steps that draw these.
+        """
+        run, device = self.run, self.runtime.device
+        rows = batch_rows(num_images, self.args.batch_size, self.runtime)
+        bar = tqdm(rows, unit="batch", disable=not self.runtime.is_main)
+        parts = (to_uint8(run_steps(run, steps_of(batch), device)).cpu() for batch in bar)
+        return gather_images(parts, num_images, run.spec.shape, self.runtime)
 
 
-def first_seed(args: argparse.Namespace, run: Run) -> int:
-    return run.config.seed if args.seed is None else args.seed
-
-
-def spread(values: list[T], count: int, name: str) -> list[T]:
-    """
-    Raises:
-        ConfigError: neither one value for all nor `count` of them.
-    """
+def spread(values: Sequence[T], count: int, name: str) -> list[T]:
+    """`count` values from as many, or from one for all; a ConfigError if it is neither."""
     if len(values) not in (1, count):
         raise ConfigError(f"{name}: {len(values)} given; give 1 for all, or {count}")
-    return values * count if len(values) == 1 else values
+    return list(values) * (count // len(values))
 
 
-def labels_of(
-    args: argparse.Namespace, run: Run, own: list[int] | None, count: int, missing: str | None
-) -> list[int] | None:
-    """The class of each of `count` images: that of --labels, else its own.
-
-    Raises:
-        ConfigError: there is none, the model does not have it, or their number is wrong.
-    """
-    if args.labels is not None:
-        check_labels(args.labels, run)
-        return spread(args.labels, count, "--labels")
-    if not run.config.conditional:
-        return None
-    if own is None:
-        raise ConfigError(f"--labels: give a class for all images, or one for each; {missing}")
-    check_labels(own, run)
-    return spread(own, count, "labels of the pictures")
+def spread_both(seeds: list[S], labels: list[T], where: str = "") -> tuple[list[S], list[T]]:
+    """As many seeds as labels, see `spread`; `where` ends the options' names in messages."""
+    count = max(len(seeds), len(labels))
+    return spread(seeds, count, f"--seeds{where}"), spread(labels, count, f"--labels{where}")
 
 
-def part(labels: list[int] | None, rows: slice) -> list[int] | None:
-    return None if labels is None else labels[rows]
-
-
-def captions_of(labels: list[int] | None, count: int, run: Run) -> list[str]:
-    return [""] * count if labels is None else class_captions(labels, run.class_names)
-
-
-def draw(
-    args: argparse.Namespace,
-    run: Run,
-    runtime: Runtime,
-    num_images: int,
-    steps_of: Callable[[slice], Iterator[Step]],
-    on_step: Callable[[int, Step], None] | None = None,
-) -> Tensor | None:
-    """The images, uint8 (N, C, H, W), on the main process; None on others."""
-    batches = last_steps(
-        run, num_images, steps_of, batch_size=args.batch_size, runtime=runtime, on_step=on_step
-    )
-    total = -(-len(runtime.share(num_images)) // args.batch_size)
-    bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-    empty = torch.zeros((0, *run.spec.shape), dtype=torch.uint8)
-    return runtime.gather(torch.cat([empty, *(to_uint8(x).cpu() for _, x in bar)]), num_images)
-
-
-def output(args: argparse.Namespace, suffix: str) -> Path:
-    return Path(args.output_dir, args.output_name + suffix)
+def wrote(paths: Sequence[Path], following: str) -> str:
+    """A command's last line: the files it wrote, and what one could do next."""
+    return f"wrote {', '.join(map(str, paths))}; next: {following}"

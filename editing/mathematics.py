@@ -1,7 +1,7 @@
 """Samples from something else than fresh noise: paths between samples, and pictures to start from.
 
 First the mathematics, functions of tensors and denoisers; then the steps of one batch of each kind,
-for `generation.last_steps`. The last step's x is the result, (b, C, H, W), pictures are in [-1, 1].
+for `sampling.run_steps`. The last step's x is the result, (b, C, H, W); pictures are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion import SAMPLERS
+from diffusion.ddim import ddim
 from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import Denoiser
 from diffusion.schedules import with_previous
-from generation.sampling import (
-    Run,
-    SamplerFunction,
-    Sampling,
-    label_denoiser,
-    sampler_of,
-    timesteps_of,
-)
+from generation.run import Run
+from generation.sampling import Labels, Sampling, label_denoiser, sampler_of, timesteps_of
 from utils.errors import ConfigError
 from utils.rng import sample_noise
 
+SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
 PARALLEL = 1e-6  # radians; below it a great circle is not defined, and a straight line is as good
 
 
@@ -97,16 +94,10 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
     """Every step but the last taken `times` times, noised back in between (RePaint, algorithm 1).
 
     What is drawn so hears of what is known again and again before the noise is less. For samplers
-    whose step follows from x_t alone: ddim and ddpm.
+    whose step follows from x_t alone, which multistep ones do not.
     """
 
-    def sample(
-        denoise: Denoiser,
-        x_T: Tensor,
-        diffusion: GaussianDiffusion,
-        timesteps: Sequence[int],
-        randn_like: Callable[[Tensor], Tensor],
-    ) -> Iterator[Step]:
+    def sample(denoise, x_T, diffusion, timesteps, randn_like):
         x = x_T
         for t, s in with_previous(timesteps):
             one_step = [t] if s < 0 else [t, s]
@@ -152,6 +143,9 @@ def ddim_invert(
             x_t = (x + sine * (signal_t * eps - noise_t * predicted)) / cosine
         x = x_t
         yield Step(t, x, predicted)
+
+
+INVERSES = {ddim: ddim_invert}  # a sampler's function -> the function that undoes its steps
 
 
 class Waypoint(NamedTuple):
@@ -203,21 +197,16 @@ def morph_steps(
 ) -> Iterator[Step]:
     """The samples at these points: noise on the great circle, predictions mixed."""
     weight = torch.tensor([frame.weight for frame in frames], dtype=torch.float64)
-    starts, ends = [frame.start for frame in frames], [frame.end for frame in frames]
-
-    def noise_of(stops: list[Waypoint]) -> Tensor:
+    noise, denoisers = [], []
+    for stops in ([frame.start for frame in frames], [frame.end for frame in frames]):
         draw = sample_noise([stop.seed for stop in stops], weight.device)
-        return draw((len(stops), *run.spec.shape))
-
-    def denoiser_of(stops: list[Waypoint]) -> Denoiser:
+        noise.append(draw((len(stops), *run.spec.shape)))
         labels = None if stops[0].label is None else [stop.label for stop in stops]
-        return label_denoiser(run, labels, sampling, device)
-
-    x_T = slerp(noise_of(starts), noise_of(ends), weight).to(device)
-    denoise = denoiser_of(starts)
+        denoisers.append(label_denoiser(run, labels, sampling, device))
+    denoise = denoisers[0]
     if any(frame.start.label != frame.end.label for frame in frames):
-        denoise = blend(denoise, denoiser_of(ends), weight.float().to(device))
-    yield from steps_from(run, denoise, x_T, sampling)
+        denoise = blend(*denoisers, weight.float().to(device))
+    yield from steps_from(run, denoise, slerp(*noise, weight).to(device), sampling)
 
 
 def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> Iterator[Step]:
@@ -231,12 +220,7 @@ def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> 
 
 
 def img2img_steps(
-    run: Run,
-    x_0: Tensor,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    strength: float,
-    sampling: Sampling,
+    run: Run, x_0: Tensor, labels: Labels, seeds: Sequence[int], strength: float, sampling: Sampling
 ) -> Iterator[Step]:
     """Noise the pictures x_0 as far as `strength` says, and sample from there (Meng et al. 2022,
     SDEdit). Picture i takes its noise from seeds[i]."""
@@ -244,17 +228,16 @@ def img2img_steps(
     draw = sample_noise(list(seeds), x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
     x_t = run.diffusion.q_sample(x_0, t, draw(tuple(x_0.shape)))
-    denoise = label_denoiser(run, labels, sampling, x_0.device)
-    sampler = sampler_of(sampling)
+    denoise, sampler = label_denoiser(run, labels, sampling, x_0.device), sampler_of(sampling)
     yield from sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
 def inpaint_steps(
     run: Run,
     x_0: Tensor,
-    unknown: Tensor,
+    labels: Labels,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    unknown: Tensor,
     num_resamples: int,
     sampling: Sampling,
 ) -> Iterator[Step]:
@@ -265,24 +248,20 @@ def inpaint_steps(
     draw = sample_noise(list(seeds), x_0.device)
     x_T = draw(tuple(x_0.shape))
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    sampler = sampler_of(sampling)
+    known = keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device))
+    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
     if num_resamples > 1:
         sampler = resampling(sampler, num_resamples)
-    yield from sampler(
-        keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device)),
-        x_T,
-        run.diffusion,
-        timesteps_of(run, sampling),
-        lambda x: draw(tuple(x.shape)),
-    )
+    yield from sampler(known, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
 def invert_steps(
-    run: Run, x_0: Tensor, labels: Sequence[int] | None, iterations: int, sampling: Sampling
+    run: Run, x_0: Tensor, labels: Labels, iterations: int, sampling: Sampling, noise: list[Tensor]
 ) -> Iterator[Step]:
-    """Invert the pictures x_0 to noise, then sample from it: as many steps there as back."""
+    """Invert the pictures x_0 to noise, append that to `noise`, and sample from it."""
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    timesteps = timesteps_of(run, sampling)
-    for step in ddim_invert(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
-        yield step
-    yield from steps_from(run, denoise, step.x, sampling)
+    timesteps, undo = timesteps_of(run, sampling), INVERSES[SAMPLERS[sampling.method].run]
+    for step in undo(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
+        x_T = step.x
+    noise.append(x_T)
+    yield from steps_from(run, denoise, x_T, sampling)

@@ -28,11 +28,7 @@ _RESNET = {
     "conv2": ("conv2",),
     "shortcut": ("conv_shortcut",),
 }
-_ATTENTION = {
-    "norm": ("group_norm",),
-    "qkv": ("to_q", "to_k", "to_v"),
-    "proj": ("to_out.0",),
-}
+_ATTENTION = {"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "proj": ("to_out.0",)}
 _REASONS = {
     "dit": "diffusers' DiTTransformer2DModel has timestep features of other frequencies",
     "dim": "diffusers has no Mamba backbone",
@@ -104,21 +100,18 @@ def module_names(num_levels: int, num_res_blocks: int) -> dict[str, tuple[str, .
     names = dict(_OUTER)
 
     def add_stage(ours: str, theirs: str, number: int) -> None:
-        for kind, list_name, inner in (
-            ("block", "resnets", _RESNET),
-            ("attention", "attentions", _ATTENTION),
-        ):
-            for name, others in inner.items():
-                prefix = f"{theirs}.{list_name}.{number}"
-                names[f"{ours}.{kind}.{name}"] = tuple(f"{prefix}.{other}" for other in others)
+        parts = {"block.": ("resnets", _RESNET), "attention.": ("attentions", _ATTENTION)}
+        for part, (list_name, inner) in parts.items():
+            prefix = f"{theirs}.{list_name}.{number}."
+            names.update({ours + part + n: tuple(prefix + o for o in inner[n]) for n in inner})
 
     for number in range(2):
-        add_stage(f"middle.{number}", "mid_block", number)
+        add_stage(f"middle.{number}.", "mid_block", number)
     for way, num_stages in (("down", num_res_blocks), ("up", num_res_blocks + 1)):
         for level in range(num_levels):
             first, theirs = level * (num_stages + 1), f"{way}_blocks.{level}"
             for number in range(num_stages):
-                add_stage(f"{way}.{first + number}", theirs, number)
+                add_stage(f"{way}.{first + number}.", theirs, number)
             names[f"{way}.{first + num_stages}.conv"] = (f"{theirs}.{way}samplers.0.conv",)
     return names
 
@@ -135,29 +128,26 @@ def _levels(model: UNet) -> list[list[Stage]]:
 
 
 def _num_groups(model: UNet, widths: list[int]) -> int:
-    """Of all norms."""
-    found = sorted({m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)})
-    if len(found) > 1:
-        raise _no_counterpart(
-            f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels",
-            f"their norms have {_listed(found)} groups, UNet2DModel has one number; models trained "
-            "with model_params.norm_groups=8 have it, too",
-        )
-    return found[0]
+    """The number of groups that all norms of the network have."""
+    groups = sorted({m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)})
+    if len(groups) > 1:
+        setting = f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels"
+        reason = f"their norms have {_listed(groups)} groups, UNet2DModel has one number; "
+        reason += "models trained with model_params.norm_groups=8 have it, too"
+        raise _no_counterpart(setting, reason)
+    return groups[0]
 
 
 def _head_dim(model: UNet) -> int | None:
-    """Channels of an attention head; None: all of the level's."""
+    """The channels that all attention heads have; None if each level has a single head."""
     blocks = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     if all(block.num_heads == 1 for block in blocks):
         return None
-    found = sorted({block.qkv.in_channels // block.num_heads for block in blocks})
-    if len(found) > 1:
-        raise _no_counterpart(
-            "model_params.num_head_channels",
-            f"the heads have {_listed(found)} channels, UNet2DModel has one number",
-        )
-    return found[0]
+    channels = sorted({block.qkv.in_channels // block.num_heads for block in blocks})
+    if len(channels) > 1:
+        reason = f"the heads have {_listed(channels)} channels, UNet2DModel has one number"
+        raise _no_counterpart("model_params.num_head_channels", reason)
+    return channels[0]
 
 
 def _listed(numbers: list[int]) -> str:

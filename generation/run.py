@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -18,19 +17,11 @@ import models
 from diffusion import GaussianDiffusion
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
-from utils.checkpoint import resolve_checkpoint
-from utils.config import (
-    Check,
-    Config,
-    RawConfig,
-    apply_overrides,
-    read_config_file,
-    validate,
-)
+from utils.checkpoint import load_any, resolve_checkpoint
+from utils.config import Check, Config, RawConfig, apply_overrides, read_config_file, validate
 from utils.errors import CheckpointError, ConfigError, one_line
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
-from utils.weights_file import load_any
 
 CONFIG_CHECKS: tuple[Check, ...] = (
     datasets.check_config,
@@ -81,7 +72,7 @@ def load_run(
     use_ema: bool | None = None,
     config_path: str | None = None,
     overrides: Sequence[str] = (),
-    compile: Literal["model", "blocks"] | None = None,
+    compile: str | None = None,
 ) -> Run:
     """Rebuild what a checkpoint (a file, also an exported one, or a run directory) holds.
 
@@ -126,11 +117,7 @@ def load_run(
     return Run(model, built, spec, config, path, state["step"], state["epoch"], ema, names)
 
 
-def load_run_of(
-    args: argparse.Namespace,
-    device: torch.device,
-    compile: Literal["model", "blocks"] | None = None,
-) -> Run:
+def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
     """`load_run` of what the command line says, see `cli.add_checkpoint_options`."""
     return load_run(
         args.checkpoint,
@@ -143,10 +130,7 @@ def load_run_of(
 
 
 def check_labels(labels: Sequence[int], run: Run) -> None:
-    """
-    Raises:
-        ConfigError: the model has no classes, or not these.
-    """
+    """Raise a ConfigError if the model has no classes, or not these."""
     if not run.config.conditional:
         raise ConfigError("--labels: this model was trained without class labels")
     wrong = [label for label in labels if not 0 <= label < run.spec.num_classes]

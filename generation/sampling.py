@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,8 @@ from utils.rng import sample_noise
 
 MAX_GIF_FRAMES = 60
 
-SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
+Labels = Sequence[int] | None  # a class in [0, K) for each image; None: a model without classes
+OnStep = Callable[[int, Step], None]  # called with (step number, step) after every step of a batch
 
 log = logging.getLogger("diffusion")
 
@@ -42,16 +43,24 @@ class Sampling:
     conditional: bool
 
     @property
+    def options(self) -> dict[str, float]:
+        """What this sampler takes beside what all samplers take."""
+        return {name: getattr(self, name) for name in SAMPLERS[self.method].options}
+
+    @property
     def is_deterministic(self) -> bool:
-        """Whether the image follows from x_T alone."""
-        return self.method == "dpmpp_2m" or (self.method == "ddim" and self.eta == 0)
+        """True if the images follow from x_T alone."""
+        rule = SAMPLERS[self.method].deterministic
+        return rule(**self.options) if callable(rule) else rule
 
     def describe(self) -> str:
         kinds = {0.0: "unconditional", 1.0: "conditional, no guidance"}
         kind = kinds.get(self.cfg_scale, f"guided, cfg_scale {self.cfg_scale:g}")
         kind = kind if self.conditional else "model without classes"
-        eta = f", eta {self.eta:g}" if self.method == "ddim" and self.eta else ""
-        return f"{self.method}, {self.num_inference_steps} steps{eta}, {kind}"
+        forwards = SAMPLERS[self.method].forwards_per_step
+        steps = f"{self.num_inference_steps} steps" + f" of {forwards} forwards" * (forwards > 1)
+        options = [f"{name} {value:g}" for name, value in self.options.items() if value]
+        return ", ".join([self.method, steps, *options, kind])
 
 
 def sampling_from(
@@ -98,10 +107,8 @@ def sampling_from(
     )
 
 
-def label_denoiser(
-    run: Run, labels: Sequence[int] | None, sampling: Sampling, device: torch.device
-) -> Denoiser:
-    """The run's model, asked for one class in [0, K) per image; None if it has no classes."""
+def label_denoiser(run: Run, labels: Labels, sampling: Sampling, device: torch.device) -> Denoiser:
+    """The run's model, asked for a class for each image."""
     return make_denoiser(
         run.diffusion,
         run.model,
@@ -114,23 +121,16 @@ def label_denoiser(
 
 def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
     """The timesteps that sampling visits, from noise to image."""
-    return timestep_grid(
-        run.diffusion.num_timesteps, sampling.num_inference_steps, sampling.spacing
-    )
+    return timestep_grid(run.config.num_timesteps, sampling.num_inference_steps, sampling.spacing)
 
 
-def sampler_of(sampling: Sampling) -> SamplerFunction:
-    """`sampling`'s function of the table, its options filled in."""
-    function = SAMPLERS[sampling.method].run
-    return partial(function, eta=sampling.eta) if sampling.method == "ddim" else function
+def sampler_of(sampling: Sampling) -> Callable[..., Iterator[Step]]:
+    """The function of the sampler, its options filled in."""
+    return partial(SAMPLERS[sampling.method].run, **sampling.options)
 
 
 def sample_steps(
-    run: Run,
-    seeds: Sequence[int],
-    labels: Sequence[int] | None,
-    sampling: Sampling,
-    device: torch.device,
+    run: Run, seeds: Sequence[int], labels: Labels, sampling: Sampling, device: torch.device
 ) -> Iterator[Step]:
     """The sampler's steps for one batch; the last one's x is the images, (b, C, H, W).
 
@@ -139,100 +139,86 @@ def sample_steps(
     denoise = label_denoiser(run, labels, sampling, device)
     draw = sample_noise(list(seeds), device)
     x_T = draw((len(seeds), *run.spec.shape))
-    timesteps = timesteps_of(run, sampling)
-    sampler = sampler_of(sampling)
+    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
     yield from sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
 
 
-def last_steps(
-    run: Run,
-    num_images: int,
-    steps_of: Callable[[slice], Iterator[Step]],
-    *,
-    batch_size: int,
-    runtime: Runtime,
-    on_step: Callable[[int, Step], None] | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Run this rank's share of `num_images`, a batch at a time, in the config's precision.
-
-    Args:
-        steps_of: the steps of the images in a slice of 0..num_images.
-        on_step: called with (step number, step) during every batch.
-
-    Yields:
-        the slice, and the last step's x, (b, C, H, W) on the device.
-    """
-    precision = resolve_precision(run.config.precision, runtime.device)
+def batch_rows(num_images: int, batch_size: int, runtime: Runtime) -> list[slice]:
+    """This rank's share of `num_images`, cut into batches: slices of 0..num_images."""
     share = runtime.share(num_images)
-    for start in range(share.start, share.stop, batch_size):
-        rows = slice(start, min(start + batch_size, share.stop))
-        try:
-            with torch.inference_mode(), autocast(precision, runtime.device):
-                for number, step in enumerate(steps_of(rows)):
-                    if on_step is not None:
-                        on_step(number, step)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory on {runtime.device} while sampling {rows.stop - rows.start} "
-                "images at a time; lower --batch_size (of previews: num_samples)"
-            ) from error
-        finite = int(torch.isfinite(step.x).flatten(1).all(1).sum())
-        if finite < len(step.x):
-            log.warning(
-                "%d of %d images are not finite and come out black: the network overflows in %s; "
-                "try precision=fp32, or an earlier checkpoint",
-                len(step.x) - finite,
-                len(step.x),
-                precision,
-            )
-        yield rows, step.x
+    starts = range(share.start, share.stop, batch_size)
+    return [slice(start, min(start + batch_size, share.stop)) for start in starts]
+
+
+def run_steps(
+    run: Run, steps: Iterator[Step], device: torch.device, on_step: OnStep | None = None
+) -> Tensor:
+    """Take the steps of one batch in the config's precision; returns the last x, (b, C, H, W).
+
+    Raises:
+        UserError: the device has not the memory for so large a batch.
+    """
+    precision = resolve_precision(run.config.precision, device)
+    try:
+        with torch.inference_mode(), autocast(precision, device):
+            for number, step in enumerate(steps):
+                if on_step is not None:
+                    on_step(number, step)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on {device} while sampling; draw fewer images at a time: lower "
+            "--batch_size (of previews: num_samples)"
+        ) from error
+    count = len(step.x)
+    if black := count - int(torch.isfinite(step.x).flatten(1).all(1).sum()):
+        log.warning(
+            f"{black} of {count} images are not finite and come out black: the network overflows "
+            f"in {precision}; try precision=fp32, or an earlier checkpoint"
+        )
+    return step.x
 
 
 def generate(
     run: Run,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    labels: Labels,
     *,
     sampling: Sampling,
     batch_size: int,
     runtime: Runtime,
-    on_step: Callable[[int, Step], None] | None = None,
-) -> Iterator[tuple[Tensor, list[int] | None, list[int]]]:
-    """Sample this rank's share of one image per seed.
+    on_step: OnStep | None = None,
+) -> Iterator[Tensor]:
+    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU."""
+    for rows in batch_rows(len(seeds), batch_size, runtime):
+        asked = None if labels is None else labels[rows]
+        steps = sample_steps(run, seeds[rows], asked, sampling, runtime.device)
+        yield to_uint8(run_steps(run, steps, runtime.device, on_step)).cpu()
 
-    Args:
-        labels: one in [0, K) per seed; None for a model without classes.
-        on_step: called with (step number, step) during every batch.
 
-    Yields:
-        images uint8 (b, C, H, W) on the CPU, their labels and their seeds, in order.
+def gather_images(
+    parts: Iterable[Tensor],
+    num_images: int,
+    shape: tuple[int, ...],
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor | None:
+    """All images, (num_images, *shape) on the CPU of the main process; None on the others.
+
+    `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
     """
-
-    def labels_of(rows: slice) -> list[int] | None:
-        return None if labels is None else list(labels[rows])
-
-    def steps_of(rows: slice) -> Iterator[Step]:
-        return sample_steps(run, seeds[rows], labels_of(rows), sampling, runtime.device)
-
-    for rows, x in last_steps(
-        run, len(seeds), steps_of, batch_size=batch_size, runtime=runtime, on_step=on_step
-    ):
-        yield to_uint8(x).cpu(), labels_of(rows), list(seeds[rows])
+    rows = torch.cat([torch.zeros((0, *shape), dtype=dtype), *parts])
+    return runtime.gather(rows, num_images)
 
 
 class FrameRecorder:
-    """Keeps 8-bit copies of evenly spaced steps of every batch, for GIFs and step pictures."""
+    """An `OnStep` that keeps evenly spaced steps, for GIFs and step pictures, in `frames`: from
+    the number of a step to its batches, uint8 (b, C, H, W)."""
 
     def __init__(self, num_steps: int) -> None:
-        count = min(num_steps, MAX_GIF_FRAMES)
-        self._kept = {round(i) for i in np.linspace(0, num_steps - 1, count)}
-        self._frames: dict[int, list[Tensor]] = {number: [] for number in sorted(self._kept)}
+        kept = np.linspace(0, num_steps - 1, min(num_steps, MAX_GIF_FRAMES)).round().astype(int)
+        self.frames: dict[int, list[Tensor]] = {number: [] for number in kept.tolist()}
 
     def __call__(self, number: int, step: Step) -> None:
-        if number in self._kept:
-            self._frames[number].append(to_uint8(step.x).cpu())
-
-    def frames(self, shape: tuple[int, ...]) -> list[Tensor]:
-        """One (n, C, H, W) tensor per kept step."""
-        empty = torch.zeros((0, *shape), dtype=torch.uint8)
-        return [torch.cat([empty, *batches]) for batches in self._frames.values()]
+        if number in self.frames:
+            self.frames[number].append(to_uint8(step.x).cpu())

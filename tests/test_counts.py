@@ -186,7 +186,7 @@ def passes_per_image(**settings: Any) -> tuple[float, float]:
     parts = generate(
         run, range(3), labels, sampling=sampling_from(config), batch_size=2, runtime=runtime
     )
-    assert sum(len(images) for images, _, _ in parts) == len(labels)
+    assert sum(map(len, parts)) == len(labels)
     return counter.conditional / len(labels), counter.unconditional / len(labels)
 
 

@@ -1,6 +1,7 @@
 """The diffusion process and the samplers, by their identities and against diffusers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -408,6 +409,38 @@ def test_samplers_yield_every_step_and_end_at_the_image(name, spacing):
     assert [step.t for step in steps] == [*grid[1:], -1]
     assert all(torch.isfinite(step.x).all() for step in steps)
     torch.testing.assert_close(steps[-1].x, steps[-1].x_0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_table_says_what_samplers_do(name, eta):
+    """Whether they draw noise, how often they call the denoiser, and whether the steps of a run
+    are those of one-step runs."""
+    row, diffusion = SAMPLERS[name], make_diffusion()
+    denoise, calls = make_denoiser(diffusion, toy_model, None), []
+    x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    grid = timestep_grid(T, 8, "trailing")
+    options = dict.fromkeys(row.options, eta)
+
+    def counted(x, t):
+        calls.append(t)
+        return denoise(x, t)
+
+    def steps(x, grid, seed):
+        rng = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=rng)
+        taken = row.run(counted, x, diffusion, grid, lambda x: draw(x.shape), **options)
+        return [step.x for step in taken]
+
+    whole = steps(x_T, grid, 1)
+    assert len(calls) == len(grid) * row.forwards_per_step
+    is_deterministic = row.deterministic
+    if callable(is_deterministic):
+        is_deterministic = is_deterministic(**options)
+    assert torch.equal(whole[-1], steps(x_T, grid, 2)[-1]) == is_deterministic
+    third = steps(whole[1], grid[2:4], 1)[0]  # taken again, from the second's x
+    if is_deterministic:
+        assert torch.equal(third, whole[2]) != row.multistep
 
 
 # --- training examples

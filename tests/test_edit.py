@@ -15,11 +15,9 @@ from PIL import Image, ImageFont
 import edit
 import sample
 import train
-from diffusion import SAMPLERS
-from editing import interpolate
-from editing.mathematics import (
-    img2img_steps,
-)
+from diffusion import SAMPLERS, Sampler
+from diffusion.ddim import ddim
+from editing.mathematics import img2img_steps
 from generation.run import load_run
 from generation.sampling import sampling_from, timesteps_of
 from tests.conftest import TINY_CONFIG
@@ -192,7 +190,7 @@ def test_pictures_are_noised_as_far_as_the_strength_says(do, runs):
     pictures = torch.zeros(2, 1, 8, 8)
     for strength, count in ((1.0, 10), (0.6, 6)):
         with torch.inference_mode():
-            steps = list(img2img_steps(run, pictures, [0, 1], [3, 3], strength, sampling))
+            steps = list(img2img_steps(run, pictures, [3, 3], [0, 1], strength, sampling))
         assert [s.t for s in steps] == [*timesteps_of(run, sampling)[1:], -1][-count:]
     options = ("--real_split", "test", "--n", 5, "--seeds", "0-4", "--labels", 3, "--steps", 20)
     distances = []
@@ -222,7 +220,7 @@ def test_unmasked_pixels_are_those_of_the_input(do, method):
     assert (known[:, mask == 255] == 128).all()
     do("inpaint", *options, "--box", "1,2,7,5", "--save_images", "--batch_size", 1)
     assert_same(drawn, saved("inpaint_images"))
-    if method != "dpmpp_2m":
+    if not SAMPLERS[method].multistep:
         do("inpaint", *options, "--box", "1,2,7,5", "--save_images", "--resample", 3)
         again = saved("inpaint_images")
         assert (again[:, mask == 0] == shown[:, mask == 0]).all()
@@ -293,6 +291,68 @@ def test_every_command_with_every_backbone(do, runs, model):
 
     do("img2img", *real, *options, "--strength", 1, "--seeds", "1,2,3,4,5,6", model=model)
     do("grid", "--cfg_scale", "1,3", "--steps", "2,4", "--labels", 3, model=model)
+
+
+@pytest.fixture
+def own_samplers(monkeypatch):
+    """Samplers of a user's own: `mine` is DDIM's function under another name, `heun` a function
+    that calls the network twice a step, `steady` remembers its last step."""
+
+    def heun(denoise, x_T, diffusion, timesteps, randn_like):
+        for step in ddim(denoise, x_T, diffusion, timesteps, randn_like):
+            denoise(step.x, max(step.t, 0))
+            yield step
+
+    rows = dict(deterministic=lambda eta: eta == 0, options=("eta",))
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler(ddim, 7, **rows))
+    monkeypatch.setitem(SAMPLERS, "heun", Sampler(heun, 6, deterministic=True, forwards_per_step=2))
+    monkeypatch.setitem(SAMPLERS, "steady", Sampler(heun, 6, multistep=True))
+
+
+@pytest.mark.parametrize("method", ["mine", "heun"])
+def test_samplers_under_any_name_work(do, own_samplers, method):
+    steps = ("--steps", 5)
+    do("invert", "--real_split", "test", "--n", 2, "--iterations", 1, *steps)
+    for command in (
+        ("interpolate", "--seeds", "3,8", "--labels", "2,7", "--frames", 3, *steps),
+        ("decode", "--latents", "samples/invert.npz", *steps),
+        ("img2img", "--real_split", "test", "--n", 2, *steps),
+        ("inpaint", "--real_split", "test", "--n", 2, "--box", "0,0,4,4", "--resample", 2, *steps),
+        ("grid", "--labels", 3, "--cfg_scale", 2, *steps),
+    ):
+        sheets = []
+        for name in (method, "ddim"):
+            said = do(*command, "--sampling_method", name)
+            assert f"{name}, 5 steps" in said
+            sheets.append(Path("samples", f"{command[0]}.png").read_bytes())
+        assert sheets[0] == sheets[1]
+
+
+def test_inverting_undoes_the_function_and_not_the_name(do, own_samplers):
+    options = ("--real_split", "test", "--n", 2, "--steps", 5, "--output_name")
+    do("invert", *options, "ours")
+    said = do("invert", *options, "theirs", "--sampling_method", "mine")
+    assert "mine, 5 steps" in said
+    assert "mine, 5 steps" in do(
+        "decode", "--latents", "samples/theirs.npz", "sampling_method=mine"
+    )
+    assert Path("samples/ours.png").read_bytes() == Path("samples/theirs.png").read_bytes()
+    with pytest.raises(
+        ConfigError, match="invert undoes the steps of ddim or mine with ddim_eta 0"
+    ):
+        do("invert", *options, "x", "--sampling_method", "heun")
+
+
+def test_a_samplers_row_says_what_it_cannot_do(do, own_samplers):
+    hole = ("inpaint", "--real_split", "test", "--n", 2, "--box", "0,0,4,4", "--resample", 2)
+    with pytest.raises(ConfigError, match="steady remembers its last step; use ddpm or ddim or"):
+        do(*hole, "--sampling_method", "steady")
+    with pytest.raises(ConfigError, match="use --ddim_eta 0 and --sampling_method ddim or dpmpp"):
+        do("interpolate", "--labels", "2,7", "--sampling_method", "steady")
+    assert "heun, 4 steps of 2 forwards" in do("grid", "--steps", 4, "--sampling_method", "heun")
+    assert "mine, 7 steps, eta 0.5, " in do(
+        "grid", "--labels", 3, "--sampling_method", "mine", "--ddim_eta", 0.5
+    )
 
 
 def test_inverting_without_classes(do):
@@ -371,7 +431,7 @@ BAD = [
     ("inpaint --real_split test --n 2 --box 0,0,4,4 --resample 0", "--resample 0"),
     (
         "inpaint --real_split test --n 2 --box 0,0,4,4 --resample 2 --sampling_method dpmpp_2m",
-        "use ddim or ddpm",
+        "use ddpm or ddim",
     ),
     ("invert --real_split test --n 2 --sampling_method ddpm", "invert undoes"),
     ("invert --real_split test --n 2 --seed 1", "--seed"),
@@ -388,7 +448,7 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "message"), BAD)
 def test_bad_input_is_one_line_and_writes_nothing(do, command, message, monkeypatch):
-    monkeypatch.setattr(interpolate, "can_write_mp4", lambda: False)
+    monkeypatch.setattr("utils.images.can_write_mp4", lambda: False)
     Path("text.png").write_text("no image", encoding="utf-8")
     Image.fromarray(np.zeros((4, 6), np.uint8)).save("mask.png")
     wrong = np.zeros((2, 3, 8, 8), np.float32)

@@ -17,17 +17,17 @@ import sample
 import train
 from diffusion import SCHEDULES, GaussianDiffusion, make_denoiser, timestep_grid
 from diffusion.ddim import ddim
-from exporting.diffusers_ddim import ddim_scheduler_config
+from exporting import diffusers_pipeline
+from exporting.diffusers_pipeline import ddim_scheduler_config
 from exporting.diffusers_unet import module_names, to_unet2d, unet2d_config
 from generation.run import CONFIG_CHECKS, expected_spec, load_run
 from generation.sampling import Sampling, sample_steps, sampling_from
 from tests.conftest import ROOT
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
 from utils.images import ImageSpec, to_uint8
 from utils.rng import sample_noise
-from utils.weights_file import load_weights
 
 CPU = torch.device("cpu")
 DIGITS = ImageSpec(1, 8, 8, 10)
@@ -473,7 +473,7 @@ def test_another_network_is_noticed(monkeypatch):
         unet.conv_out.bias.data += 0.01
         return unet
 
-    monkeypatch.setattr(export, "to_unet2d", wrong)
+    monkeypatch.setattr(diffusers_pipeline, "to_unet2d", wrong)
     assert_refused(UserError, "outputs that differ", write_checkpoint(), "diffusers", "out")
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
 from training.resume import changed_settings
-from utils.checkpoint import resolve_checkpoint
+from utils.checkpoint import load_any, resolve_checkpoint
 from utils.config import Config, keys_by_resume
 from utils.errors import CheckpointError
-from utils.weights_file import load_any
 
 MAX_SHOWN = 10  # parameters in a message
 # What the weights were trained to mean, and their shapes do not tell.

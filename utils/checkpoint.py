@@ -1,34 +1,35 @@
-"""Checkpoint files: one `.pth` of tensors and plain types, written atomically, read safely."""
+"""Checkpoints, `.pth`: written whole and read safely. Exported weights, `.safetensors`: read."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, one_line, require
+from utils.files import READ_BYTES, atomic_path
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
 CHECKSUM = b"crc32 %08x"  # the zip's comment, the last bytes of the file
 CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment stands its length
-READ_BYTES = 2**20  # at a time
 BEST, CURRENT = "best_model.pth", "current_model.pth"
 FOLDER_ATTRIBUTE = 0x10  # of MS-DOS; no checksum covers it
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
-KEY_TYPES = {
-    "format_version": int,
-    "model_state_dict": dict,
-    "epoch": int,
-    "step": int,
-    "config": dict,
-    "spec": list | tuple,
-}
+KEY_TYPES = {"format_version": int, "model_state_dict": dict, "epoch": int, "step": int}
+KEY_TYPES |= {"config": dict, "spec": list | tuple}
+WEIGHTS_SUFFIX = ".safetensors"
+# What the metadata of such a file says, as JSON, and under which name it has the checksum.
+WEIGHTS_FACTS = ("format_version", "config", "spec", "step", "epoch", "ema")
+WEIGHTS_CHECKSUM = "crc32"
 
 
 def epoch_name(epoch: int) -> str:
@@ -36,77 +37,61 @@ def epoch_name(epoch: int) -> str:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that `path` is at every moment either the old file or the whole new one.
+    """Write `state` so that `path` is at every moment the old file or the whole new one, on disk.
 
     Raises:
-        OSError, RuntimeError: the disk refused; `path` is untouched (torch.save reports a full
-            disk as RuntimeError).
+        OSError, RuntimeError (of torch.save, for a full disk): `path` is as it was.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            summing = _SummingFile(file)
-            torch.save(state, summing)
-            _append_checksum(file, summing.crc32)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        summing = _SummingFile(file)
+        torch.save(state, summing)
+        file.seek(-COUNT_BYTES, os.SEEK_END)
+        file.write(_ending(summing.crc32))
+        file.flush()
+        os.fsync(file.fileno())
     _sync_folder(path.parent)
 
 
 class _SummingFile:
-    """What torch.save needs of a file; knows the CRC32 of what was written."""
+    """The methods of a file that torch.save needs, and the CRC32 of what it has written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.crc32 = file, 0
         self.flush = file.flush
 
-    def write(self, data: Any) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
+    def write(self, block: Any) -> int:
+        self.crc32 = zlib.crc32(block, self.crc32)
+        return self._file.write(block)
 
 
-def _append_checksum(file: BinaryIO, crc32: int) -> None:
-    """As the comment of the zip that has just been written without one.
+def _ending(crc32: int) -> bytes:
+    """The checksum as a comment of the zip that torch.save has written, with the comment's length.
 
     The zip's own checksums leave out its directory and padding: there are bits in it that no other
     check notices, and that hide a tensor.
     """
-    file.seek(-COUNT_BYTES, os.SEEK_END)
-    file.write(_ending(crc32))
-
-
-def _ending(crc32: int) -> bytes:
     return CHECKSUM_BYTES.to_bytes(COUNT_BYTES, "little") + CHECKSUM % crc32
 
 
 def _has_its_checksum(path: Path) -> bool:
-    """Whether the file ends with the checksum of what it was before that was appended."""
+    """True if the file ends with the checksum of what it was before that was appended."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES - COUNT_BYTES
         file.seek(0)
         crc32, left = 0, max(0, size)
-        while left and (data := file.read(min(left, READ_BYTES))):
-            crc32, left = zlib.crc32(data, crc32), left - len(data)
+        while left and (block := file.read(min(left, READ_BYTES))):
+            crc32, left = zlib.crc32(block, crc32), left - len(block)
         return file.read() == _ending(zlib.crc32(bytes(COUNT_BYTES), crc32))
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
     """Give a finished checkpoint a second name; no bytes are copied where links exist."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
 
 
@@ -118,6 +103,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def load_any(path: Path) -> dict[str, Any]:
+    """Read a checkpoint or an exported `.safetensors` file; the file's name tells which it is.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of ours.
+        UserError: safetensors is needed and not installed.
+    """
+    return load_weights(path) if path.suffix == WEIGHTS_SUFFIX else load_checkpoint(path)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint; tensors arrive on the CPU.
 
@@ -125,33 +120,70 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     does not notice flipped bits, and `weights_only=True` keeps a file from running code.
 
     Raises:
-        CheckpointError: missing, damaged, or not one of ours.
+        CheckpointError: the file is missing, damaged, or not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if not (is_whole := _has_its_checksum(path)):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip() or _false_folder(archive)
-            if damaged is not None:
-                raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        is_whole = _has_its_checksum(path)
+        damaged = None if is_whole else _damaged_member(path)
+        state = torch.load(path, map_location="cpu", weights_only=True) if not damaged else {}
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
     check_state(path, state)
     if state["format_version"] > 1 and not is_whole:
         raise CheckpointError(f"{path}: damaged (its checksum is wrong, or was cut off)")
     return state
 
 
-def check_state(path: Path, state: Any) -> None:
-    """Whether what was read from `path` has the parts of a checkpoint.
+def load_weights(path: Path) -> dict[str, Any]:
+    """Read and verify what `exporting.safetensors.save_weights` wrote.
+
+    Returns:
+        a part of what `load_checkpoint` gives: `ema_model_state_dict` or `model_state_dict`,
+        `config`, `spec`, `step`, `epoch` and `format_version`.
 
     Raises:
-        CheckpointError: it has not, or is of a newer format.
+        CheckpointError: the file is missing, damaged, or not written by `save_weights`.
+        UserError: safetensors is not installed.
+    """
+    require("safetensors")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        reason = one_line(error)
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({reason})") from error
+    if missing := [k for k in (*WEIGHTS_FACTS, WEIGHTS_CHECKSUM) if k not in metadata]:
+        raise CheckpointError(f"{path}: not written by export.py, its metadata lacks {missing}")
+    facts = {name: metadata[name] for name in WEIGHTS_FACTS}
+    if metadata[WEIGHTS_CHECKSUM] != checksum_of_weights(weights, facts):
+        raise CheckpointError(f"{path}: damaged (it is not what was written)")
+    state = {name: json.loads(text) for name, text in facts.items()}
+    check_state(path, state | {"model_state_dict": weights})
+    kind = "ema_model_state_dict" if state.pop("ema") else "model_state_dict"
+    return state | {kind: weights}
+
+
+def checksum_of_weights(weights: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """CRC32 of parameter names, values and metadata, 8 hex digits: safetensors itself has none."""
+    value = zlib.crc32(json.dumps([sorted(weights), facts], sort_keys=True).encode())
+    for name in sorted(weights):
+        value = zlib.crc32(weights[name].flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def check_state(path: Path, state: Any) -> None:
+    """Make sure that what was read from `path` has the parts of a checkpoint.
+
+    Raises:
+        CheckpointError: a part is missing or of another type, or the format is a newer one.
     """
     missing = [key for key in KEY_TYPES if not isinstance(state, dict) or key not in state]
     if missing:
@@ -166,11 +198,15 @@ def check_state(path: Path, state: Any) -> None:
         )
 
 
-def _false_folder(archive: zipfile.ZipFile) -> str | None:
-    """A member marked as a folder: torch would read nothing of it, and leave its tensor as the
-    memory was."""
-    marked = (i.filename for i in archive.infolist() if i.external_attr & FOLDER_ATTRIBUTE)
-    return next(marked, None)
+def _damaged_member(path: Path) -> str | None:
+    """The first member of the zip that is not what was written, by the zip's own checksums.
+
+    A member marked as a folder counts: torch would read nothing of it, and leave its tensor as the
+    memory was.
+    """
+    with zipfile.ZipFile(path) as archive:
+        marked = (i.filename for i in archive.infolist() if i.external_attr & FOLDER_ATTRIBUTE)
+        return archive.testzip() or next(marked, None)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -180,9 +216,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint or run directory")
     if not path.is_dir():
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint or run directory")
         return path
     for name in (BEST, CURRENT):
         if (path / name).is_file():
@@ -194,42 +230,34 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
     """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps.
 
     Returns:
-        path, its state, and a line for each damaged file passed over; None in a folder without
-        checkpoints.
+        path, its state, and a line for each damaged file passed over; None without checkpoints.
 
     Raises:
         CheckpointError: there are checkpoints, but none is readable. (Never restart silently.)
     """
-    skipped: list[str] = []
-    if (run_dir / CURRENT).is_file():
+    current, skipped = run_dir / CURRENT, []
+    newest: tuple[Path, dict[str, Any]] | None = None
+    latest = [path for path in (current, run_dir / BEST) if path.is_file()]
+    for path in [*latest, *epochs_saved(run_dir).values()]:
         try:
-            return run_dir / CURRENT, load_checkpoint(run_dir / CURRENT), skipped
+            state = load_checkpoint(path)
         except CheckpointError as error:
             skipped.append(str(error))
-    newest: tuple[Path, dict[str, Any]] | None = None
-    for path in sorted(run_dir.glob("*.pth")) if run_dir.is_dir() else []:
-        if path.name == BEST or EPOCH_PATTERN.fullmatch(path.name):
-            try:
-                state = load_checkpoint(path)
-            except CheckpointError as error:
-                skipped.append(str(error))
-                continue
-            if newest is None or state["step"] >= newest[1]["step"]:
-                newest = path, state
-    if newest is not None:
-        return *newest, skipped
-    if skipped:
-        raise CheckpointError(
-            "no readable checkpoint to resume from:\n       " + "\n       ".join(skipped)
-        )
-    return None
+            continue
+        if path == current:
+            return path, state, skipped
+        if newest is None or state["step"] >= newest[1]["step"]:
+            newest = path, state
+    if newest is None and skipped:
+        lines = "\n       ".join(skipped)
+        raise CheckpointError(f"no readable checkpoint to resume from:\n       {lines}")
+    return None if newest is None else (*newest, skipped)
 
 
 def epochs_saved(run_dir: Path) -> dict[int, Path]:
-    """The `model_epoch_*.pth` files by epoch, ascending."""
-    paths = run_dir.iterdir() if run_dir.is_dir() else ()
-    found = {int(m[1]): path for path in paths if (m := EPOCH_PATTERN.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    """The `model_epoch_*.pth` files by epoch, ascending; none in a folder that does not exist."""
+    named = ((EPOCH_PATTERN.fullmatch(path.name), path) for path in run_dir.glob("*.pth"))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:

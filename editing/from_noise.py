@@ -1,0 +1,213 @@
+"""The commands that start from noise: along a path, from a file of `invert`, or from seeds."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import SAMPLERS, Step
+from editing.command import Job, spread_both, wrote
+from editing.mathematics import INVERSES, Waypoint, frames_along, morph_steps, steps_from
+from generation.run import check_labels
+from generation.sampling import Sampling, label_denoiser, sample_steps, sampling_from
+from generation.sweep import settings_of
+from utils import images as pictures
+from utils.captions import class_captions, contact_sheet
+from utils.config import Config
+from utils.errors import ConfigError, DataError
+
+FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
+
+
+class Latents(NamedTuple):
+    """Noise that `invert` found for pictures, with the settings it was found with."""
+
+    noise: Tensor  # x_T, float32 (N, C, H, W)
+    labels: list[int] | None  # the pictures' classes; None for a model without any
+    num_inference_steps: int
+    cfg_scale: float
+
+
+def interpolate(job: Job) -> Iterator[str]:
+    """A path through noise, classes, or both, as a strip and a film."""
+    args, run, device, sampling = job.args, job.run, job.runtime.device, job.sampling()
+    check_deterministic(sampling)
+    chains = chains_of(job)
+    if args.frames < 2:
+        raise ConfigError(f"--frames {args.frames}: both ends count, so give at least 2")
+    if not (0 < args.fps < float("inf") and 0 <= args.final_seconds < float("inf")):
+        raise ConfigError("--fps must be above 0 and --final_seconds at least 0")
+    if args.format == "mp4" and not pictures.can_write_mp4():
+        raise ConfigError("--format mp4 needs a package: pip install imageio-ffmpeg; or use gif")
+    frames = [frame for chain in chains for frame in frames_along(chain, args.frames)]
+    stops = "; ".join(" to ".join(map(describe, chain)) for chain in chains)
+    yield f"{len(frames)} frames, {stops}: {sampling.describe()}"
+
+    images = job.draw(len(frames), lambda rows: morph_steps(run, frames[rows], sampling, device))
+    if images is None:
+        return
+    strip, film = job.path(".png"), job.path(f".{args.format}")
+    rows = strips(chains, args.frames)
+    left = [title(ends, run.class_names) for chain in chains for ends in pairwise(chain)]
+    pictures.save_image(strip, contact_sheet(images, rows, left=left))
+    moments = images.unflatten(0, (len(chains), -1)).transpose(0, 1)
+    layout = pictures.grid_rows(len(chains))
+    shown = [pictures.make_grid(m, layout, min_cell_size=FILM_CELL_SIZE) for m in moments]
+    save = pictures.save_gif if args.format == "gif" else pictures.save_mp4
+    save(film, shown, fps=args.fps, final_seconds=args.final_seconds)
+    command = f"python edit.py grid --checkpoint {args.checkpoint} --seeds {chains[0][0].seed}"
+    yield wrote([strip, film], command)
+
+
+def chains_of(job: Job) -> list[list[Waypoint]]:
+    """The stops of each row, as many in every row; a ConfigError if there is no way to go."""
+    args, run = job.args, job.run
+    if run.config.conditional and not args.labels:
+        raise ConfigError("--labels: give a class, or one for each stop, e.g. 2,7")
+    for labels in args.labels or []:
+        check_labels(labels, run)
+    given = spread_both(args.seeds or [[job.first_seed]], args.labels or [[None]])
+    rows = [spread_both(*both, " of a row") for both in zip(*given, strict=True)]
+    chains = [list(map(Waypoint, *both)) for both in rows]
+    if min(map(len, chains)) < 2:
+        raise ConfigError("nothing to go to; give two or more --seeds or --labels, e.g. 2,7")
+    if len(set(map(len, chains))) > 1:
+        raise ConfigError("every row needs the same number of stops")
+    return chains
+
+
+def strips(chains: list[list[Waypoint]], num_frames: int) -> list[list[int]]:
+    """Rows of frames, one from each stop to the next, thinned to what a sheet is wide."""
+    last, num_stretches = num_frames - 1, len(chains[0]) - 1
+    shown = np.linspace(0, last, min(num_frames, pictures.MAX_COLUMNS)).round().astype(int)
+    firsts = [r * (num_stretches * last + 1) for r in range(len(chains))]
+    return [(first + k * last + shown).tolist() for first in firsts for k in range(num_stretches)]
+
+
+def title(ends: Sequence[Waypoint], class_names: Sequence[str]) -> str:
+    """The title of the strip between two stops, such as `2 to 7, seed 3`."""
+    words = "seed " + " to ".join(dict.fromkeys(str(stop.seed) for stop in ends))
+    if ends[0].label is None:
+        return words
+    names = class_captions([stop.label for stop in ends], class_names)
+    return f"{' to '.join(dict.fromkeys(names))}, {words}"
+
+
+def describe(stop: Waypoint) -> str:
+    """A stop in words, such as `seed 3 label 2`."""
+    return f"seed {stop.seed}" + ("" if stop.label is None else f" label {stop.label}")
+
+
+def check_deterministic(sampling: Sampling) -> None:
+    """Raise a ConfigError, which names other samplers, unless images follow from x_T alone."""
+    names = [n for n in SAMPLERS if replace(sampling, method=n, eta=0.0).is_deterministic]
+    if not sampling.is_deterministic:
+        others = f"--ddim_eta 0 and --sampling_method {' or '.join(names)}"
+        raise ConfigError(f"{sampling.describe()}: draws noise on the way; use {others}")
+
+
+def invertible_samplers(config: Config) -> list[str]:
+    """Names of the samplers whose steps `invert` can undo; the config's own comes first."""
+    names = [name for name, sampler in SAMPLERS.items() if sampler.run in INVERSES]
+    return sorted(names, key=lambda name: name != config.sampling_method)
+
+
+def decode(job: Job) -> Iterator[str]:
+    """Samples from the noise that inverting found."""
+    args, run, device = job.args, job.run, job.runtime.device
+    if args.seed is not None:
+        raise ConfigError("--seed: the noise is that of --latents")
+    latents = read_latents(args.latents, run.spec.shape)
+    invertible, steps = invertible_samplers(run.config), args.num_inference_steps
+    method = args.sampling_method or invertible[0]
+    if steps is None and method in invertible:
+        steps = latents.num_inference_steps
+    scale = latents.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    sampling = sampling_from(run.config, method, steps, args.ddim_eta or 0.0, scale)
+    check_deterministic(sampling)
+    count, x_T = len(latents.noise), latents.noise.to(device)
+    labels = job.labels(latents.labels, count, f"{args.latents} has no labels")
+    yield f"{count} images from {args.latents}: {sampling.describe()}"
+
+    def steps_of(rows: slice) -> Iterator[Step]:
+        denoise = label_denoiser(run, labels and labels[rows], sampling, device)
+        return steps_from(run, denoise, x_T[rows], sampling)
+
+    images = job.draw(count, steps_of)
+    if images is not None:
+        rows, names = pictures.grid_rows(count), job.captions(labels, count)
+        above = [[names[i] for i in row] for row in rows]
+        pictures.save_image(job.path(".png"), contact_sheet(images, rows, above=above))
+        guided = "a larger --cfg_scale, which leads away from the pictures"
+        yield wrote([job.path(".png")], f"the same with other --labels, or {guided}")
+
+
+def read_latents(path: str | Path, shape: tuple[int, ...]) -> Latents:
+    """Read what `invert` wrote, for a model of images of this shape.
+
+    Raises:
+        DataError: the file is of another kind, damaged, or not for images of this shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            x_T = stored["x_T"]
+            steps, scale = int(stored["num_inference_steps"]), float(stored["cfg_scale"])
+            labels = stored["labels"] if "labels" in stored.files else None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
+    if x_T.dtype != np.float32 or x_T.shape[1:] != shape or not len(x_T):
+        needed = f"the model draws from float32 (N, {', '.join(map(str, shape))})"
+        raise DataError(f"{path}: x_T is {x_T.dtype} {x_T.shape}, but {needed}")
+    if not np.isfinite(x_T).all():
+        raise DataError(f"{path}: x_T is not finite")
+    if labels is not None and (labels.shape != x_T.shape[:1] or labels.dtype.kind not in "iu"):
+        raise DataError(f"{path}: labels: {labels.dtype} {labels.shape}, not {len(x_T)} integers")
+    classes = None if labels is None else labels.tolist()
+    return Latents(torch.from_numpy(x_T), classes, steps, scale)
+
+
+def grid(job: Job) -> Iterator[str]:
+    """The same images with every guidance scale, a row each, and number of steps, a column each."""
+    args, run, device = job.args, job.run, job.runtime.device
+    scales, counts = args.cfg_scale or [None], args.num_inference_steps or [None]
+    options = dict(method=args.sampling_method, eta=args.ddim_eta)
+    settings = settings_of(run.config, 1, cfg_scales=scales, step_counts=counts, **options)
+    samplings = [setting.sampling for setting in settings]
+    if args.labels:
+        check_labels(args.labels, run)
+    every = list(run.classes) if run.config.conditional else [None]
+    seeds, labels = spread_both(args.seeds or [job.first_seed], args.labels or every)
+    count, last = len(seeds), samplings[-1]
+    if count * len(samplings) > (most := pictures.MAX_GRID_IMAGES):
+        cells = f"{len(samplings)} cells of {count} images: a sheet shows at most {most} images"
+        raise ConfigError(f"{cells}; give fewer --labels or --seeds")
+    yield f"{len(samplings)} settings of {count} images, up to {last.describe()}"
+
+    labels, cells = labels if run.config.conditional else None, []
+    for s in samplings:
+        images = job.draw(
+            count,
+            lambda rows, s=s: sample_steps(run, seeds[rows], labels and labels[rows], s, device),
+        )
+        if images is not None:
+            row = [list(range(count))]
+            cells.append(images[0] if count == 1 else pictures.make_grid(images, row))
+    if not cells:
+        return
+    rows = [list(range(i, i + len(counts))) for i in range(0, len(cells), len(counts))]
+    above = [[f"{s.num_inference_steps} steps" for s in samplings[: len(counts)]]]
+    left = [f"cfg {s.cfg_scale:g}" for s in samplings[:: len(counts)]]
+    above += [[]] * (len(rows) - 1)
+    sheet = contact_sheet(torch.stack(cells), rows, above=above, left=left)
+    pictures.save_image(job.path(".png"), sheet)
+    best = f"--num_inference_steps {last.num_inference_steps} --cfg_scale {last.cfg_scale:g}"
+    command = f"python sample.py --checkpoint {args.checkpoint} {best}, with the best of them"
+    yield wrote([job.path(".png")], command)

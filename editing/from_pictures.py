@@ -1,0 +1,201 @@
+"""The commands that start from pictures: drawn again, partly drawn anew, turned into noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import datasets
+from datasets.pictures import fitted_pictures, read_mask
+from datasets.real import chosen_images
+from diffusion import SAMPLERS, Step
+from editing.command import Job, spread, wrote
+from editing.from_noise import invertible_samplers
+from editing.mathematics import box_mask, img2img_steps, inpaint_steps, invert_steps, last_timesteps
+from generation.sampling import Labels, gather_images, sampling_from, timesteps_of
+from utils.captions import contact_sheet
+from utils.errors import ConfigError, DataError
+from utils.files import check_picture_folder
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image, to_float
+from utils.labels import save_labels
+
+HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
+
+
+class Inputs(NamedTuple):
+    """Pictures to work on, uint8 (N, C, H, W), each with a seed and perhaps a class."""
+
+    images: Tensor
+    labels: list[int] | None
+    seeds: list[int]
+    device: torch.device
+
+    def batch(self, rows: slice) -> tuple[Tensor, Labels, list[int]]:
+        """Some pictures, float (b, C, H, W) in [-1, 1] on the device, their classes and seeds."""
+        pictures = to_float(self.images[rows].to(self.device))
+        return pictures, self.labels and self.labels[rows], self.seeds[rows]
+
+
+def inputs_of(job: Job) -> Inputs:
+    """The pictures, with a class and a seed each. A single picture serves several of these.
+
+    Raises:
+        ConfigError, DataError: no pictures, too many, or numbers that do not go together.
+        UserError: the folder of --save_images holds pictures that would stay.
+    """
+    args = job.args
+    if (args.input is None) == (args.real_split is None):
+        raise ConfigError("give --input or --real_split, one of them")
+    name, dataset, own, missing = _read_inputs(job)
+    asked_for = len(dataset) if args.num_samples is None else args.num_samples
+    if not 1 <= asked_for <= min(len(dataset), MAX_GRID_IMAGES):
+        raise ConfigError(
+            f"{name} holds {len(dataset)} pictures; --num_samples says how many of them to take, "
+            f"at most {MAX_GRID_IMAGES}"
+        )
+    chosen = chosen_images(len(dataset), args.num_samples)
+    images = torch.stack([dataset[i][0] for i in chosen])
+    seeds = getattr(args, "seeds", None)  # inverting takes none
+    count = max(len(images), len(args.labels or ()), len(seeds or ()))
+    if len(images) not in (1, count):
+        raise ConfigError(f"{len(images)} pictures, but {count} --labels or --seeds")
+    if args.save_images:
+        check_picture_folder(job.path("_images"), count)
+    labels = job.labels(own and [own[i] for i in chosen], count, missing)
+    seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
+    return Inputs(images.expand(count, -1, -1, -1), labels, seeds, job.runtime.device)
+
+
+def _read_inputs(job: Job) -> tuple[str, datasets.ImageDataset, Labels, str | None]:
+    """Name, pictures, labels of their own, and if there are none, why."""
+    args, run = job.args, job.run
+    if args.real_split is not None:
+        name = f"{run.config.dataset} ({args.real_split})"
+        with job.runtime.main_first():
+            dataset = datasets.build_dataset(run.config, args.real_split)
+        if dataset.spec.shape != run.spec.shape:
+            raise DataError(f"{name}: images of {dataset.spec}, but the model draws {run.spec}")
+        return name, dataset, dataset.labels.tolist(), None
+    numbers = tuple(map(str, range(run.spec.num_classes)))
+    names = (run.class_names or numbers) if run.config.conditional and args.labels is None else ()
+    return args.input, *fitted_pictures(args.input, run.spec, names)
+
+
+def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Inputs) -> list[Path]:
+    """A sheet of all kinds, one above the other, and the results, which come last, one by one."""
+    count, captions = len(inputs.images), job.captions(inputs.labels, len(inputs.images))
+    rows, above, left = [], [], []
+    for start in range(0, count, MAX_COLUMNS):
+        columns = range(start, min(start + MAX_COLUMNS, count))
+        for k, kind in enumerate(kinds):
+            rows.append([k * count + i for i in columns])
+            above.append([captions[i] for i in columns] if k == 0 else [])
+            left.append(kind)
+    sheet = contact_sheet(torch.cat(list(kinds.values())), rows, above=above, left=left)
+    save_image(job.path(".png"), sheet)
+    if not job.args.save_images:
+        return [job.path(".png")]
+    for i, image in enumerate(list(kinds.values())[-1]):
+        save_image(job.path("_images") / f"{i:06d}.png", image)
+    if inputs.labels is not None:
+        save_labels(job.path("_images"), inputs.labels)
+    return [job.path(".png"), job.path("_images")]
+
+
+def img2img(job: Job) -> Iterator[str]:
+    """Pictures, noised and drawn again."""
+    run, strength, sampling = job.run, job.args.strength, job.sampling()
+    steps = last_timesteps(timesteps_of(run, sampling), strength)
+    inputs = inputs_of(job)
+    count, share = len(inputs.images), f"strength {strength:g}: the last {len(steps)} steps"
+    yield f"{count} pictures, {share} of {sampling.describe()}"
+
+    images = job.draw(
+        count, lambda rows: img2img_steps(run, *inputs.batch(rows), strength, sampling)
+    )
+    if images is not None:
+        paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs)
+        following = f"the same with a smaller --strength than {strength:g}"
+        yield wrote(paths, f"{following}, to stay closer to the input")
+
+
+def inpaint(job: Job) -> Iterator[str]:
+    """Parts of pictures drawn anew, the rest kept as it is."""
+    args, run, sampling, times = job.args, job.run, job.sampling(), job.args.resample
+    if (args.mask is None) == (args.box is None):
+        raise ConfigError("give --mask or --box, one of them")
+    if times < 1:
+        raise ConfigError(f"--resample {times}: must be at least 1")
+    if times > 1 and SAMPLERS[sampling.method].multistep:
+        others = " or ".join(name for name, sampler in SAMPLERS.items() if not sampler.multistep)
+        raise ConfigError(f"--resample: {sampling.method} remembers its last step; use {others}")
+    size, is_box = (run.spec.height, run.spec.width), args.mask is None
+    unknown = box_mask(args.box, *size) if is_box else read_mask(args.mask, *size)
+    inputs = inputs_of(job)
+    count, area = len(inputs.images), f"{int(unknown.sum())} of {unknown.numel()} pixels"
+    again = f", each step {times} times" if times > 1 else ""
+    yield f"{count} pictures, {area} to be drawn: {sampling.describe()}{again}"
+
+    images = job.draw(
+        count, lambda rows: inpaint_steps(run, *inputs.batch(rows), unknown, times, sampling)
+    )
+    if images is not None:
+        holes = inputs.images.masked_fill(unknown, HOLE_LEVEL)
+        kinds = {"input": inputs.images, "known": holes, "output": images}
+        following = "the same with other --seeds, for other ways to fill the hole"
+        if times == 1:
+            following = "the same with --resample 5, if what is drawn does not fit what is known"
+        yield wrote(write_pictures(job, kinds, inputs), following)
+
+
+def invert(job: Job) -> Iterator[str]:
+    """Pictures to the noise that gives them, and back."""
+    args, run = job.args, job.run
+    if args.seed is not None:
+        raise ConfigError("--seed: inverting draws no noise, it finds some")
+    names = invertible_samplers(run.config)
+    method = args.sampling_method or names[0]
+    steps, eta = args.num_inference_steps, args.ddim_eta or 0.0
+    scale = 1.0 if args.cfg_scale is None else args.cfg_scale
+    sampling = sampling_from(run.config, method, steps, eta, scale)
+    if method not in names or not sampling.is_deterministic:
+        undone = " or ".join(names)
+        raise ConfigError(f"invert undoes the steps of {undone} with ddim_eta 0, no others")
+    if args.iterations < 1:
+        raise ConfigError(f"--iterations {args.iterations}: must be at least 1")
+    inputs, noise, times = inputs_of(job), [], args.iterations
+    count, iterations = len(inputs.images), f"{times} iterations a step"
+    yield f"{count} pictures to noise, {iterations}, and back: {sampling.describe()}"
+
+    def steps_of(rows: slice) -> Iterator[Step]:
+        x_0, labels, _ = inputs.batch(rows)
+        return invert_steps(run, x_0, labels, times, sampling, noise)
+
+    images = job.draw(count, steps_of)
+    parts = [x_T.float().cpu() for x_T in noise]
+    x_T = gather_images(parts, count, run.spec.shape, job.runtime, dtype=torch.float32)
+    if images is None:
+        return
+    yield from errors_of(images, inputs)
+    path = job.path(".npz")
+    labels = {} if inputs.labels is None else {"labels": np.array(inputs.labels)}
+    steps, scale = sampling.num_inference_steps, sampling.cfg_scale
+    np.savez_compressed(path, x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
+    paths = [*write_pictures(job, {"input": inputs.images, "output": images}, inputs), path]
+    yield wrote(paths, f"python edit.py decode --checkpoint {args.checkpoint} --latents {path}")
+
+
+def errors_of(images: Tensor, inputs: Inputs) -> Iterator[str]:
+    """Lines: how far each reconstruction is from its picture, as RMSE in 8-bit grey levels."""
+    difference = images.double() - inputs.images.double()
+    errors = difference.square().mean((1, 2, 3)).sqrt().tolist()
+    for i, error in enumerate(errors):
+        label = "" if inputs.labels is None else f" (label {inputs.labels[i]})"
+        yield f"picture {i}{label}: error {error:.2f}"
+    mean = sum(errors) / len(errors)
+    yield f"mean error {mean:.2f}, largest {max(errors):.2f}: RMSE in grey levels of 256"

@@ -1,0 +1,34 @@
+"""Weights to hand on: a `.safetensors` file that other programs read, with the config in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from generation.run import Run
+from utils.checkpoint import FORMAT_VERSION, WEIGHTS_CHECKSUM, WEIGHTS_FACTS, checksum_of_weights
+from utils.errors import require
+from utils.files import atomic_path
+
+
+def save_weights(path: Path, run: Run) -> None:
+    """Write the weights of a run to `path`, whole or not at all; `utils.checkpoint` reads them.
+
+    What a checkpoint says of its weights stands in the file's metadata, each fact as JSON. Adapters
+    are a part of the weights already, so the config in the file has none.
+
+    Raises:
+        UserError: safetensors is not installed.
+        OSError: the disk refused.
+    """
+    require("safetensors")
+    from safetensors.torch import save
+
+    weights = {name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()}
+    config = run.config.to_dict() | {"lora_rank": 0}
+    values = (FORMAT_VERSION, config, run.spec, run.step, run.epoch, run.ema)
+    facts = {name: json.dumps(value) for name, value in zip(WEIGHTS_FACTS, values, strict=True)}
+    checksum = {WEIGHTS_CHECKSUM: checksum_of_weights(weights, facts)}
+    with atomic_path(path) as temporary:
+        # not their save_file, whose files nobody but their owner may read
+        temporary.write_bytes(save(weights, metadata={"format": "pt"} | facts | checksum))
