@@ -23,10 +23,10 @@ from reporting.run_files import (
     step_text,
     time_text,
 )
-from training.run_dir import replace_text
 from utils.cli import Parser, with_underscores
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.files import write_text
 
 REPORT = "report"
 
@@ -91,7 +91,7 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         raise ConfigError(f"--output {path}: {path.parent} is not a folder")
     text = render_report(list(dict.fromkeys(folders)))
     try:
-        replace_text(path, text)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     print(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser")

@@ -105,28 +105,20 @@ def memory_mib(device: torch.device) -> float:
 class Progress:
     """A bar on a terminal, a log line per report elsewhere; nothing on ranks other than 0.
 
-    Args:
-        on_cpu: a run that will take long is told so, once.
+    A run on a CPU that will take long is told so, once.
     """
 
-    def __init__(self, schedule: Schedule, step: int, *, is_main: bool, on_cpu: bool) -> None:
-        self._schedule = schedule
-        self._is_main = is_main
-        self._may_warn, self._num_reports = on_cpu and is_main, 0
+    def __init__(self, schedule: Schedule, step: int, runtime: Runtime) -> None:
+        self._schedule, self._is_main = schedule, runtime.is_main
+        self._may_warn, self._num_reports = runtime.device.type == "cpu" and runtime.is_main, 0
         self._step, self._time = step, time.monotonic()
-        self._bar = tqdm(
+        self.bar = tqdm(
             initial=step,
             total=schedule.total_steps,
             unit="step",
             dynamic_ncols=True,
-            disable=not (is_main and sys.stderr.isatty()),
+            disable=not (runtime.is_main and sys.stderr.isatty()),
         )
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -142,26 +134,21 @@ class Progress:
         return steps * self._schedule.batch_size / seconds
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Show some of the numbers that are logged at `step`, and the time that is left."""
         loss, speed = scalars["train/loss"], scalars["train/images_per_sec"]
-        images_left = (self._schedule.total_steps - step) * self._schedule.batch_size
-        left = tqdm.format_interval(images_left / speed)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+        seconds = (self._schedule.total_steps - step) * self._schedule.batch_size / speed
+        left = tqdm.format_interval(seconds)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
         elif self._is_main:
             log.info(
-                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  %s left",
-                step,
-                self._schedule.total_steps,
-                scalars["epoch"],
-                loss,
-                scalars["train/lr"],
-                speed,
-                left,
+                f"step {step}/{self._schedule.total_steps}  epoch {scalars['epoch']:.2f}  "
+                f"loss {loss:.4f}  lr {scalars['train/lr']:.2e}  {speed:.0f} images/s  {left} left"
             )
         self._num_reports += 1  # the first one is of the first step, which is slow
-        if self._may_warn and self._num_reports == 2 and images_left / speed > LONG_SECONDS:
+        if self._may_warn and self._num_reports == 2 and seconds > LONG_SECONDS:
             log.warning(
-                "about %s to go on this CPU; for a quick look take configs/digits_unet.py, fewer "
-                "epochs, or smaller model_params (model_channels of a unet, hidden_size of others)",
-                left,
+                f"about {left} to go on this CPU; for a quick look take configs/digits_unet.py, "
+                "fewer epochs, or smaller model_params (model_channels of a unet, hidden_size of "
+                "others)"
             )

@@ -1,20 +1,19 @@
-"""When and under which names a run's checkpoints are written, and which model is the best."""
+"""When a run's checkpoints are written, and which model is the best."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from training.run_dir import Status
+from training.sharding import snapshot
 from utils import checkpoint as files
 from utils.distributed import Runtime
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 MAX_FAILED_SAVES = 3
 LOSS = "loss"
@@ -26,52 +25,75 @@ class BestScore:
     """The best value so far of the metric that chooses `best_model.pth`.
 
     Args:
-        metric: its name; `LOSS`: the smoothed training loss.
+        metric: the metric's name; `LOSS` stands for the smoothed training loss.
+
+    Attributes:
+        value: the best value so far; None before the first one.
+        lowest_loss: the lowest smoothed training loss of a checkpoint, whatever the metric is.
     """
 
     def __init__(self, metric: str, *, lower_is_better: bool) -> None:
         self.metric, self.lower_is_better = metric, lower_is_better
         self.value: float | None = None
+        self.lowest_loss = math.inf
+        self._before = self.value, self.lowest_loss
 
     def is_beaten_by(self, value: float | None) -> bool:
-        """A value that is not finite beats nothing."""
+        """Tell whether `value` is better. A value that is not finite beats nothing."""
         if value is None or not math.isfinite(value):
             return False
         if self.value is None:
             return True
         return value < self.value if self.lower_is_better else value > self.value
 
+    def take(self, smoothed_loss: float, score: float | None = None) -> bool:
+        """Take in what the model that is about to be saved has reached.
+
+        Args:
+            score: its value of `metric`, if it has one. Where the loss chooses, the loss counts.
+
+        Returns:
+            whether this model is the best so far.
+        """
+        self._before = self.value, self.lowest_loss
+        score = smoothed_loss if self.metric == LOSS else score
+        self.lowest_loss = min(smoothed_loss, self.lowest_loss)
+        if not self.is_beaten_by(score):
+            return False
+        self.value = score
+        return True
+
+    def undo(self) -> None:
+        """Go back to before the last `take`, whose model did not arrive on disk."""
+        self.value, self.lowest_loss = self._before
+
     def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "value": self.value}
+        """Two entries of a checkpoint: `best_loss` and `best`."""
+        best = {"metric": self.metric, "value": self.value}
+        return {"best_loss": self.lowest_loss, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The value, if it is of the same metric."""
-        if state["metric"] == self.metric:
-            self.value = state["value"]
-
-
-def snapshot(state: Any) -> Any:
-    """A copy of a state dict, on the CPU, that further training does not change."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        whole = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
-        for key, value in state.items():
-            whole[key] = snapshot(value)
-        return whole
-    return [snapshot(value) for value in state] if isinstance(state, list) else state
+        """Take over a checkpoint's values; the best one only if it is of the same metric."""
+        self.lowest_loss = state["best_loss"]
+        best = state.get("best", {"metric": LOSS, "value": self.lowest_loss})
+        if best["metric"] == self.metric:
+            self.value = best["value"]
 
 
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time, while the training goes on.
 
-    A disk that refuses is a warning, three times in a row an error.
+    A checkpoint that cannot be written costs a warning, and takes its best score back; the third
+    in a row is an error.
 
     Args:
-        on_written: called in that thread with each state that has arrived on disk.
+        keep_last: so many of the `model_epoch_*.pth` files stay.
+        best: decides which model becomes `best_model.pth`.
+        status: is told of each checkpoint that has arrived on disk.
+        fixed_state: what every checkpoint holds besides (config, spec, versions): plain types.
 
     Attributes:
-        last_step: of the newest checkpoint known to be on disk, None before the first.
+        last_step: the step of the newest checkpoint known to be on disk; None before the first.
     """
 
     def __init__(
@@ -79,10 +101,13 @@ class Saver:
         folder: Path,
         keep_last: int,
         runtime: Runtime,
-        on_written: Callable[[dict[str, Any]], None] = lambda state: None,
+        *,
+        best: BestScore,
+        status: Status,
+        fixed_state: Mapping[str, Any] = {},
     ) -> None:
         self.folder, self.keep_last, self.runtime = folder, keep_last, runtime
-        self.on_written = on_written
+        self.best, self.status, self.fixed_state = best, status, fixed_state
         self.last_step: int | None = None
         self._num_failed = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -90,12 +115,16 @@ class Saver:
         self._error: Future[str | None] | None = None
 
     def start(self, state: dict[str, Any], *, epoch: int | None, is_best: bool) -> None:
-        """Begin to write current_model.pth; best_model.pth if it is; model_epoch_*.pth for an
-        `epoch`. On every rank; rank 0 writes. The one before must be settled."""
+        """Begin to write `state`; the checkpoint before must be settled. On every rank.
+
+        Rank 0 writes current_model.pth, which gets best_model.pth as a second name if it `is_best`,
+        and model_epoch_*.pth if an `epoch` is given.
+        """
         assert self._step is None
         self._step = state["step"]
+        whole = snapshot({**self.fixed_state, **state}, keep=self.runtime.is_main)
         if self.runtime.is_main:
-            self._error = self._thread.submit(self._write, snapshot(state), epoch, is_best)
+            self._error = self._thread.submit(self._write, whole, epoch, is_best)
 
     def settle(self) -> bool | None:
         """Wait for the checkpoint that was begun. On every rank.
@@ -113,6 +142,7 @@ class Saver:
         if error is None:
             self.last_step, self._num_failed = step, 0
             return True
+        self.best.undo()
         self._num_failed += 1
         log.warning("no checkpoint at step %d in %s: %s", step, self.folder, error)
         if self._num_failed >= MAX_FAILED_SAVES:
@@ -133,7 +163,7 @@ class Saver:
         return f"{self.folder / files.CURRENT}, step {self.last_step}"
 
     def _write(self, state: dict[str, Any], epoch: int | None, is_best: bool) -> str | None:
-        """In the thread. Returns what went wrong."""
+        """In the thread: write, and return what went wrong."""
         current = self.folder / files.CURRENT
         try:
             files.save_checkpoint(current, state)
@@ -142,7 +172,7 @@ class Saver:
             if epoch is not None:
                 files.link_checkpoint(current, self.folder / files.epoch_name(epoch))
                 files.remove_old_checkpoints(self.folder, self.keep_last)
-        except (OSError, RuntimeError) as failure:
-            return " ".join(str(failure).split())
-        self.on_written(state)
+        except (OSError, RuntimeError) as error:
+            return one_line(error, 500)
+        self.status.tell_saved(state)
         return None

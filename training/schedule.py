@@ -1,24 +1,13 @@
-"""How optimizer steps and epochs relate, and what happens when."""
+"""How optimizer steps and epochs relate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Action:
-    """Something to do every `interval` epochs from epoch `start` on, on every rank."""
-
-    name: str
-    interval: int
-    start: int
-    run: Callable[[int, int], None]  # (epoch, step)
-
-
-@dataclass(frozen=True)
 class Schedule:
-    """How optimizer steps and epochs relate: step s ends with s * batch_size images seen."""
+    """How far a run trains. Step s ends when s * `batch_size` images have been seen."""
 
     num_images: int
     batch_size: int

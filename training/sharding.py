@@ -195,30 +195,25 @@ def full_model(model: nn.Module) -> nn.Module:
     return copy_with(model, whole)
 
 
-def full_state(state: Any, *, keep: bool) -> Any:
-    """`state`, in whose dicts whole tensors on the CPU replace the sharded ones. A collective.
+def snapshot(state: Any, *, keep: bool = True) -> Any:
+    """Copy a state dict to the CPU, whole tensors for sharded ones, so that further training does
+    not change it. A collective where something is sharded.
 
     Args:
-        keep: False on ranks that only take part: they get None for those tensors.
+        keep: False on ranks that only take part: they get None for every tensor.
     """
-    if isinstance(state, DTensor):
-        return _full_on_cpu(state, keep)
+    if isinstance(state, Tensor):
+        whole = full_tensor(state.detach())
+        # a copy leaves behind the padding with which uneven slices arrive
+        return whole.to("cpu", copy=True) if keep else None
+    if isinstance(state, list):
+        return [snapshot(value, keep=keep) for value in state]
     if not isinstance(state, dict):
         return state
-    whole = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
+    copied = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
     for key, value in state.items():
-        whole[key] = full_state(value, keep=keep)
-    return whole
-
-
-def _full_on_cpu(tensor: DTensor, keep: bool) -> Tensor | None:
-    whole = tensor.detach().full_tensor()
-    if not keep:
-        return None
-    whole = whole.cpu()
-    # uneven slices arrive with padding at their end, which a file would carry along
-    is_padded = whole.untyped_storage().nbytes() > whole.nbytes
-    return whole.clone() if is_padded else whole
+        copied[key] = snapshot(value, keep=keep)
+    return copied
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
