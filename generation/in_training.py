@@ -27,8 +27,7 @@ from utils.errors import ConfigError
 from utils.images import ImageSpec, block_labels, grid_rows, make_grid, save_image
 from utils.labels import requested_labels
 
-PREVIEW_BATCH_SIZE = 64
-EVAL_BATCH_SIZE = 128
+PREVIEW_BATCH_SIZE, EVAL_BATCH_SIZE = 64, 128
 
 log = logging.getLogger("diffusion")
 
@@ -59,26 +58,21 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     Returns:
         the grid, uint8 (C, H, W); None on ranks other than 0.
     """
-    config, count = run.config, run.config.num_samples
+    config, count, size = run.config, run.config.num_samples, PREVIEW_BATCH_SIZE
     labels = block_labels(count, run.classes) if config.conditional else None
-    images, error = torch.zeros((0, *run.spec.shape), dtype=torch.uint8), None
-    sampling = sampling_from(config)
+    parts, error = [torch.zeros((0, *run.spec.shape), dtype=torch.uint8)], None
+    how = sampling_from(config)
     try:
         with evaluation_mode(run) as whole:
-            parts = generate(
-                whole,
-                range(count),
-                labels,
-                sampling=sampling,
-                batch_size=PREVIEW_BATCH_SIZE,
-                runtime=runtime,
+            batches = generate(
+                whole, range(count), labels, sampling=how, batch_size=size, runtime=runtime
             )
-            images = torch.cat([images, *(part for part, _, _ in parts)])
+            parts += [images for images, _, _ in batches]
     except Exception as failure:
         error = failure
     if runtime.any(error is not None):  # all ranks skip the gather, or none
         raise error or RuntimeError("sampling failed on another process")
-    images = runtime.gather(images, count)
+    images = runtime.gather(torch.cat(parts), count)
     if images is None:
         return None
     grid = make_grid(images, grid_rows(count, labels))
@@ -96,8 +90,7 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
     """
     if not config.eval_interval:
         return None
-    count, folder = config.eval_num_samples, config.run_dir / "eval"
-    labels = None
+    count, folder, labels = config.eval_num_samples, config.run_dir / "eval", None
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
     evaluation = Evaluation(
@@ -116,8 +109,7 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
     log.info("every %d epochs an evaluation of %d images:", config.eval_interval, count)
     for line in evaluation.plan.lines():
         log.info("  %s", line)
-    best = config.eval_best_metric
-    if best in evaluation.plan.skipped:
+    if (best := config.eval_best_metric) in evaluation.plan.skipped:
         reason = evaluation.plan.skipped[best]["reason"]
         raise ConfigError(f"eval_best_metric={best!r} cannot run: {reason}")
     return evaluation
@@ -127,19 +119,15 @@ def evaluate(
     evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
 ) -> dict[str, float | None]:
     """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
-    started = time.perf_counter()
-    count = evaluation.num_images
+    started, count, size = time.perf_counter(), evaluation.num_images, EVAL_BATCH_SIZE
     setting = settings_of(run.config, count)[0]
+    seeds = range(setting.seed, setting.seed + count)
+    facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
     with evaluation_mode(run) as whole:
+        how = setting.sampling
         images = generate(
-            whole,
-            range(setting.seed, setting.seed + count),
-            evaluation.labels,
-            sampling=setting.sampling,
-            batch_size=EVAL_BATCH_SIZE,
-            runtime=runtime,
+            whole, seeds, evaluation.labels, sampling=how, batch_size=size, runtime=runtime
         )
-        facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
         report = evaluation.score(images, facts=facts, started=started)
     evaluation.close()
     values = None

@@ -26,9 +26,9 @@ from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
 from training.objective import timestep_quartiles
 from training.optim import build_lr_scheduler, build_optimizer
+from training.progress import Schedule
 from training.run_dir import Status
 from training.saving import LOSS, BestScore, Saver
-from training.schedule import Schedule
 from training.sharding import wrap_for_training
 from training.tracking import start_trackers
 from training.trainer import Objective, Trainer

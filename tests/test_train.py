@@ -18,8 +18,8 @@ from tests.conftest import start_script
 from training import build
 from training.nonfinite import NonFiniteError
 from training.optim import build_lr_scheduler, build_optimizer, lr_factor
+from training.progress import Schedule
 from training.resume import check_backend, find_resume, plan_steps
-from training.schedule import Schedule
 from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import Config

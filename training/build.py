@@ -25,6 +25,7 @@ from training.nonfinite import NonFiniteGuard
 from training.objective import Example, timestep_quartiles, training_examples
 from training.optim import build_lr_scheduler, build_optimizer, lr_factor
 from training.pretrained import load_initial_weights
+from training.progress import Schedule
 from training.resume import (
     Resume,
     check_backend,
@@ -35,7 +36,6 @@ from training.resume import (
 )
 from training.run_dir import Seen, Status, checkpoints_in
 from training.saving import BestScore, Saver
-from training.schedule import Schedule
 from training.sharding import wrap_for_training
 from training.tracking import start_trackers
 from training.trainer import Objective, Trainer

@@ -41,20 +41,25 @@ class Learner:
         return self.model if self.ema is None else self.ema.model
 
     def state_dict(self) -> dict[str, Any]:
-        """This part of a checkpoint; of a sharded model, this rank's slices."""
-        state = {
+        """What training needs; of a sharded model, this rank's slices. The average is apart."""
+        return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.lr_scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
         }
-        if self.ema is not None:
-            state["ema_model_state_dict"] = self.ema.model.state_dict()
-            state["ema_num_updates"] = self.ema.num_updates
-        return state
+
+    def average_state_dict(self) -> dict[str, Any]:
+        """What sampling prefers, and needs alone; empty without an average."""
+        if self.ema is None:
+            return {}
+        return {
+            "ema_model_state_dict": self.ema.model.state_dict(),
+            "ema_num_updates": self.ema.num_updates,
+        }
 
     def load_state_dict(self, state: dict[str, Any], learning_rate: float) -> None:
-        """Continue from a checkpoint. Learning rate, decay and schedule follow the new config.
+        """Continue from a checkpoint. Learning rate, decay and schedule follow the config.
 
         Args:
             learning_rate: the config's, before the schedule's factor.

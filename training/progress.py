@@ -1,4 +1,4 @@
-"""What a run shows of itself: running loss statistics, and a progress bar or log lines."""
+"""How far a run is: steps and epochs, running loss statistics, a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.schedule import Schedule
 from utils.distributed import Runtime
 
 LONG_SECONDS = 3 * 3600
@@ -24,6 +24,30 @@ LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
 MEMORY = Path("/proc/self/statm")  # sizes in pages; the second one is resident
 
 log = logging.getLogger("diffusion")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far a run trains. Step s ends when s * `batch_size` images have been seen."""
+
+    num_images: int
+    batch_size: int
+    total_steps: int
+    is_extension: bool = False  # a finished run trains on, beyond its config's epochs
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_images / self.batch_size
+
+    def epochs_done(self, step: int) -> int:
+        return step * self.batch_size // self.num_images
+
+    def is_due(self, step: int, interval: int, start: int = 1) -> bool:
+        """True if step `step` completed an epoch that is `start` or a multiple of `interval`."""
+        before, now = self.epochs_done(step - 1), self.epochs_done(step)
+        if now < start:
+            return False
+        return before < start or now // interval > before // interval
 
 
 class Buckets(NamedTuple):

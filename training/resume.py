@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from training.schedule import Schedule
+from training.progress import Schedule
 from utils.checkpoint import CURRENT, epochs_saved, load_checkpoint, newest_checkpoint
 from utils.config import Config
 from utils.distributed import Runtime, world_size

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,15 @@ LOSS = "loss"
 log = logging.getLogger("diffusion")
 
 
+@dataclass
 class BestScore:
-    """The best value so far of the metric that chooses `best_model.pth`.
+    """The best value so far of the metric that chooses `best_model.pth`."""
 
-    Args:
-        metric: the metric's name; `LOSS` stands for the smoothed training loss.
-
-    Attributes:
-        value: the best value so far; None before the first one.
-        lowest_loss: the lowest smoothed training loss of a checkpoint, whatever the metric is.
-    """
-
-    def __init__(self, metric: str, *, lower_is_better: bool) -> None:
-        self.metric, self.lower_is_better = metric, lower_is_better
-        self.value: float | None = None
-        self.lowest_loss = math.inf
-        self._before = self.value, self.lowest_loss
+    metric: str  # its name; LOSS is the smoothed training loss
+    lower_is_better: bool
+    value: float | None = None  # None before the first one
+    lowest_loss: float = math.inf  # the lowest smoothed loss of a checkpoint, whatever the metric
+    _before: tuple[float | None, float] = None, math.inf
 
     def is_beaten_by(self, value: float | None) -> bool:
         """Tell whether `value` is better. A value that is not finite beats nothing."""
@@ -47,21 +41,18 @@ class BestScore:
         return value < self.value if self.lower_is_better else value > self.value
 
     def take(self, smoothed_loss: float, score: float | None = None) -> bool:
-        """Take in what the model that is about to be saved has reached.
+        """Take in a model that is about to be saved; returns whether it is the best so far.
 
         Args:
-            score: its value of `metric`, if it has one. Where the loss chooses, the loss counts.
-
-        Returns:
-            whether this model is the best so far.
+            score: its value of `metric`, if it has one; not needed where the loss chooses.
         """
         self._before = self.value, self.lowest_loss
         score = smoothed_loss if self.metric == LOSS else score
         self.lowest_loss = min(smoothed_loss, self.lowest_loss)
-        if not self.is_beaten_by(score):
-            return False
-        self.value = score
-        return True
+        is_best = self.is_beaten_by(score)
+        if is_best:
+            self.value = score
+        return is_best
 
     def undo(self) -> None:
         """Go back to before the last `take`, whose model did not arrive on disk."""
@@ -80,35 +71,23 @@ class BestScore:
             self.value = best["value"]
 
 
+@dataclass
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time, while the training goes on.
 
-    A checkpoint that cannot be written costs a warning, and takes its best score back; the third
-    in a row is an error.
-
-    Args:
-        keep_last: so many of the `model_epoch_*.pth` files stay.
-        best: decides which model becomes `best_model.pth`.
-        status: is told of each checkpoint that has arrived on disk.
-        fixed_state: what every checkpoint holds besides (config, spec, versions): plain types.
-
-    Attributes:
-        last_step: the step of the newest checkpoint known to be on disk; None before the first.
+    A checkpoint that cannot be written costs a warning, and its score is no longer the best; the
+    third in a row is an error.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        runtime: Runtime,
-        *,
-        best: BestScore,
-        status: Status,
-        fixed_state: Mapping[str, Any] = {},
-    ) -> None:
-        self.folder, self.keep_last, self.runtime = folder, keep_last, runtime
-        self.best, self.status, self.fixed_state = best, status, fixed_state
-        self.last_step: int | None = None
+    folder: Path
+    keep_last: int  # so many `model_epoch_*.pth` files stay
+    runtime: Runtime
+    best: BestScore  # decides which model becomes best_model.pth
+    status: Status  # is told of each checkpoint that has arrived on disk
+    fixed_state: Mapping[str, Any] = field(default_factory=dict)  # what every checkpoint holds
+    last_step: int | None = None  # of the newest checkpoint known to be on disk
+
+    def __post_init__(self) -> None:
         self._num_failed = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._step: int | None = None  # of the one being written

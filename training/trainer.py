@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 
 from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
-from training.progress import Buckets, LossStats, Progress, memory_mib
+from training.progress import Buckets, LossStats, Progress, Schedule, memory_mib
 from training.saving import Saver
-from training.schedule import Schedule
 from training.sharding import full_tensor, no_gradient_sync
 from training.signals import StopSignal
 from training.tracking import TrackerGroup
@@ -42,40 +42,33 @@ class Objective(NamedTuple):
     buckets: Buckets | None = None  # parts of the examples whose loss is logged on its own
 
 
+@dataclass
 class Trainer:
     """Runs optimizer steps until `schedule.total_steps`.
 
-    Args:
-        config: read for the loop's own settings: intervals, micro-batches, clipping, seed.
-        guard: keeps steps that are not finite from the weights.
-        saver: writes the checkpoints, and knows the best model.
-        evaluate: (epoch, step) -> metric name -> value, the same on every rank; called every
-            `eval_interval` epochs. One that raises is a warning.
-        preview: (epoch, step) -> a picture of what the model draws, uint8 (C, H, W), or None on
-            ranks other than 0; called every `sample_interval` epochs. One that raises is a warning.
+    Of `config` it reads the loop's own settings: intervals, micro-batches, clipping, seed.
+    `evaluate` and `preview` get (epoch, step), on every rank; one that raises is a warning.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        task: Objective,
-        *,
-        schedule: Schedule,
-        config: Config,
-        runtime: Runtime,
-        tracker: TrackerGroup,
-        guard: NonFiniteGuard,
-        saver: Saver,
-        evaluate: Callable[[int, int], dict[str, float | None]] | None = None,
-        preview: Callable[[int, int], Tensor | None] | None = None,
-    ) -> None:
-        self.learner, self.schedule, self.config, self.runtime = learner, schedule, config, runtime
-        self.loss_fn, self.batches, self.buckets = task
-        self.tracker, self.guard, self.saver = tracker, guard, saver
-        self.evaluate, self.preview = evaluate, preview
-        self.step = 0
-        self._loss = LossStats(runtime.device, self.buckets.names if self.buckets else ())
-        self._grad_norm = torch.zeros((), device=runtime.device)
+    learner: Learner
+    objective: Objective
+    schedule: Schedule
+    config: Config
+    runtime: Runtime
+    tracker: TrackerGroup
+    guard: NonFiniteGuard  # keeps steps that are not finite from the weights
+    saver: Saver
+    # every `eval_interval` epochs: metric name -> value, the same on every rank
+    evaluate: Callable[[int, int], dict[str, float | None]] | None = None
+    # every `sample_interval` epochs: a picture, uint8 (C, H, W), on rank 0
+    preview: Callable[[int, int], Tensor | None] | None = None
+    step: int = 0  # done so far
+
+    def __post_init__(self) -> None:
+        self.loss_fn, self.batches, self.buckets = self.objective
+        names = self.buckets.names if self.buckets else ()
+        self._loss = LossStats(self.runtime.device, names)
+        self._grad_norm = torch.zeros((), device=self.runtime.device)
 
     def train(self) -> int:
         """Train to the end, or to a signal that asks to stop. Returns the exit code.
@@ -243,6 +236,7 @@ class Trainer:
             "loss_stats": self._loss.values.cpu(),
             **self.learner.state_dict(),
             "tracker_run_id": self.tracker.run_id,
+            **self.learner.average_state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
