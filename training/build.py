@@ -70,10 +70,6 @@ class Job:
     process: diffusion.GaussianDiffusion
     examples: Callable[[int], Iterator[Example]]  # start_step -> this rank's examples from it on
 
-    @property
-    def backend(self) -> tuple[str, str] | None:
-        return models.backend_of(self.model)
-
 
 def prepare(config: Config, runtime: Runtime) -> Job | None:
     """Build what the config names, and draw its weights. Writes nothing. On every rank.
@@ -262,7 +258,7 @@ def describe_batch(config: Config, dataset: datasets.ImageDataset, step: int) ->
 
 def fixed_state(job: Job) -> dict[str, Any]:
     """What every checkpoint of this run says about where it came from. Plain types only."""
-    backend, schedule, dataset = job.backend, job.schedule, job.dataset
+    backend, schedule, dataset = models.backend_of(job.model), job.schedule, job.dataset
     return {
         "format_version": FORMAT_VERSION,
         "config": job.config.to_dict(),
