@@ -222,7 +222,7 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(tmp_path, warnings, mon
         return tracker
 
     path = config_in(tmp_path).run_dir / "metrics.jsonl"
-    group = TrackerGroup(MetricsFile(path, 0), [Lane(make, "SwanLab")], run_id="before")
+    group = TrackerGroup(MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_id="before")
     began = time.monotonic()
     for step in range(30):
         group.log_scalars({"x": 1.0}, step)

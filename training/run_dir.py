@@ -1,4 +1,4 @@
-"""A run's folder: made and probed, locked against a second run, its state told to schedulers."""
+"""A run's folder: made, locked against a second run, its state told to schedulers."""
 
 from __future__ import annotations
 
@@ -54,16 +54,8 @@ def checkpoints_in(folder: Path) -> Seen:
 
 
 def prepare_run_dir(folder: Path) -> None:
-    """Make the folder, make sure that it can be written, and sweep up after dead processes.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+    """Make the folder, and sweep up what dead processes have left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp-*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdecimal() and not _is_running(int(pid)):

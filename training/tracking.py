@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -182,41 +183,35 @@ class Lane:
                     return
 
 
+@dataclass
 class TrackerGroup:
-    """The record of a run and its trackers behind one interface; none on ranks other than 0.
+    """The record of a run and its trackers behind one interface; none on ranks other than 0."""
 
-    Args:
-        run_id: what SwanLab called the run that goes on, until the tracker says another.
-    """
-
-    def __init__(
-        self,
-        record: MetricsFile | None = None,
-        lanes: Sequence[Lane] = (),
-        run_id: str | None = None,
-    ) -> None:
-        self._record, self._lanes, self._run_id = record, lanes, run_id
+    record: MetricsFile | None = None
+    lanes: Sequence[Lane] = ()
+    earlier_id: str | None = None  # what SwanLab called the run that goes on
 
     @property
     def run_id(self) -> str | None:
-        ids = (getattr(lane.tracker, "run_id", None) for lane in self._lanes)
-        return next(filter(None, ids), self._run_id)
+        """What SwanLab calls the run, for checkpoints."""
+        ids = (getattr(lane.tracker, "run_id", None) for lane in self.lanes)
+        return next(filter(None, ids), self.earlier_id)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Log numbers by name; those that are not finite are left out."""
         finite = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
-        if self._record is not None:
-            self._record.append(finite, step)
-        for lane in self._lanes:
+        if self.record is not None:
+            self.record.append(finite, step)
+        for lane in self.lanes:
             lane.call(lambda tracker: tracker.log_scalars(finite, step))
 
     def log_image(self, name: str, image: Tensor, step: int) -> None:
         """Log an image, uint8 (C, H, W); the record has none."""
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.call(lambda tracker: tracker.log_image(name, image, step))
 
     def finish(self) -> None:
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.finish()
 
 
@@ -234,7 +229,7 @@ def start_trackers(
 ) -> TrackerGroup:
     """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
     if not is_main:
-        return TrackerGroup(run_id=run_id)
+        return TrackerGroup(earlier_id=run_id)
     path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
     record, lanes = None, []
     try:
