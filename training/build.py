@@ -113,7 +113,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
 def examples_from(
     config: Config, dataset: datasets.ImageDataset, runtime: Runtime, start_step: int
 ) -> Iterator[Example]:
-    """This rank's training examples from a step on, without end."""
+    """Yield this rank's training examples, one a step, from `start_step` on, without end."""
     share = runtime.share(config.batch_size)
     rows = slice(share.start, share.stop)
     images = batches(
@@ -201,7 +201,12 @@ def build_trainer(
     evaluate: Callable[[int, int], dict[str, float | None]] | None,
     preview: Callable[[int, int], torch.Tensor | None],
 ) -> Trainer:
-    """A trainer at the step where the run is to begin or to go on; see `Trainer`."""
+    """Put the trainer together, and take it to the step where the run begins or goes on.
+
+    Args:
+        best: decides which model becomes best_model.pth.
+        evaluate, preview: what is done at the ends of epochs, see `Trainer`.
+    """
     config, runtime, resume = job.config, job.runtime, job.resume
     tracker = start_trackers(
         config,
@@ -234,7 +239,7 @@ def build_trainer(
 
 
 def make_guard(config: Config, dataset: datasets.ImageDataset, runtime: Runtime) -> NonFiniteGuard:
-    """Against steps that are not finite; it can say which images such a step saw."""
+    """Make the guard against steps that are not finite; it can say which images they saw."""
     return NonFiniteGuard(
         config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0,
         runtime.device,
@@ -257,7 +262,7 @@ def describe_batch(config: Config, dataset: datasets.ImageDataset, step: int) ->
 
 
 def fixed_state(job: Job) -> dict[str, Any]:
-    """What every checkpoint of this run says about where it came from. Plain types only."""
+    """Collect what every checkpoint of this run says about its origin. Plain types only."""
     backend, schedule, dataset = models.backend_of(job.model), job.schedule, job.dataset
     return {
         "format_version": FORMAT_VERSION,

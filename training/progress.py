@@ -40,10 +40,11 @@ class Schedule:
         return self.num_images / self.batch_size
 
     def epochs_done(self, step: int) -> int:
+        """Count the whole epochs that are over after `step` steps."""
         return step * self.batch_size // self.num_images
 
     def is_due(self, step: int, interval: int, start: int = 1) -> bool:
-        """True if step `step` completed an epoch that is `start` or a multiple of `interval`."""
+        """Tell whether `step` completed an epoch that is `start` or a multiple of `interval`."""
         before, now = self.epochs_done(step - 1), self.epochs_done(step)
         if now < start:
             return False
@@ -58,7 +59,7 @@ class Buckets(NamedTuple):
 
 
 class LossStats:
-    """Smoothed loss, and mean losses since the last log line, without ever waiting for the device.
+    """The smoothed loss, and mean losses since the last log line, without waiting for the device.
 
     `values` (4 + 2n,) is the whole state: smoothed loss, its bias correction, sum and count of the
     steps' losses; then, for n buckets, sums and counts of the examples' losses.
@@ -106,11 +107,12 @@ class LossStats:
         return smoothed, loss, dict(zip(self._names, of_buckets, strict=True))
 
     def restore(self, values: Tensor) -> None:
-        """`values` of a checkpoint; one of an older version has no buckets."""
+        """Take over the `values` of a checkpoint; one of an older version has no buckets."""
         known = min(len(values), len(self.values))
         self.values[:known] = values[:known]
 
     def start_window(self) -> None:
+        """Begin the means anew; the smoothed loss goes on."""
         self.values[2:].zero_()
 
 

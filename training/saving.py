@@ -137,6 +137,7 @@ class Saver:
             log.warning("no checkpoint at step %d in %s: %s", self._step, self.folder, error)
 
     def describe_last(self) -> str:
+        """Name the newest checkpoint that is on disk, for messages."""
         if self.last_step is None:
             return "none yet"
         return f"{self.folder / files.CURRENT}, step {self.last_step}"

@@ -211,6 +211,7 @@ class TrackerGroup:
             lane.call(lambda tracker: tracker.log_image(name, image, step))
 
     def finish(self) -> None:
+        """End every tracker."""
         for lane in self.lanes:
             lane.finish()
 
