@@ -67,7 +67,7 @@ from benchmarks.timing import (
 )
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
-from train import make_examples
+from training.build import examples_from
 from training.ema import EMA
 from training.trainer import Trainer
 from utils.checkpoint import save_checkpoint
@@ -207,9 +207,8 @@ def data(setting: Setting, folder: Path) -> Section:
     )
     for network in make_networks(setting, OUR_UNET, OUR_DIT):
         config, name = make_config(network, setting, folder), network.name
-        examples = make_examples(
-            config, make_resident(images, setting.device), Runtime(setting.device)
-        )(0)
+        resident, runtime = make_resident(images, setting.device), Runtime(setting.device)
+        examples = examples_from(config, resident, runtime, start_step=0)
         section.tasks[f"step {name}"] = training_step(network.model, setting)
         section.tasks[f"example {name}"] = functools.partial(next, examples)
         section.parts.append(
@@ -278,7 +277,7 @@ def checkpoint(setting: Setting, folder: Path) -> Section:
         trainer = make_trainer(network, setting, images, folder, ema=True)
         step, name = training_step(network.model, setting), network.name
         step()
-        trainer.optimizer.step()
+        trainer.learner.optimizer.step()
         path = folder / f"{name}.pth"
         steps = repeated(step, STEPS_PER_SAVE)
         ways = {"steps": None, "save": trainer.save}

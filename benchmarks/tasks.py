@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +27,16 @@ from diffusion import build_diffusion, make_denoiser
 from diffusion.guidance import threshold_x_0
 from generation.sampling import Run, generate, sampling_from
 from models import compile_model
-from train import best_score, make_examples, make_guard
+from training.build import examples_from, make_guard
 from training.ema import EMA
+from training.learner import Learner
 from training.objective import timestep_quartiles
 from training.optim import build_lr_scheduler, build_optimizer
+from training.progress import Schedule
 from training.run_dir import Status
-from training.schedule import Schedule
+from training.saving import LOSS, BestScore, Saver
 from training.tracking import start_trackers
-from training.trainer import Trainer
+from training.trainer import Objective, Trainer
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.images import ImageSpec
@@ -230,24 +233,28 @@ def make_trainer(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     process, model = build_diffusion(config), network.model
     optimizer = build_optimizer(model, config)
+    best = BestScore(LOSS, lower_is_better=True)
+    saver = Saver(config.run_dir, config.keep_last, runtime, best=best, status=Status(None))
     return Trainer(
-        model,
-        model,
-        lambda network, example: process.loss(network, *example),
-        make_examples(config, make_resident(dataset, setting.device), runtime),
-        optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, lambda _: 1.0),
-        ema=EMA(model, config.ema_decay) if ema else None,
-        precision=setting.precision,
+        Learner(
+            model,
+            model,
+            optimizer,
+            build_lr_scheduler(optimizer, lambda _: 1.0),
+            ema=EMA(model, config.ema_decay) if ema else None,
+            precision=setting.precision,
+        ),
+        Objective(
+            lambda network, example: process.loss(network, *example),
+            partial(examples_from, config, make_resident(dataset, setting.device), runtime),
+            timestep_quartiles(config.num_timesteps),
+        ),
         schedule=Schedule(NUM_IMAGES, setting.batch_size, 0),
         runtime=runtime,
         tracker=start_trackers(config, is_main=True, start_step=0, run_id=None),
         config=config,
-        extra_state={},
-        status=Status(None),
         guard=make_guard(config, dataset, runtime),
-        best=best_score(config),
-        buckets=timestep_quartiles(config.num_timesteps),
+        saver=saver,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from diffusion import build_diffusion
 from generation.run import Run
 from generation.sampling import generate, sampling_from
 from models.unet import UNet
-from train import best_score, make_examples
+from training.build import examples_from
 from training.ema import EMA
+from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
 from training.objective import timestep_quartiles
 from training.optim import build_lr_scheduler, build_optimizer
+from training.progress import Schedule
 from training.run_dir import Status
-from training.schedule import Schedule
+from training.saving import LOSS, BestScore, Saver
 from training.sharding import wrap_for_training
 from training.tracking import start_trackers
-from training.trainer import Trainer
+from training.trainer import Objective, Trainer
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.images import ImageSpec
@@ -68,24 +71,22 @@ def make_trainer(folder: Path, runtime: Runtime, network: nn.Module, model: nn.M
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
     optimizer = build_optimizer(model, config)
+    lr_scheduler = build_lr_scheduler(optimizer, lambda step: 1 / (step + 1))
+    best = BestScore(LOSS, lower_is_better=True)
+    saver = Saver(config.run_dir, config.keep_last, runtime, best=best, status=Status(None))
     return Trainer(
-        model,
-        network,
-        lambda network, example: process.loss(network, *example),
-        make_examples(config, dataset, runtime),
-        optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, lambda step: 1 / (step + 1)),
-        ema=EMA(model, 0.9),
-        precision="fp32",
+        Learner(model, network, optimizer, lr_scheduler, ema=EMA(model, 0.9), precision="fp32"),
+        Objective(
+            lambda network, example: process.loss(network, *example),
+            partial(examples_from, config, dataset, runtime),
+            timestep_quartiles(config.num_timesteps),
+        ),
         schedule=Schedule(len(dataset), BATCH_SIZE, 0),
         runtime=runtime,
         tracker=start_trackers(config, is_main=True, start_step=0, run_id=None),
         config=config,
-        extra_state={},
-        status=Status(None),
         guard=NonFiniteGuard(0, runtime.device, on_host=False, describe=lambda _: {}, folder=None),
-        best=best_score(config),
-        buckets=timestep_quartiles(config.num_timesteps),
+        saver=saver,
     )
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import datasets
-import train
 from diffusion.gaussian import GaussianDiffusion
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
 from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, logged, run, state_of
+from training import build
 from training.nonfinite import NonFiniteError, NonFiniteGuard
 from training.trainer import Trainer
 from utils.config import Config
@@ -170,8 +170,8 @@ def leave_out(monkeypatch, steps):
     honest = Trainer.train
 
     def without(self):
-        take = self.optimizer.step
-        self.optimizer.step = lambda: None if self.step in steps else take()
+        take = self.learner.optimizer.step
+        self.learner.optimizer.step = lambda: None if self.step in steps else take()
         return honest(self)
 
     monkeypatch.setattr(Trainer, "train", without)
@@ -179,14 +179,14 @@ def leave_out(monkeypatch, steps):
 
 def read_late(monkeypatch):
     """As on a GPU."""
-    honest = train.make_guard
+    honest = build.make_guard
 
     def deferred(*arguments):
         guard = honest(*arguments)
         guard.on_host = False
         return guard
 
-    monkeypatch.setattr(train, "make_guard", deferred)
+    monkeypatch.setattr(build, "make_guard", deferred)
 
 
 SKIP = ["on_nonfinite=skip", "use_scheduler=true", "max_steps=20"]
@@ -327,6 +327,7 @@ import hashlib, json, math, os, sys
 sys.path.insert(0, sys.argv[1])
 import train
 from utils.errors import exit_code_of
+from training import build
 from training.trainer import Trainer
 
 rank, trainers = int(os.environ["RANK"]), []
@@ -346,13 +347,13 @@ def spoilt(self):
 
 Trainer.train = spoilt
 half = {"auto": "fp32", "fp16": "fp16"}  # without a GPU
-train.resolve_precision = lambda precision, device: half[precision]
+build.resolve_precision = lambda precision, device: half[precision]
 results = {}
 for name, (port, BAD, options) in json.loads(sys.argv[2]).items():
     os.environ["MASTER_PORT"] = str(port)
     arguments = ["--config", "tiny.py", "--device", "cpu", f"experiment_name={name}", *options]
     code = exit_code_of(lambda: train.main(arguments))
-    weights = trainers[-1].model.state_dict().values()
+    weights = trainers[-1].learner.model.state_dict().values()
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
     results[name] = [code, trainers[-1].step, trainers[-1].guard.seen, digest]
 with open(f"rank{rank}.json", "w") as file:

@@ -124,7 +124,7 @@ def test_logging_changes_no_bit_of_the_training(tiny, monkeypatch):
     run(tiny, "often", "max_steps=9", "log_interval=1")
     run(tiny, "never", "max_steps=9", "log_interval=1000")
     with monkeypatch.context() as patch:
-        patch.setattr("train.timestep_quartiles", lambda _: None)
+        patch.setattr("training.build.timestep_quartiles", lambda _: None)
         run(tiny, "without", "max_steps=9", "log_interval=1")
     often, *others = map(state_of, ("often", "never", "without"))
     for other in others:

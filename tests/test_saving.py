@@ -1,5 +1,6 @@
 """Which checkpoints are written, what a disk that refuses costs, and what counts as best."""
 
+import json
 import math
 import threading
 from contextlib import closing, contextmanager, nullcontext
@@ -9,12 +10,19 @@ import torch
 
 from tests.conftest import largest_file
 from training import saving
-from training.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver, snapshot
+from training.run_dir import Status
+from training.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver
+from training.sharding import snapshot
 from utils.checkpoint import BEST, CURRENT, load_checkpoint
 from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, UserError
 
 ALONE = Runtime(torch.device("cpu"))
+
+
+def make_saver(folder, runtime=ALONE, status=None):
+    best = BestScore(LOSS, lower_is_better=True)
+    return Saver(folder, 2, runtime, best=best, status=status or Status(None))
 
 
 def state_at(step):
@@ -25,6 +33,7 @@ def state_at(step):
         "step": step,
         "config": {},
         "spec": [1, 8, 8, 10],
+        "best": {"metric": LOSS, "value": 1.0},
     }
 
 
@@ -43,7 +52,7 @@ def almost_full_disk():
 
 
 def test_names_of_the_files(tmp_path):
-    saver = Saver(tmp_path, keep_last=2, runtime=ALONE)
+    saver = make_saver(tmp_path)
     assert saver.last_step is None
     assert saver.describe_last() == "none yet"
     assert save(saver, 5)
@@ -58,7 +67,7 @@ def test_names_of_the_files(tmp_path):
 
 
 def test_a_disk_that_refuses_is_a_warning_until_the_third_time_in_a_row(tmp_path, caplog):
-    saver = Saver(tmp_path, keep_last=2, runtime=ALONE)
+    saver = make_saver(tmp_path)
     full = [False, True, True, False, True, True]
     assert MAX_FAILED_SAVES == 3
     for step, is_full in enumerate(full, start=1):
@@ -97,7 +106,7 @@ def test_all_ranks_hear_of_a_failure(tmp_path, monkeypatch):
     def refuse(path, state):
         raise RuntimeError("unexpected pos 64\n vs 0")
 
-    savers = [Saver(tmp_path, 2, Rank(rank)) for rank in (0, 1)]
+    savers = [make_saver(tmp_path, Rank(rank)) for rank in (0, 1)]
     assert [save(saver, 1) for saver in savers] == [True, True]
     assert [saver.settle() for saver in savers] == [None, None]
     monkeypatch.setattr(saving.files, "save_checkpoint", refuse)
@@ -122,26 +131,26 @@ def slow_disk(monkeypatch):
 
 def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
     """Training goes on in place while the disk is at work."""
-    told = []
-    saver = Saver(tmp_path, 2, ALONE, on_written=told.append)
+    status = tmp_path / "status.json"
+    saver = make_saver(tmp_path, status=Status(status))
     state = state_at(1)
     with closing(saver), slow_disk(monkeypatch) as arrive:
         saver.start(state, epoch=None, is_best=False)
         state["model_state_dict"]["weight"].fill_(-1)
         state["config"]["late"] = True
         assert saver.last_step is None
-        assert not told
+        assert not status.exists()
         arrive.set()
         assert saver.settle()
     written = load_checkpoint(tmp_path / CURRENT)
     assert (written["model_state_dict"]["weight"] == 1).all()
     assert written["config"] == {}
-    assert [state["step"] for state in told] == [1]
+    assert json.loads(status.read_text())["step"] == 1
 
 
 def test_closing_waits_for_the_disk_and_tells_of_a_failure(tmp_path, monkeypatch, caplog):
     for is_full in (False, True):
-        saver = Saver(tmp_path, 2, ALONE)
+        saver = make_saver(tmp_path)
         with almost_full_disk() if is_full else nullcontext():
             saver.start(state_at(2 if is_full else 1), epoch=None, is_best=False)
             saver.close()
@@ -170,12 +179,29 @@ def test_a_snapshot_has_the_values_types_and_attributes_of_what_it_copies():
 def test_what_is_best():
     for lower_is_better, values in ((True, [3.0, 2.0, 2.5, 1.0]), (False, [1.0, 2.0, 1.5, 3.0])):
         best = BestScore("fd_domain", lower_is_better=lower_is_better)
-        taken = []
-        for value in values:
-            if best.is_beaten_by(value):
-                taken.append(value)
-                best.value = value
-        assert taken == [values[0], values[1], values[3]]
+        assert [best.take(9.0, value) for value in values] == [True, True, False, True]
+        assert best.value == values[3]
+
+
+def test_a_model_that_did_not_arrive_on_disk_is_not_the_best():
+    for metric in (LOSS, "fid"):
+        best = BestScore(metric, lower_is_better=True)
+        assert best.take(3.0, 7.0)
+        before = best.state_dict()
+        assert best.take(2.0, 6.0)
+        best.undo()
+        assert best.state_dict() == before
+        assert best.take(2.0, 6.0)
+        assert best.state_dict()["best_loss"] == 2.0
+
+
+def test_a_failed_save_takes_the_best_score_back(tmp_path):
+    saver = make_saver(tmp_path)
+    for step, loss in enumerate((3.0, 2.0), start=1):
+        saver.best.take(loss)
+        with almost_full_disk() if step == 2 else nullcontext():
+            save(saver, step, is_best=True)
+    assert (saver.best.value, saver.best.lowest_loss) == (3.0, 3.0)
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
@@ -197,8 +223,12 @@ def test_the_first_of_equals_stays_best(lower_is_better):
 
 def test_a_best_value_of_another_metric_does_not_count():
     best = BestScore("fid", lower_is_better=True)
-    best.value = 7.0
+    best.take(1.5, 7.0)
     same, other = BestScore("fid", lower_is_better=True), BestScore(LOSS, lower_is_better=True)
     for score in (same, other):
         score.load_state_dict(best.state_dict())
     assert (same.value, other.value) == (7.0, None)
+    assert same.lowest_loss == other.lowest_loss == 1.5
+    older = BestScore(LOSS, lower_is_better=True)
+    older.load_state_dict({"best_loss": 2.5})
+    assert older.value == 2.5

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import ROOT
 from tests.test_train import assert_same_training, logged, run, state_of
 from training.ema import EMA
-from training.sharding import check_processes, copy_with, full_model, full_state
+from training.sharding import check_processes, copy_with, full_model, snapshot
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError
 
@@ -30,11 +30,12 @@ import torch
 import train
 from diffusion.gaussian import GaussianDiffusion
 from generation.run import CONFIG_CHECKS
+from training import build
 from utils.config import load_config
 from utils.distributed import distributed_runtime
 from utils.logs import setup_logging
 
-honest_loss, make_guard = GaussianDiffusion.loss, train.make_guard
+honest_loss, make_guard = GaussianDiffusion.loss, build.make_guard
 
 def poison(runtime, bad_call):
     calls = []
@@ -53,7 +54,7 @@ with distributed_runtime("cpu") as runtime:
     setup_logging(is_main=runtime.is_main)
     for arguments, bad_call in json.loads(sys.argv[2]):
         GaussianDiffusion.loss = poison(runtime, bad_call)
-        train.make_guard = deferred if bad_call else make_guard
+        build.make_guard = deferred if bad_call else make_guard
         config = load_config(arguments[0], arguments[1:], checks=CONFIG_CHECKS)
         assert train.train(config, runtime, dry_run=False) == 0
 """
@@ -210,7 +211,7 @@ from training.sharding import no_gradient_sync, wrap_for_training
 from utils.distributed import distributed_runtime
 from training.ema import EMA
 from training.sharding import (
-    full_model, full_state, full_tensor, load_model_state, load_optimizer_state, local_parameters
+    full_model, snapshot, full_tensor, load_model_state, load_optimizer_state, local_parameters
 )
 
 SIZES = dict(in_channels=1, num_classes=10)
@@ -285,10 +286,9 @@ def check(build, arguments, precision, runtime):
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in local_parameters(ema.model))
 
     # out and in again: the same slices, and nothing in common with them
-    state = full_state({"model": model.state_dict(), "ema": ema.model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "step": 2}, keep=True)
-    state = copy.deepcopy(state)  # step counts are no slices, and so the optimizer's own
-    kept = full_state(model.state_dict(), keep=False)
+    state = snapshot({"model": model.state_dict(), "ema": ema.model.state_dict(),
+                      "optimizer": optimizer.state_dict(), "step": 2})
+    kept = snapshot(model.state_dict(), keep=False)
     assert list(kept) == list(state["model"]) and set(kept.values()) == {None}
     assert not any(isinstance(v, DTensor) for v in state["model"].values())
     before = [p.clone() for p in local_parameters(model)]
@@ -351,7 +351,7 @@ def main(runtime):
     for block in plain.blocks:
         block.compile(backend="aot_eager", dynamic=False)
     kept, compiled = wrap_for_training(plain, runtime, "fsdp", "fp32")
-    load_model_state(kept, full_state(model.state_dict(), keep=True))
+    load_model_state(kept, snapshot(model.state_dict(), keep=True))
     for net in (network, compiled):
         loss(net, 0).backward()
     for a, b in zip(model.parameters(), kept.parameters(), strict=True):
@@ -415,8 +415,9 @@ def test_copies_have_their_own_parameters_only():
 def test_what_is_not_sharded_stays_as_it_is():
     model = torch.nn.BatchNorm1d(2)
     state = {"model": model.state_dict(), "step": 3, "seen": [1], "none": None}
-    whole = full_state(state, keep=False)
-    assert whole["model"]._metadata == state["model"]._metadata
-    assert all(whole["model"][name] is value for name, value in state["model"].items())
-    assert [whole[key] for key in ("step", "seen", "none")] == [3, [1], None]
-    assert whole["seen"] is state["seen"]
+    for keep in (True, False):
+        copied = snapshot(state, keep=keep)
+        assert copied["model"]._metadata == state["model"]._metadata
+        for name, value in state["model"].items():
+            assert torch.equal(copied["model"][name], value) if keep else not copied["model"][name]
+        assert [copied[key] for key in ("step", "seen", "none")] == [3, [1], None]

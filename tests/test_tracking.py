@@ -19,9 +19,8 @@ from tests.conftest import ROOT, largest_file
 from tests.test_train import assert_same_training, run, state_of
 from training import tracking
 from training.tracking import (
-    BackgroundLane,
-    JsonlTracker,
     Lane,
+    MetricsFile,
     SwanlabTracker,
     TrackerGroup,
     start_trackers,
@@ -54,9 +53,9 @@ def steps_in(path: Path) -> list[int]:
 
 def test_a_line_per_call(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    tracker = JsonlTracker(path, 0)
-    tracker.log_scalars({"train/loss": 0.5}, 1)
-    tracker.log_scalars({"train/loss": 0.25, "train/lr": 1e-4}, 2)
+    tracker = MetricsFile(path, 0)
+    tracker.append({"train/loss": 0.5}, 1)
+    tracker.append({"train/loss": 0.25, "train/lr": 1e-4}, 2)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert rows == [
         {"step": 1, "train/loss": 0.5},
@@ -69,11 +68,11 @@ def test_a_line_per_call(tmp_path):
 )
 def test_going_on_drops_what_will_be_made_again(tmp_path, start, kept):
     path = tmp_path / "metrics.jsonl"
-    first = JsonlTracker(path, 0)
+    first = MetricsFile(path, 0)
     for step in (10, 20, 30):
-        first.log_scalars({"loss": 1.0}, step)
+        first.append({"loss": 1.0}, step)
     lines = path.read_text(encoding="utf-8").splitlines()
-    JsonlTracker(path, start)
+    MetricsFile(path, start)
     assert path.read_text(encoding="utf-8").splitlines() == lines[: len(kept)]
     assert steps_in(path) == kept
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -86,8 +85,8 @@ def test_going_on_drops_what_will_be_made_again(tmp_path, start, kept):
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n' + torn)
-    tracker = JsonlTracker(path, 5)
-    tracker.log_scalars({"loss": 0.5}, 6)
+    tracker = MetricsFile(path, 5)
+    tracker.append({"loss": 0.5}, 6)
     assert steps_in(path) == [1, 2, 6]
 
 
@@ -124,8 +123,7 @@ def test_a_tracker_that_cannot_start_is_a_warning(warnings, error):
     def make():
         raise error
 
-    group = TrackerGroup()
-    group.add(Lane(make, "SwanLab"))
+    group = TrackerGroup(lanes=[Lane(make, "SwanLab")])
     group.log_scalars({"x": 1.0}, 1)
     group.finish()
     assert len(warnings()) == 1
@@ -136,9 +134,7 @@ def test_a_tracker_that_cannot_start_is_a_warning(warnings, error):
 @pytest.mark.parametrize("error", [RuntimeError("down"), SystemExit(2)])
 def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
     bad, good = Failing("log_scalars", error=error), Failing()
-    group = TrackerGroup()
-    group.add(Lane(lambda: bad, "bad"))
-    group.add(BackgroundLane(lambda: good, "good"))
+    group = TrackerGroup(lanes=[Lane(lambda: bad, "bad"), Lane(lambda: good, "good")])
     for step in range(10):
         group.log_scalars({"x": 1.0}, step)
     group.finish()
@@ -164,19 +160,18 @@ def test_metrics_jsonl_goes_on_when_a_full_disk_has_room_again(tmp_path, warning
 
 def test_now_and_then_a_failure_warns_once_and_drops_nothing(warnings):
     flaky = Failing("log_scalars")
-    group = TrackerGroup()
-    group.add(Lane(lambda: flaky, "flaky"))
+    group = TrackerGroup(lanes=[Lane(lambda: flaky, "flaky")])
     for step in range(8):
         group.log_scalars({"x": 1.0}, step)
         group.log_image("samples", IMAGE, step)
-    assert len(flaky.calls) == 16
+    group.finish()
+    assert len(flaky.calls) == 17
     assert len(warnings()) == 1
 
 
 @pytest.mark.parametrize("method", ["log_scalars", "log_image", "finish"])
 def test_no_failure_gets_out(warnings, method):
-    group = TrackerGroup()
-    group.add(Lane(lambda: Failing(method), "bad"))
+    group = TrackerGroup(lanes=[Lane(lambda: Failing(method), "bad")])
     group.log_scalars({"x": 1.0}, 1)
     group.log_image("samples", IMAGE, 1)
     group.finish()
@@ -226,8 +221,8 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(tmp_path, warnings, mon
         tracker._maybe("start")
         return tracker
 
-    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id="before")
-    group.add(BackgroundLane(make, "SwanLab"))
+    path = config_in(tmp_path).run_dir / "metrics.jsonl"
+    group = TrackerGroup(MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_id="before")
     began = time.monotonic()
     for step in range(30):
         group.log_scalars({"x": 1.0}, step)
@@ -251,8 +246,7 @@ def test_the_background_keeps_the_order(monkeypatch):
         def log_scalars(self, scalars, step):
             seen.append(step)
 
-    group = TrackerGroup()
-    group.add(BackgroundLane(Recorder, "recorder"))
+    group = TrackerGroup(lanes=[Lane(Recorder, "recorder")])
     for step in range(500):
         group.log_scalars({"x": 1.0}, step)
     group.finish()

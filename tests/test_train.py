@@ -16,13 +16,14 @@ import datasets
 import sample
 import train
 from diffusion import build_diffusion
+from generation.in_training import preview
 from generation.run import Run
 from tests.conftest import start_script
+from training import build
 from training.nonfinite import NonFiniteError
 from training.optim import build_lr_scheduler, build_optimizer, lr_factor
+from training.progress import Schedule
 from training.resume import check_backend, find_resume, plan_steps
-from training.schedule import Schedule
-from training.tracking import TrackerGroup
 from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import Config
@@ -482,14 +483,14 @@ def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
 
     monkeypatch.setattr(Trainer, "train", remember)
     if not on_cpu:
-        make_guard = train.make_guard
+        make_guard = build.make_guard
 
         def deferred(*arguments):
             guard = make_guard(*arguments)
             guard.on_host = False
             return guard
 
-        monkeypatch.setattr(train, "make_guard", deferred)
+        monkeypatch.setattr(build, "make_guard", deferred)
     with pytest.raises(NonFiniteError, match="not finite") as error:
         run(tiny, "bad", "max_steps=20", "log_interval=12")
     assert error.value.exit_code == EXIT_NON_FINITE
@@ -504,7 +505,7 @@ def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
     monkeypatch.chdir(tiny.parent)
     run(tiny, "good", "max_steps=8")
     good = state_of("good")["model_state_dict"]
-    for name, value in trainers[0].model.state_dict().items():
+    for name, value in trainers[0].learner.model.state_dict().items():
         assert torch.equal(value, good[name])
 
 
@@ -542,7 +543,7 @@ def test_previews_ask_for_the_classes_that_are_trained_alone(tmp_path):
         sample_dir=str(tmp_path),
     )
     run = Run(Network(), build_diffusion(config), ImageSpec(1, 8, 8, 10), config)
-    train.preview(run, Runtime(torch.device("cpu")), TrackerGroup(), 1, 1)
+    preview(run, Runtime(torch.device("cpu")), 1, 1)
     assert asked == {2, 7}
     (picture,) = tmp_path.rglob("epoch_0001.png")
     width, height = Image.open(picture).size
@@ -563,9 +564,9 @@ def test_dry_run_and_print_config_write_nothing(tiny, capsys):
 )
 def test_a_dry_run_draws_the_first_batch(tiny, monkeypatch, options):
     seen = []
-    honest = train.contact_sheet
+    honest = build.contact_sheet
     monkeypatch.setattr(
-        train, "contact_sheet", lambda *a, **k: seen.append((a, k)) or honest(*a, **k)
+        build, "contact_sheet", lambda *a, **k: seen.append((a, k)) or honest(*a, **k)
     )
     command = ["--config", str(tiny), "--dry_run", "--sheet", "sheet.png", "seed=7"]
     assert train.main([*command, *options]) == EXIT_OK

@@ -15,7 +15,7 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Fused kernels: a fraction of the time of the per-tensor loop, on CPUs too.
+    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time.
 
     Frozen parameters are left out. Those that the model lists in `no_weight_decay()` are spared
     from `weight_decay`.
@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def lr_factor(
     config: Config, *, steps_per_epoch: float, total_steps: int
 ) -> Callable[[int], float]:
-    """The share of `learning_rate` that optimizer step n uses, n counted from 0.
+    """Make the function from n, counted from 0, to the share of `learning_rate` of step n.
 
     `cosine` and `linear` go from 1 to 0 over `total_steps`; `step` multiplies by `gamma` every
     `step_size` epochs; `warmup_cosine` rises linearly from `warmup_start_factor` during
@@ -62,6 +62,7 @@ def lr_factor(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
 ) -> torch.optim.lr_scheduler.LambdaLR:
+    """Make what sets the learning rate of each step to `factor` of the base rate."""
     # It counts steps that are left out because they are not finite; torch takes that for a mistake.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,4 +1,4 @@
-"""What a run shows of itself: running loss statistics, and a progress bar or log lines."""
+"""How far a run is: steps and epochs, running loss statistics, a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.schedule import Schedule
 from utils.distributed import Runtime
 
 LONG_SECONDS = 3 * 3600
@@ -24,6 +24,31 @@ LOSS_SMOOTHING = 0.99  # per step; best_model.pth goes by the smoothed loss
 MEMORY = Path("/proc/self/statm")  # sizes in pages; the second one is resident
 
 log = logging.getLogger("diffusion")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far a run trains. Step s ends when s * `batch_size` images have been seen."""
+
+    num_images: int
+    batch_size: int
+    total_steps: int
+    is_extension: bool = False  # a finished run trains on, beyond its config's epochs
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_images / self.batch_size
+
+    def epochs_done(self, step: int) -> int:
+        """Count the whole epochs that are over after `step` steps."""
+        return step * self.batch_size // self.num_images
+
+    def is_due(self, step: int, interval: int, start: int = 1) -> bool:
+        """Tell whether `step` completed an epoch that is `start` or a multiple of `interval`."""
+        before, now = self.epochs_done(step - 1), self.epochs_done(step)
+        if now < start:
+            return False
+        return before < start or now // interval > before // interval
 
 
 class Buckets(NamedTuple):
@@ -34,7 +59,7 @@ class Buckets(NamedTuple):
 
 
 class LossStats:
-    """Smoothed loss, and mean losses since the last log line, without ever waiting for the device.
+    """The smoothed loss, and mean losses since the last log line, without waiting for the device.
 
     `values` (4 + 2n,) is the whole state: smoothed loss, its bias correction, sum and count of the
     steps' losses; then, for n buckets, sums and counts of the examples' losses.
@@ -82,11 +107,12 @@ class LossStats:
         return smoothed, loss, dict(zip(self._names, of_buckets, strict=True))
 
     def restore(self, values: Tensor) -> None:
-        """`values` of a checkpoint; one of an older version has no buckets."""
+        """Take over the `values` of a checkpoint; one of an older version has no buckets."""
         known = min(len(values), len(self.values))
         self.values[:known] = values[:known]
 
     def start_window(self) -> None:
+        """Begin the means anew; the smoothed loss goes on."""
         self.values[2:].zero_()
 
 
@@ -105,28 +131,20 @@ def memory_mib(device: torch.device) -> float:
 class Progress:
     """A bar on a terminal, a log line per report elsewhere; nothing on ranks other than 0.
 
-    Args:
-        on_cpu: a run that will take long is told so, once.
+    A run on a CPU that will take long is told so, once.
     """
 
-    def __init__(self, schedule: Schedule, step: int, *, is_main: bool, on_cpu: bool) -> None:
-        self._schedule = schedule
-        self._is_main = is_main
-        self._may_warn, self._num_reports = on_cpu and is_main, 0
+    def __init__(self, schedule: Schedule, step: int, runtime: Runtime) -> None:
+        self._schedule, self._is_main = schedule, runtime.is_main
+        self._may_warn, self._num_reports = runtime.device.type == "cpu" and runtime.is_main, 0
         self._step, self._time = step, time.monotonic()
-        self._bar = tqdm(
+        self.bar = tqdm(
             initial=step,
             total=schedule.total_steps,
             unit="step",
             dynamic_ncols=True,
-            disable=not (is_main and sys.stderr.isatty()),
+            disable=not (runtime.is_main and sys.stderr.isatty()),
         )
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -142,26 +160,21 @@ class Progress:
         return steps * self._schedule.batch_size / seconds
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Show some of the numbers that are logged at `step`, and the time that is left."""
         loss, speed = scalars["train/loss"], scalars["train/images_per_sec"]
-        images_left = (self._schedule.total_steps - step) * self._schedule.batch_size
-        left = tqdm.format_interval(images_left / speed)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+        seconds = (self._schedule.total_steps - step) * self._schedule.batch_size / speed
+        left = tqdm.format_interval(seconds)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
         elif self._is_main:
             log.info(
-                "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f images/s  %s left",
-                step,
-                self._schedule.total_steps,
-                scalars["epoch"],
-                loss,
-                scalars["train/lr"],
-                speed,
-                left,
+                f"step {step}/{self._schedule.total_steps}  epoch {scalars['epoch']:.2f}  "
+                f"loss {loss:.4f}  lr {scalars['train/lr']:.2e}  {speed:.0f} images/s  {left} left"
             )
         self._num_reports += 1  # the first one is of the first step, which is slow
-        if self._may_warn and self._num_reports == 2 and images_left / speed > LONG_SECONDS:
+        if self._may_warn and self._num_reports == 2 and seconds > LONG_SECONDS:
             log.warning(
-                "about %s to go on this CPU; for a quick look take configs/digits_unet.py, fewer "
-                "epochs, or smaller model_params (model_channels of a unet, hidden_size of others)",
-                left,
+                f"about {left} to go on this CPU; for a quick look take configs/digits_unet.py, "
+                "fewer epochs, or smaller model_params (model_channels of a unet, hidden_size of "
+                "others)"
             )

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 
 from models import computing_params
-from training.schedule import Schedule
-from utils.checkpoint import (
-    CURRENT,
-    epochs_saved,
-    load_checkpoint,
-    newest_checkpoint,
-)
+from training.progress import Schedule
+from utils.checkpoint import CURRENT, epochs_saved, load_checkpoint, newest_checkpoint
 from utils.config import Config, keys_by_resume
 from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError
@@ -43,7 +38,7 @@ class Resume:
 
     path: Path
     state: dict[str, Any]
-    is_auto: bool
+    is_auto: bool  # found by resume_path=auto, not named
 
     @property
     def step(self) -> int:
@@ -58,32 +53,31 @@ def find_resume(config: Config) -> Resume | None:
         ConfigError: the run's folder belongs to another run.
     """
     folder = config.run_dir
-    if config.resume_path == AUTO:
-        found = newest_checkpoint(folder)
-        if found is None:
-            return None
-        path, state, skipped = found
-        for reason in skipped:
-            log.warning("passed over %s", reason)
-        resume = Resume(path, state, True)
-    elif config.resume_path is not None:
-        path = Path(config.resume_path)
-        if path.is_dir():
-            path = path / CURRENT
-        resume = Resume(path, load_checkpoint(path), False)
-        if path.resolve().parent != folder.resolve():
-            _refuse_occupied(folder)
-        else:
-            _refuse_going_back(resume, folder)
-    else:
+    if config.resume_path is None:
         _refuse_occupied(folder)
         return None
+    if config.resume_path == AUTO:
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            return None
+        path, state, skipped = newest
+        for reason in skipped:
+            log.warning("passed over %s", reason)
+        resume = Resume(path, state, is_auto=True)
+    else:
+        path = Path(config.resume_path)
+        path = path / CURRENT if path.is_dir() else path
+        resume = Resume(path, load_checkpoint(path), is_auto=False)
+        if path.resolve().parent == folder.resolve():
+            _refuse_going_back(resume, folder)
+        else:
+            _refuse_occupied(folder)
     _check_matches(resume, config)
     return resume
 
 
 def _refuse_occupied(folder: Path) -> None:
-    if folder.is_dir() and any(folder.glob("*.pth")):
+    if any(folder.glob("*.pth")):
         raise ConfigError(
             f"{folder} already holds a run; go on with it by resume_path=auto, choose another "
             "experiment_name, or remove the folder"
@@ -91,11 +85,11 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 def _refuse_going_back(resume: Resume, folder: Path) -> None:
-    later = [n for n in epochs_saved(folder) if n > resume.state["epoch"]]
-    if later:
+    epoch, newest = resume.state["epoch"], max(epochs_saved(folder), default=0)
+    if newest > epoch:
         raise ConfigError(
-            f"{resume.path} is of epoch {resume.state['epoch']}, but {folder} has epoch "
-            f"{max(later)}; to branch off, keep resume_path and choose another experiment_name"
+            f"{resume.path} is of epoch {epoch}, but {folder} has epoch {newest}; to branch off, "
+            "keep resume_path and choose another experiment_name"
         )
 
 
@@ -117,38 +111,36 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 
 def _check_matches(resume: Resume, config: Config) -> None:
-    needed = (*NEEDED_KEYS, *(NEEDED_EMA_KEYS if config.use_ema else ()))
-    missing = [key for key in needed if key not in resume.state]
     old, new = resume.state["config"], config.to_dict()
-    changed = changed_settings(old, new, (*SAME_MODEL, *SAME_RUN))
-    if changed:
+    if changed := changed_settings(old, new, (*SAME_MODEL, *SAME_RUN)):
         raise CheckpointError(
             f"{resume.path} cannot be continued with changed settings; restore them, or start a "
             "new run:\n       " + "\n       ".join(changed)
         )
-    if missing:
+    needed = (*NEEDED_KEYS, *(NEEDED_EMA_KEYS if config.use_ema else ()))
+    if missing := [key for key in needed if key not in resume.state]:
         raise CheckpointError(f"{resume.path} cannot be continued, it lacks {', '.join(missing)}")
-    threads = resume.state.get("num_threads", torch.get_num_threads())
-    processes = resume.state.get("world_size", world_size())
-    if (processes, threads) != (world_size(), torch.get_num_threads()):
+    now = world_size(), torch.get_num_threads()
+    before = resume.state.get("world_size", now[0]), resume.state.get("num_threads", now[1])
+    if before != now:
         log.info(
             "was %d process(es) of %d threads, now %d of %d: same data and noise, other rounding",
-            processes,
-            threads,
-            world_size(),
-            torch.get_num_threads(),
+            *before,
+            *now,
         )
     for key in MAY_DIFFER:
         if key in old and old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
 
 
-def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> None:
-    """Compare the images with those the run was trained on so far.
+def check_data(resume: Resume | None, *, spec: tuple[int, ...], fingerprint: str) -> None:
+    """Compare the images with those that a run which goes on was trained on so far.
 
     Raises:
         CheckpointError: their shape or classes differ. (Other pictures are only a warning.)
     """
+    if resume is None:
+        return
     old = tuple(resume.state["spec"])
     if old != tuple(spec):
         raise CheckpointError(
@@ -160,11 +152,13 @@ def check_data(resume: Resume, *, spec: tuple[int, ...], fingerprint: str) -> No
 
 
 def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtime: Runtime) -> None:
-    """Compare who computes the model, and why (None: nothing to choose), with the run so far and
-    between the ranks. A collective.
+    """Compare the processes, which may have other packages installed. A collective.
+
+    Args:
+        backend: who computes the model, and why; None where there is nothing to choose.
 
     Raises:
-        UserError: on every rank, if they would compute in different ways.
+        UserError: on every rank, if they would compute the model in different ways.
     """
     first = runtime.broadcast_object(backend)
     if backend is None:
@@ -181,7 +175,7 @@ def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtim
 
 
 def check_same_step(resume: Resume | None, runtime: Runtime) -> None:
-    """Compare the ranks, which may see different folders. A collective.
+    """Compare the processes, which may see different folders. A collective.
 
     Raises:
         UserError: on every rank, if they would start from different steps.
@@ -203,30 +197,24 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
     Raises:
         UserError: the named file already has `max_steps` steps.
     """
-    done = 0 if resume is None else resume.step
-
-    def steps_of(epochs: int) -> int:
-        return math.ceil(epochs * num_images / config.batch_size)
-
-    total, is_extension = steps_of(config.epochs), False
-    if resume is not None and resume.is_auto and resume.state.get("extended_steps"):
+    total, is_extension = math.ceil(config.epochs * num_images / config.batch_size), False
+    if resume is None:
+        total = min(total, config.max_steps or total)
+        return Schedule(num_images, config.batch_size, total)
+    done = resume.step
+    if resume.is_auto and resume.state.get("extended_steps"):
         total, is_extension = max(total, resume.state["extended_steps"]), True
-    if resume is not None and total <= done:
-        if resume.is_auto:
-            return None
+    if total <= done and not resume.is_auto:
         epochs_done = done * config.batch_size // num_images
-        total, is_extension = steps_of(epochs_done + config.epochs), True
+        last = epochs_done + config.epochs
+        total, is_extension = math.ceil(last * num_images / config.batch_size), True
         log.info(
-            "epochs=%d, but %d are done: training %d more, to epoch %d",
-            config.epochs,
-            epochs_done,
-            config.epochs,
-            epochs_done + config.epochs,
+            f"epochs={config.epochs}, but {epochs_done} are done: training {config.epochs} more, "
+            f"to epoch {last}"
         )
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
-        if total <= done and resume is not None:
-            if resume.is_auto:
-                return None
-            raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")
-    return Schedule(num_images, config.batch_size, total, is_extension)
+    total = min(total, config.max_steps or total)
+    if total > done:
+        return Schedule(num_images, config.batch_size, total, is_extension)
+    if resume.is_auto:
+        return None
+    raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")

@@ -1,4 +1,4 @@
-"""A run's folder: made and probed, locked against a second run, its state told to schedulers."""
+"""A run's folder: made, locked against a second run, its state told to schedulers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from utils.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     UserError,
+    one_line,
 )
+from utils.files import write_text
 from utils.logs import log_to_file
 
 if TYPE_CHECKING:  # the import of torch takes seconds, for which a look at a folder need not wait
@@ -38,31 +40,22 @@ STATES = {EXIT_OK: "complete", EXIT_PREEMPTED: "preempted", EXIT_NON_FINITE: "no
 
 log = logging.getLogger("diffusion")
 
-
 Seen = frozenset[tuple[str, int, int]]
 
 
 def checkpoints_in(folder: Path) -> Seen:
     """(name, time, size) of every checkpoint: two equal ones mean that nobody has trained there."""
-    found = set()
-    for path in folder.glob("*.pth") if folder.is_dir() else ():
+    checkpoints = set()
+    for path in folder.glob("*.pth"):
         with contextlib.suppress(FileNotFoundError):  # somebody removes old ones right now
             stat = path.stat()
-            found.add((path.name, stat.st_mtime_ns, stat.st_size))
-    return frozenset(found)
+            checkpoints.add((path.name, stat.st_mtime_ns, stat.st_size))
+    return frozenset(checkpoints)
 
 
 def prepare_run_dir(folder: Path) -> None:
-    """Make the folder, make sure that it can be written, and sweep up after dead processes.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+    """Make the folder, and sweep up what dead processes have left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp-*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdecimal() and not _is_running(int(pid)):
@@ -71,7 +64,7 @@ def prepare_run_dir(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """A disk that refuses, as a `UserError`."""
+    """Turn the error of a disk that refuses into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -85,12 +78,10 @@ def _explained(folder: Path) -> Iterator[None]:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    except OverflowError:
-        return False
+        pass
     return True
 
 
@@ -102,7 +93,7 @@ def locked(folder: Path) -> Iterator[None]:
     on at once after a kill -9 although its workers still live for seconds.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has the lock.
         UserError: the folder cannot be written.
     """
     path = folder / LOCK
@@ -127,14 +118,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _owner(file: BinaryIO) -> str:
-    """Who has the lock, as it says itself."""
+    """Read who has the lock, as it says itself."""
     time.sleep(OWNER_SECONDS)
     file.seek(0)
     return file.read().decode(errors="replace").strip() or "another process"
 
 
 def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
-    """Whether the process that a `status.json` names still trains into `folder`.
+    """Tell whether the process that a `status.json` names still trains into `folder`.
 
     True where it runs on another host, of which nothing is known here. Not for that process itself:
     looking at the lock would drop it.
@@ -154,74 +145,61 @@ def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
     return False
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 class Status:
     """`status.json`: what a scheduler wants to know of a run. A disk that refuses is a warning.
 
     Args:
         path: None on ranks other than 0: nothing is written.
+        facts: the entries to begin with.
     """
 
-    def __init__(self, path: Path | None, **facts: Any) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any] = {}) -> None:
         self._path = path
-        self._facts: dict[str, Any] = facts
+        self._facts = dict(facts)
         self._has_warned = False
         self._lock = threading.Lock()  # checkpoints are written, and told of, in another thread
 
     def update(self, **facts: Any) -> None:
+        """Set these entries, and write the file."""
         with self._lock:
             self._facts |= facts
             if self._path is None:
                 return
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            text = json.dumps(self._facts | {"updated": now}, indent=2) + "\n"
             try:
-                replace_text(self._path, text)
+                write_text(self._path, json.dumps(self._facts | {"updated": now}, indent=2) + "\n")
             except OSError as error:
                 if not self._has_warned:
                     log.warning("%s is not written: %s", self._path, error.strerror)
                 self._has_warned = True
 
+    def tell_saved(self, state: Mapping[str, Any]) -> None:
+        """The newest checkpoint on disk holds `state`."""
+        self.update(step=state["step"], epoch=state["epoch"], best=state["best"])
+
+    def finish(self, code: int, reason: str | None = None) -> None:
+        """The run has ended with this exit code."""
+        self.update(state=STATES.get(code, "failed"), exit_code=code, reason=reason)
+
     @contextlib.contextmanager
     def of_run(self) -> Iterator[None]:
         """`running` at first; `failed`, or what the exit code means, where the body raises."""
-        self.update(
-            state="running",
-            exit_code=None,
-            reason=None,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-        )
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.update(state="running", exit_code=None, reason=None, **process)
         try:
             yield
         except BaseException as error:
-            code = getattr(error, "exit_code", EXIT_FAILURE)
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            self.update(state=STATES.get(code, "failed"), exit_code=code, reason=reason)
+            self.finish(getattr(error, "exit_code", EXIT_FAILURE), one_line(error, 500))
             raise
-
-    def finish(self, code: int, reason: str | None = None) -> None:
-        self.update(state=STATES.get(code, "failed"), exit_code=code, reason=reason)
 
 
 def mark_complete(folder: Path) -> None:
-    """For a run that was killed between its last checkpoint and its last word."""
+    """Say `complete` for a run that was killed between its last checkpoint and its last word."""
     path = folder / STATUS
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.get("state") == "running":
-            Status(path, **facts).finish(EXIT_OK)
+            Status(path, facts).finish(EXIT_OK)
 
 
 @contextlib.contextmanager
@@ -251,7 +229,7 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
                 with _explained(folder):
                     log_to_file(folder / "log.txt")
                     log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-                    replace_text(folder / "config.json", format_config(config))
+                    write_text(folder / "config.json", format_config(config))
             except UserError as failure:
                 error = failure
         error = runtime.broadcast_object(error)

@@ -1,20 +1,20 @@
-"""When and under which names a run's checkpoints are written, and which model is the best."""
+"""When a run's checkpoints are written, and which model is the best."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from training.run_dir import Status
+from training.sharding import snapshot
 from utils import checkpoint as files
 from utils.distributed import Runtime
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 MAX_FAILED_SAVES = 3
 LOSS = "loss"
@@ -22,80 +22,88 @@ LOSS = "loss"
 log = logging.getLogger("diffusion")
 
 
+@dataclass
 class BestScore:
-    """The best value so far of the metric that chooses `best_model.pth`.
+    """The best value so far of the metric that chooses `best_model.pth`."""
 
-    Args:
-        metric: its name; `LOSS`: the smoothed training loss.
-    """
-
-    def __init__(self, metric: str, *, lower_is_better: bool) -> None:
-        self.metric, self.lower_is_better = metric, lower_is_better
-        self.value: float | None = None
+    metric: str  # its name; LOSS is the smoothed training loss
+    lower_is_better: bool
+    value: float | None = None  # None before the first one
+    lowest_loss: float = math.inf  # the lowest smoothed loss of a checkpoint, whatever the metric
+    _before: tuple[float | None, float] = None, math.inf
 
     def is_beaten_by(self, value: float | None) -> bool:
-        """A value that is not finite beats nothing."""
+        """Tell whether `value` is better. A value that is not finite beats nothing."""
         if value is None or not math.isfinite(value):
             return False
         if self.value is None:
             return True
         return value < self.value if self.lower_is_better else value > self.value
 
+    def take(self, smoothed_loss: float, score: float | None = None) -> bool:
+        """Take in a model that is about to be saved; returns whether it is the best so far.
+
+        Args:
+            score: its value of `metric`, if it has one; not needed where the loss chooses.
+        """
+        self._before = self.value, self.lowest_loss
+        score = smoothed_loss if self.metric == LOSS else score
+        self.lowest_loss = min(smoothed_loss, self.lowest_loss)
+        is_best = self.is_beaten_by(score)
+        if is_best:
+            self.value = score
+        return is_best
+
+    def undo(self) -> None:
+        """Go back to before the last `take`, whose model did not arrive on disk."""
+        self.value, self.lowest_loss = self._before
+
     def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "value": self.value}
+        """Two entries of a checkpoint: `best_loss` and `best`."""
+        best = {"metric": self.metric, "value": self.value}
+        return {"best_loss": self.lowest_loss, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The value, if it is of the same metric."""
-        if state["metric"] == self.metric:
-            self.value = state["value"]
+        """Take over a checkpoint's values; the best one only if it is of the same metric."""
+        self.lowest_loss = state["best_loss"]
+        best = state.get("best", {"metric": LOSS, "value": self.lowest_loss})
+        if best["metric"] == self.metric:
+            self.value = best["value"]
 
 
-def snapshot(state: Any) -> Any:
-    """A copy of a state dict, on the CPU, that further training does not change."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        whole = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
-        for key, value in state.items():
-            whole[key] = snapshot(value)
-        return whole
-    return [snapshot(value) for value in state] if isinstance(state, list) else state
-
-
+@dataclass
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time, while the training goes on.
 
-    A disk that refuses is a warning, three times in a row an error.
-
-    Args:
-        on_written: called in that thread with each state that has arrived on disk.
-
-    Attributes:
-        last_step: of the newest checkpoint known to be on disk, None before the first.
+    A checkpoint that cannot be written costs a warning, and its score is no longer the best; the
+    third in a row is an error.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        runtime: Runtime,
-        on_written: Callable[[dict[str, Any]], None] = lambda state: None,
-    ) -> None:
-        self.folder, self.keep_last, self.runtime = folder, keep_last, runtime
-        self.on_written = on_written
-        self.last_step: int | None = None
+    folder: Path
+    keep_last: int  # so many `model_epoch_*.pth` files stay
+    runtime: Runtime
+    best: BestScore  # decides which model becomes best_model.pth
+    status: Status  # is told of each checkpoint that has arrived on disk
+    fixed_state: Mapping[str, Any] = field(default_factory=dict)  # what every checkpoint holds
+    last_step: int | None = None  # of the newest checkpoint known to be on disk
+
+    def __post_init__(self) -> None:
         self._num_failed = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._step: int | None = None  # of the one being written
         self._error: Future[str | None] | None = None
 
     def start(self, state: dict[str, Any], *, epoch: int | None, is_best: bool) -> None:
-        """Begin to write current_model.pth; best_model.pth if it is; model_epoch_*.pth for an
-        `epoch`. On every rank; rank 0 writes. The one before must be settled."""
+        """Begin to write `state`; the checkpoint before must be settled. On every rank.
+
+        Rank 0 writes current_model.pth, which gets best_model.pth as a second name if it `is_best`,
+        and model_epoch_*.pth if an `epoch` is given.
+        """
         assert self._step is None
         self._step = state["step"]
+        whole = snapshot({**self.fixed_state, **state}, keep=self.runtime.is_main)
         if self.runtime.is_main:
-            self._error = self._thread.submit(self._write, snapshot(state), epoch, is_best)
+            self._error = self._thread.submit(self._write, whole, epoch, is_best)
 
     def settle(self) -> bool | None:
         """Wait for the checkpoint that was begun. On every rank.
@@ -113,6 +121,7 @@ class Saver:
         if error is None:
             self.last_step, self._num_failed = step, 0
             return True
+        self.best.undo()
         self._num_failed += 1
         log.warning("no checkpoint at step %d in %s: %s", step, self.folder, error)
         if self._num_failed >= MAX_FAILED_SAVES:
@@ -128,12 +137,13 @@ class Saver:
             log.warning("no checkpoint at step %d in %s: %s", self._step, self.folder, error)
 
     def describe_last(self) -> str:
+        """Name the newest checkpoint that is on disk, for messages."""
         if self.last_step is None:
             return "none yet"
         return f"{self.folder / files.CURRENT}, step {self.last_step}"
 
     def _write(self, state: dict[str, Any], epoch: int | None, is_best: bool) -> str | None:
-        """In the thread. Returns what went wrong."""
+        """In the thread: write, and return what went wrong."""
         current = self.folder / files.CURRENT
         try:
             files.save_checkpoint(current, state)
@@ -142,7 +152,7 @@ class Saver:
             if epoch is not None:
                 files.link_checkpoint(current, self.folder / files.epoch_name(epoch))
                 files.remove_old_checkpoints(self.folder, self.keep_last)
-        except (OSError, RuntimeError) as failure:
-            return " ".join(str(failure).split())
-        self.on_written(state)
+        except (OSError, RuntimeError) as error:
+            return one_line(error, 500)
+        self.status.tell_saved(state)
         return None

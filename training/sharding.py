@@ -31,7 +31,8 @@ log = logging.getLogger("diffusion")
 
 
 def check_processes(config: Config) -> Iterator[Problem]:
-    """`gpu_ids` and `batch_size` against the number of processes; what `strategy` cannot do."""
+    """Compare `gpu_ids` and `batch_size` with the number of processes; refuse what `strategy`
+    cannot do."""
     if message := check_gpu_ids(config.gpu_ids):
         yield Problem(("gpu_ids",), message)
     parts = world_size() * config.gradient_accumulation_steps
@@ -54,7 +55,7 @@ def check_processes(config: Config) -> Iterator[Problem]:
 
 
 def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
-    """What is wrong with `gpu_ids` for the processes of this node, or None."""
+    """Say what is wrong with `gpu_ids` for the processes of this node; None if nothing is."""
     if not gpu_ids:
         return None
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -143,7 +144,7 @@ def shard(model: nn.Module, device: torch.device, world_size: int, *, precision:
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a backbone's lists of blocks; the root takes the rest."""
+    """Yield the blocks of a backbone's lists of blocks; FSDP's root unit takes the rest."""
     for blocks in model.children():
         if isinstance(blocks, nn.ModuleList):
             yield from blocks
@@ -174,17 +175,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:
-    """What this rank holds of each parameter: all of it, or its slice."""
+    """List what this rank holds of each parameter: all of it, or its slice."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """`tensor`, or the whole of a sharded one, on its device. A collective."""
+    """Return `tensor`, or the whole of a sharded one, on its device. A collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_model(model: nn.Module) -> nn.Module:
-    """`model`, or if it is sharded (a twin, see `shard`) a whole copy on every rank. A collective.
+    """Return `model`, or of a sharded one (a twin, see `shard`) a whole copy. A collective.
 
     To sample: FSDP's own forward is a collective, too, and ranks whose shares of the images differ
     call it unequally often.
@@ -195,30 +196,25 @@ def full_model(model: nn.Module) -> nn.Module:
     return copy_with(model, whole)
 
 
-def full_state(state: Any, *, keep: bool) -> Any:
-    """`state`, in whose dicts whole tensors on the CPU replace the sharded ones. A collective.
+def snapshot(state: Any, *, keep: bool = True) -> Any:
+    """Copy a state dict to the CPU, whole tensors for sharded ones, so that further training does
+    not change it. A collective where something is sharded.
 
     Args:
-        keep: False on ranks that only take part: they get None for those tensors.
+        keep: False on ranks that only take part: they get None for every tensor.
     """
-    if isinstance(state, DTensor):
-        return _full_on_cpu(state, keep)
+    if isinstance(state, Tensor):
+        whole = full_tensor(state.detach())
+        # a copy leaves behind the padding with which uneven slices arrive
+        return whole.to("cpu", copy=True) if keep else None
+    if isinstance(state, list):
+        return [snapshot(value, keep=keep) for value in state]
     if not isinstance(state, dict):
         return state
-    whole = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
+    copied = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
     for key, value in state.items():
-        whole[key] = full_state(value, keep=keep)
-    return whole
-
-
-def _full_on_cpu(tensor: DTensor, keep: bool) -> Tensor | None:
-    whole = tensor.detach().full_tensor()
-    if not keep:
-        return None
-    whole = whole.cpu()
-    # uneven slices arrive with padding at their end, which a file would carry along
-    is_padded = whole.untyped_storage().nbytes() > whole.nbytes
-    return whole.clone() if is_padded else whole
+        copied[key] = snapshot(value, keep=keep)
+    return copied
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -242,8 +238,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _slice_as(owner: Tensor | None, value: Any) -> Any:
-    """This rank's slice of `value`, if its owner is sharded and of the same shape (a step count is
-    not). No communication: every rank has the whole."""
+    """Cut this rank's slice of `value`, if its owner is sharded and of the same shape (a step count
+    is not). There is no communication: every rank has the whole."""
     if not isinstance(owner, DTensor) or value.shape != owner.shape:
         return value
     return distribute_tensor(value, owner.device_mesh, owner.placements, src_data_rank=None)

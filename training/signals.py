@@ -12,7 +12,7 @@ REPEAT_SECONDS = 1.0  # torchrun and the terminal may both deliver the same sign
 
 
 class StopSignal:
-    """Context manager: `.name` becomes the name of the first of `SIGNALS` that arrives.
+    """A context manager whose `name` becomes that of the first of `SIGNALS` that arrives.
 
     A second SIGINT, or a second SIGTERM, more than a second after the first of its kind, ends the
     process at once. A warning by SIGUSR1 may be followed by a SIGTERM: that is no second one.

@@ -9,67 +9,59 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from utils.config import Config, Problem
+from utils.errors import one_line
+from utils.files import write_text
 from utils.images import to_array
 
 MAX_FAILURES = 3
 MAX_QUEUED = 1000  # calls that a slow tracker may lag behind
 FINISH_SECONDS = 30
 SWANLAB_MODES = {"cloud": "online", "local": "local", "offline": "offline", "disabled": "disabled"}
+NOT_STARTED = "%s: not started, the run goes on without it (%s)"
 
 log = logging.getLogger("diffusion")
 
 
-class Tracker(Protocol):
-    """One destination. Values are finite floats, images uint8 (C, H, W); steps never go back."""
-
-    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None: ...
-
-    def log_image(self, name: str, image: Tensor, step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class JsonlTracker:
-    """Appends a line per call to `metrics.jsonl`: the record of the run.
+class MetricsFile:
+    """`metrics.jsonl`, the record of a run: what was logged is on disk when the call returns.
 
     When a run goes on from `start_step`, lines of later steps (they will be made again) and a
-    line torn by a crash are dropped, so every step stands there once.
+    line torn by a crash are dropped, so every step stands there once. A disk that refuses is a
+    warning; one that is full now may have room later.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
-        self._path = path
+        self._path, self._has_warned = path, False
         kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_text(path, "".join(kept))
 
-    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+    def append(self, scalars: Mapping[str, float], step: int) -> None:
         row = (json.dumps({"step": step, **scalars}) + "\n").encode()
-        with open(self._path, "ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(row) < len(row):  # the rest of a full disk
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def log_image(self, name: str, image: Tensor, step: int) -> None:
-        """Pictures are files already."""
-
-    def finish(self) -> None: ...
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(row) < len(row):  # the rest of a full disk
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._has_warned:
+                log.warning("%s failed: %s; the run goes on", self._path.name, _reason(error))
+            self._has_warned = True
 
 
 class SwanlabTracker:
@@ -99,7 +91,7 @@ class SwanlabTracker:
         except Exception as error:
             if config.swanlab_mode != "auto" or mode == "offline":
                 raise
-            log.warning("SwanLab: no connection (%s); logging offline", _first_line(error))
+            log.warning("SwanLab: no connection (%s); logging offline", _reason(error))
             run = swanlab.init(mode="offline", **arguments)
         self.run_id: str | None = run.id
 
@@ -114,10 +106,7 @@ class SwanlabTracker:
 
 
 class TensorboardTracker:
-    """Event files for TensorBoard.
-
-    Where a run goes on from `start_step`, TensorBoard is told to forget the later steps.
-    """
+    """Event files, in which TensorBoard is told to forget the steps after `start_step`."""
 
     def __init__(self, log_dir: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -135,83 +124,29 @@ class TensorboardTracker:
         self._writer.close()
 
 
+Tracker = SwanlabTracker | TensorboardTracker
+
+
 class Lane:
-    """One tracker, and what happens when it raises: a warning once, after too many in a row the
-    end.
+    """A tracker in a thread of its own, where it may raise, hang or lag behind.
+
+    Each of these costs a warning. What finds the queue full is left out of this tracker. After
+    `MAX_FAILURES` in a row, or where it cannot start, the run goes on without it.
 
     Args:
-        make: starts the tracker; one that cannot start is a warning.
-        max_failures: in a row; None never gives up.
-    """
-
-    def __init__(
-        self, make: Callable[[], Tracker], name: str, max_failures: int | None = MAX_FAILURES
-    ) -> None:
-        self.name, self.max_failures = name, max_failures
-        self.tracker: Tracker | None = None
-        self._num_failed, self._has_warned = 0, False
-        self._start(make)
-
-    def call(self, action: Callable[[Tracker], None]) -> None:
-        self._run(action)
-
-    def finish(self) -> None:
-        self._run(lambda tracker: tracker.finish())
-
-    @property
-    def run_id(self) -> str | None:
-        return getattr(self.tracker, "run_id", None)
-
-    def _start(self, make: Callable[[], Tracker]) -> None:
-        try:
-            self.tracker = make()
-        except (Exception, SystemExit) as error:
-            reason = _first_line(error)
-            log.warning("%s: not started, the run goes on without it (%s)", self.name, reason)
-
-    def _run(self, action: Callable[[Tracker], None]) -> None:
-        if self.tracker is None:
-            return
-        try:
-            action(self.tracker)
-            self._num_failed = 0
-        except (Exception, SystemExit) as error:
-            self._num_failed += 1
-            if not self._has_warned:
-                log.warning("%s failed: %s; the run goes on", self.name, _first_line(error))
-            self._has_warned = True
-            if self._num_failed == self.max_failures:
-                log.warning("%s failed %d times in a row: dropped", self.name, self._num_failed)
-                self.tracker = None
-
-
-class BackgroundLane(Lane):
-    """A tracker in a thread of its own: one that hangs costs the training nothing.
-
-    What finds the queue full is left out of this tracker, never out of metrics.jsonl.
+        make: starts the tracker.
     """
 
     def __init__(self, make: Callable[[], Tracker], name: str) -> None:
-        self._actions: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
-        self._is_full = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.name, self.tracker, self._is_full = name, None, False
+        self._actions: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MAX_QUEUED)
+        self._thread = threading.Thread(target=self._work, args=(make,), name=name, daemon=True)
         self._thread.start()
-        super().__init__(make, name)
 
-    def call(self, action: Callable[[Tracker], None]) -> None:
-        self._put(lambda: self._run(action))
-
-    def finish(self) -> None:
-        self._put(lambda: self._run(lambda tracker: tracker.finish()))
-        self._put(None)
-        self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive():
-            log.warning("%s does not answer: left behind after %d s", self.name, FINISH_SECONDS)
-
-    def _start(self, make: Callable[[], Tracker]) -> None:
-        self._put(lambda: super(BackgroundLane, self)._start(make))
-
-    def _put(self, action: Callable[[], None] | None) -> None:
+    def call(self, action: Callable[[Tracker], None] | None) -> None:
+        """Do `action` with the tracker, after all that came before; None ends the thread."""
+        if not self._thread.is_alive():
+            return
         try:
             self._actions.put_nowait(action)
         except queue.Full:
@@ -219,40 +154,65 @@ class BackgroundLane(Lane):
                 log.warning("%s does not keep up: some values stay out of it", self.name)
             self._is_full = True
 
-    def _work(self) -> None:
+    def finish(self) -> None:
+        """End the tracker, and wait for that up to `FINISH_SECONDS`."""
+        self.call(lambda tracker: tracker.finish())
+        self.call(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            log.warning("%s does not answer: left behind after %d s", self.name, FINISH_SECONDS)
+
+    def _work(self, make: Callable[[], Tracker]) -> None:
+        num_failed, has_warned = 0, False
+        try:
+            self.tracker = make()
+        except (Exception, SystemExit) as error:
+            log.warning(NOT_STARTED, self.name, _reason(error))
+            return
         while (action := self._actions.get()) is not None:
-            action()
+            try:
+                action(self.tracker)
+                num_failed = 0
+            except (Exception, SystemExit) as error:
+                num_failed += 1
+                if not has_warned:
+                    log.warning("%s failed: %s; the run goes on", self.name, _reason(error))
+                has_warned = True
+                if num_failed == MAX_FAILURES:
+                    log.warning("%s failed %d times in a row: dropped", self.name, num_failed)
+                    return
 
 
+@dataclass
 class TrackerGroup:
-    """Several trackers behind one interface; none on ranks other than 0.
+    """The record of a run and its trackers behind one interface; none on ranks other than 0."""
 
-    Args:
-        run_id: of the run that goes on, until its tracker says another.
-    """
-
-    def __init__(self, run_id: str | None = None) -> None:
-        self._lanes: list[Lane] = []
-        self._run_id = run_id
-
-    def add(self, lane: Lane) -> None:
-        self._lanes.append(lane)
+    record: MetricsFile | None = None
+    lanes: Sequence[Lane] = ()
+    earlier_id: str | None = None  # what SwanLab called the run that goes on
 
     @property
     def run_id(self) -> str | None:
-        return next((lane.run_id for lane in self._lanes if lane.run_id), self._run_id)
+        """What SwanLab calls the run, for checkpoints."""
+        ids = (getattr(lane.tracker, "run_id", None) for lane in self.lanes)
+        return next(filter(None, ids), self.earlier_id)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Log numbers by name; those that are not finite are left out."""
         finite = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
-        for lane in self._lanes:
+        if self.record is not None:
+            self.record.append(finite, step)
+        for lane in self.lanes:
             lane.call(lambda tracker: tracker.log_scalars(finite, step))
 
     def log_image(self, name: str, image: Tensor, step: int) -> None:
-        for lane in self._lanes:
+        """Log an image, uint8 (C, H, W); the record has none."""
+        for lane in self.lanes:
             lane.call(lambda tracker: tracker.log_image(name, image, step))
 
     def finish(self) -> None:
-        for lane in self._lanes:
+        """End every tracker."""
+        for lane in self.lanes:
             lane.finish()
 
 
@@ -269,19 +229,21 @@ def start_trackers(
     config: Config, *, is_main: bool, start_step: int, run_id: str | None
 ) -> TrackerGroup:
     """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
-    group = TrackerGroup(run_id)
     if not is_main:
-        return group
+        return TrackerGroup(earlier_id=run_id)
     path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
-    # a disk that is full now may have room later
-    group.add(Lane(lambda: JsonlTracker(path, start_step), path.name, max_failures=None))
+    record, lanes = None, []
+    try:
+        record = MetricsFile(path, start_step)
+    except OSError as error:
+        log.warning(NOT_STARTED, path.name, _reason(error))
     if config.use_swanlab:
-        group.add(BackgroundLane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
+        lanes.append(Lane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
     if config.use_tensorboard:
         events = config.run_dir / "tensorboard"
-        group.add(BackgroundLane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
-    return group
+        lanes.append(Lane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
+    return TrackerGroup(record, lanes, run_id)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -5,25 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from training.ema import EMA
+from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
-from training.progress import Buckets, LossStats, Progress, memory_mib
-from training.run_dir import Status
-from training.saving import LOSS, BestScore, Saver
-from training.schedule import Action, Schedule
-from training.sharding import (
-    full_state,
-    full_tensor,
-    load_model_state,
-    load_optimizer_state,
-    no_gradient_sync,
-)
+from training.progress import Buckets, LossStats, Progress, Schedule, memory_mib
+from training.saving import Saver
+from training.sharding import full_tensor, no_gradient_sync
 from training.signals import StopSignal
 from training.tracking import TrackerGroup
 from utils.config import Config
@@ -34,90 +28,70 @@ from utils.rng import Stream, derive_seed
 
 log = logging.getLogger("diffusion")
 
-LossFn = Callable[[nn.Module, tuple[Tensor | None, ...]], Tensor]
+Tensors = tuple[Tensor | None, ...]
+LossFn = Callable[[nn.Module, Tensors], Tensor]
 
 
+class Objective(NamedTuple):
+    """What is learned, and from what."""
+
+    loss_fn: LossFn  # (network, example) -> (b,) losses of the example's b rows
+    # start_step -> a fresh iterator over examples: tuples of tensors with equal first dimension,
+    # this rank's rows.
+    batches: Callable[[int], Iterator[Tensors]]
+    buckets: Buckets | None = None  # parts of the examples whose loss is logged on its own
+
+
+@dataclass
 class Trainer:
     """Runs optimizer steps until `schedule.total_steps`.
 
-    Args:
-        model: the bare module; its parameters, or slices of them, are trained and saved.
-        network: what to call: `model`, or its wrapper that averages gradients over ranks.
-        loss_fn: (network, example) -> (b,) losses of the example's b rows.
-        batches: start_step -> iterator over examples, tuples of tensors with equal first
-            dimension: this rank's rows, a fresh iterator at any step.
-        ema: None for none.
-        precision: resolved: fp32, bf16 or fp16.
-        extra_state: plain values that every checkpoint carries (config, spec, versions).
-        status: told of every checkpoint.
-        guard: keeps steps that are not finite from the weights.
-        best: which model becomes best_model.pth.
-        evaluate: (epoch, step) -> metric name -> value, the same on every rank; every
-            `eval_interval` epochs.
-        actions: run at epoch ends. One that raises is a warning.
-        buckets: parts of the examples whose loss is logged on its own.
+    Of `config` it reads the loop's own settings: intervals, micro-batches, clipping, seed.
+    `evaluate` and `preview` get (epoch, step), on every rank; one that raises is a warning.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        network: nn.Module,
-        loss_fn: LossFn,
-        batches: Callable[[int], Iterator[tuple[Tensor | None, ...]]],
-        *,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
-        ema: EMA | None,
-        precision: str,
-        schedule: Schedule,
-        runtime: Runtime,
-        tracker: TrackerGroup,
-        config: Config,
-        extra_state: dict[str, Any],
-        status: Status,
-        guard: NonFiniteGuard,
-        best: BestScore,
-        evaluate: Callable[[int, int], dict[str, float | None]] | None = None,
-        actions: Sequence[Action] = (),
-        buckets: Buckets | None = None,
-    ) -> None:
-        self.model, self.network, self.loss_fn, self.batches = model, network, loss_fn, batches
-        self.optimizer, self.lr_scheduler, self.ema = optimizer, lr_scheduler, ema
-        self.precision, self.schedule, self.runtime = precision, schedule, runtime
-        self.tracker, self.config, self.actions = tracker, config, actions
-        self.extra_state, self.evaluate, self.buckets = extra_state, evaluate, buckets
-        self.status, self.guard, self.best = status, guard, best
-        self.saver = Saver(config.run_dir, config.keep_last, runtime, self._tell_status)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.step = 0
-        self.best_loss = math.inf
-        self._best_before: tuple[float | None, float] = None, math.inf  # the last save
-        self._loss = LossStats(runtime.device, buckets.names if buckets else ())
-        self._grad_norm = torch.zeros((), device=runtime.device)
+    learner: Learner
+    objective: Objective
+    schedule: Schedule
+    config: Config
+    runtime: Runtime
+    tracker: TrackerGroup
+    guard: NonFiniteGuard  # keeps steps that are not finite from the weights
+    saver: Saver
+    # every `eval_interval` epochs: metric name -> value, the same on every rank
+    evaluate: Callable[[int, int], dict[str, float | None]] | None = None
+    # every `sample_interval` epochs: a picture, uint8 (C, H, W), on rank 0
+    preview: Callable[[int, int], Tensor | None] | None = None
+    step: int = 0  # done so far
+
+    def __post_init__(self) -> None:
+        self.loss_fn, self.batches, self.buckets = self.objective
+        names = self.buckets.names if self.buckets else ()
+        self._loss = LossStats(self.runtime.device, names)
+        self._grad_norm = torch.zeros((), device=self.runtime.device)
 
     def train(self) -> int:
         """Train to the end, or to a signal that asks to stop. Returns the exit code.
 
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
+            UserError: the last checkpoint, or the third in a row, could not be written.
         """
-        self.network.train()
+        self.learner.network.train()
         batches = self.batches(self.step)
-        on_cpu = self.runtime.device.type == "cpu"
-        progress = Progress(self.schedule, self.step, is_main=self.runtime.is_main, on_cpu=on_cpu)
-        with StopSignal() as stop, contextlib.closing(progress), contextlib.closing(self.saver):
+        progress = Progress(self.schedule, self.step, self.runtime)
+        with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
                 if self.runtime.any(stop.name is not None):
                     return self._stop_early(stop.name)
                 self._train_step(next(batches))
                 self.step += 1
-                progress.advance()
+                progress.bar.update()
                 if self.step % self.config.log_interval == 0 or self.step == 1:
                     self._log(progress)
                 with progress.pause():
                     self._end_of_step()
-            self._settle()
+            self.saver.settle()
             if self.saver.last_step != self.step and not self._save_now():
                 raise UserError(
                     f"trained to step {self.step}, but it could not be saved; last checkpoint: "
@@ -125,8 +99,8 @@ class Trainer:
                 )
         return EXIT_OK
 
-    def _train_step(self, example: tuple[Tensor | None, ...]) -> None:
-        num_parts = self.config.gradient_accumulation_steps
+    def _train_step(self, example: Tensors) -> None:
+        learner, num_parts = self.learner, self.config.gradient_accumulation_steps
         device, rank = self.runtime.device, self.runtime.rank
         parts = [() for _ in range(num_parts)]
         for tensor in example:
@@ -138,13 +112,13 @@ class Trainer:
             shard = rank * num_parts + i
             torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, self.step, shard))
             is_last = i == num_parts - 1
-            with contextlib.nullcontext() if is_last else no_gradient_sync(self.network):
-                with autocast(self.precision, device):
-                    per_example = self.loss_fn(self.network, part)
+            with contextlib.nullcontext() if is_last else no_gradient_sync(learner.network):
+                with autocast(learner.precision, device):
+                    per_example = self.loss_fn(learner.network, part)
                     loss = per_example.mean() / num_parts
                 # A loss that is not finite makes all gradients NaN, so every rank hears of it.
                 seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-                self.scaler.scale(loss).backward(seed)
+                learner.scaler.scale(loss).backward(seed)
             loss_sum += loss.detach()
             losses.append(per_example.detach())
         self._optimizer_step(loss_sum)
@@ -152,29 +126,30 @@ class Trainer:
         self._loss.add(loss_sum, torch.cat(losses), bucket)
 
     def _optimizer_step(self, loss: Tensor) -> None:
-        self.scaler.unscale_(self.optimizer)
+        optimizer, scaler = self.learner.optimizer, self.learner.scaler
+        scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
-        self._grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit))
+        self._grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.learner.parameters, limit))
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
         # the scaler's business; there only the loss counts, of all ranks.
         watched = self._grad_norm
-        if self.scaler.is_enabled():
+        if scaler.is_enabled():
             watched = self.runtime.all_reduce(loss.clone())
         skip = self.guard.add(torch.isfinite(watched), self.step)
         if self.guard.on_host:
             self.guard.read(self.saver.describe_last())
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # leaves out what overflowed
-            self.scaler.update()
+        if scaler.is_enabled():
+            scaler.step(optimizer)  # leaves out what overflowed
+            scaler.update()
         elif not self.guard.on_host:
-            self.optimizer.found_inf = skip  # fused kernels leave out the step on the device
-            self.optimizer.step()
+            optimizer.found_inf = skip  # fused kernels leave out the step on the device
+            optimizer.step()
         elif not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.lr_scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.learner.lr_scheduler.step()
+        if self.learner.ema is not None:
+            self.learner.ema.update(self.learner.model)
 
     def _log(self, progress: Progress) -> None:
         self.guard.read(self.saver.describe_last())
@@ -185,7 +160,7 @@ class Trainer:
             "train/loss": loss,
             "train/loss_smoothed": smoothed,
             **of_buckets,
-            "train/lr": self.lr_scheduler.get_last_lr()[0],
+            "train/lr": self.learner.lr_scheduler.get_last_lr()[0],
             "train/grad_norm": float(self._grad_norm),
             "train/images_per_sec": progress.lap(self.step),
             "train/memory_mib": memory_mib(self.runtime.device),
@@ -194,46 +169,40 @@ class Trainer:
         progress.report(self.step, scalars)
 
     def _end_of_step(self) -> None:
-        """Evaluation, checkpoint and actions of the epochs this step completed."""
-        epoch, config = self.schedule.epochs_done(self.step), self.config
-        score = None
-        if self.evaluate is not None and self._is_due(config.eval_interval):
-            score = self._evaluate(epoch)
-        is_due = self._is_due(config.save_interval)
-        if is_due or self.best.is_beaten_by(score):
-            self.save(epoch if is_due else None, score=score)
-        for action in self.actions:
-            if self.schedule.is_due(self.step, action.interval, action.start):
-                try:
-                    action.run(epoch, self.step)
-                except Exception as error:
-                    log.warning("%s failed after epoch %d: %s", action.name, epoch, error)
-                self.network.train()
+        """Evaluation, checkpoint and preview of the epochs this step completed."""
+        config, is_due, score = self.config, partial(self.schedule.is_due, self.step), None
+        epoch = self.schedule.epochs_done(self.step)
+        if self.evaluate and is_due(config.eval_interval, config.eval_interval):
+            self.guard.read(self.saver.describe_last())
+            values = self._attempt("evaluation", epoch, self.evaluate) or {}
+            known = {f"eval/{name}": value for name, value in values.items() if value is not None}
+            if known:
+                self.tracker.log_scalars(known, self.step)
+            score = values.get(self.saver.best.metric)
+        to_save = is_due(config.save_interval, config.save_interval)
+        if to_save or self.saver.best.is_beaten_by(score):
+            self.save(epoch if to_save else None, score=score)
+        if self.preview and is_due(config.sample_interval, config.sample_start_epoch):
+            picture = self._attempt("preview", epoch, self.preview)
+            if picture is not None:
+                self.tracker.log_image("samples", picture, self.step)
 
-    def _is_due(self, interval: int) -> bool:
-        return self.schedule.is_due(self.step, interval, interval)
-
-    def _evaluate(self, epoch: int) -> float | None:
-        """Log the values; returns the one that chooses the best model."""
-        self.guard.read(self.saver.describe_last())
-        values: dict[str, float | None] = {}
+    def _attempt(self, name: str, epoch: int, action: Callable[[int, int], Any]) -> Any:
+        """Call `action`, which a run does not die of: None and a warning if it raises."""
         try:
-            values = self.evaluate(epoch, self.step)
+            return action(epoch, self.step)
         except Exception as error:
-            log.warning("evaluation failed after epoch %d: %s", epoch, error)
+            log.warning("%s failed after epoch %d: %s", name, epoch, error)
+            return None
         finally:
-            self.network.train()
-        known = {f"eval/{name}": value for name, value in values.items() if value is not None}
-        if known:
-            self.tracker.log_scalars(known, self.step)
-        return values.get(self.best.metric)
+            self.learner.network.train()
 
     def _stop_early(self, signal_name: str | None) -> int:
         why = signal_name or "another process's signal"
         log.info("%s: stopping at step %d: saving", why, self.step)
         if not self._save_now():
             return EXIT_FAILURE
-        self.status.update(signal=signal_name)
+        self.saver.status.update(signal=signal_name)
         log.info("saved; go on with resume_path=auto")
         return EXIT_PREEMPTED
 
@@ -243,77 +212,39 @@ class Trainer:
         Args:
             score: of this model, where a metric chooses the best one; else the loss does.
         """
-        self._settle()
+        self.saver.settle()
         self.guard.read(self.saver.describe_last())
         self._loss.share(self.runtime)
         smoothed, *_ = self._loss.read(self.runtime)
-        if self.best.metric == LOSS:
-            score = smoothed
-        self._best_before = self.best.value, self.best_loss
-        is_best = self.best.is_beaten_by(score)
-        if is_best:
-            self.best.value = score
-        self.best_loss = min(smoothed, self.best_loss)
+        is_best = self.saver.best.take(smoothed, score)
         self.saver.start(self.state_dict(), epoch=epoch, is_best=is_best)
-
-    def _settle(self) -> bool:
-        """Wait for the checkpoint that was begun; returns False if it is not on disk."""
-        if self.saver.settle() is False:
-            self.best.value, self.best_loss = self._best_before
-            return False
-        return True
 
     def _save_now(self) -> bool:
         self.save()
-        return self._settle()
-
-    def _tell_status(self, state: dict[str, Any]) -> None:
-        self.status.update(step=state["step"], epoch=state["epoch"], best=self.best.state_dict())
+        return self.saver.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; data order and noise follow from `step`. A collective."""
-        state = {
-            **self.extra_state,
+        """Everything a resumed run needs; data order and noise follow from `step`.
+
+        Of a sharded model, this rank's slices.
+        """
+        return {
             "epoch": self.schedule.epochs_done(self.step),
             "step": self.step,
-            "best_loss": self.best_loss,
-            "best": self.best.state_dict(),
+            **self.saver.best.state_dict(),
             "nonfinite_steps": list(self.guard.seen),
             "loss_stats": self._loss.values.cpu(),
-            "model_state_dict": self.model.state_dict(),
-            "optimizer_state_dict": self.optimizer.state_dict(),
-            "scheduler_state_dict": self.lr_scheduler.state_dict(),
-            "scaler_state_dict": self.scaler.state_dict(),
+            **self.learner.state_dict(),
             "tracker_run_id": self.tracker.run_id,
+            **self.learner.average_state_dict(),
         }
-        if self.ema is not None:
-            state["ema_model_state_dict"] = self.ema.model.state_dict()
-            state["ema_num_updates"] = self.ema.num_updates
-        return full_state(state, keep=self.runtime.is_main)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Learning rate, decay and schedule follow the current config."""
-        load_model_state(self.model, state["model_state_dict"])
-        settings = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
-        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        if state["scaler_state_dict"]:  # empty unless that run was in fp16
-            self.scaler.load_state_dict(state["scaler_state_dict"])
-        self.step, self.best_loss = state["step"], state["best_loss"]
-        self.best.load_state_dict(state.get("best", {"metric": LOSS, "value": self.best_loss}))
+        """Continue from the state in a checkpoint, which is the newest one on disk."""
+        self.step = self.saver.last_step = state["step"]
+        self.learner.load_state_dict(state, self.config.learning_rate)
         self.guard.restore(state.get("nonfinite_steps", []))
         self._loss.restore(state["loss_stats"])
-        self.saver.last_step = self.step
-        self.lr_scheduler.last_epoch = self.step
-        factor = self.lr_scheduler.lr_lambdas[0](self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        if self.ema is not None:
-            load_model_state(self.ema.model, state["ema_model_state_dict"])
-            self.ema.num_updates = state["ema_num_updates"]
-        self._tell_status(state)
+        best = self.saver.best
+        best.load_state_dict(state)
+        self.saver.status.tell_saved({**state, **best.state_dict()})

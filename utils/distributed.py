@@ -10,7 +10,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -54,8 +54,7 @@ class Runtime:
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce in place over all ranks (`sum` or `max`) and return the tensor."""
         if self.world_size > 1:
-            ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-            dist.all_reduce(tensor, ops[op])
+            dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -93,15 +92,14 @@ class Runtime:
         """
         if self.world_size == 1:
             return rows.cpu()
-        largest = -(-num_items // self.world_size)
-        padded = torch.zeros((largest, *rows.shape[1:]), dtype=rows.dtype)
+        sizes = [len(replace(self, rank=r).share(num_items)) for r in range(self.world_size)]
+        padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype)
         padded[: len(rows)] = rows.cpu()
         parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
         dist.gather(padded, parts, dst=0)
         if parts is None:
             return None
-        per_rank, extra = divmod(num_items, self.world_size)
-        return torch.cat([p[: per_rank + (r < extra)] for r, p in enumerate(parts)])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -129,8 +127,8 @@ class Runtime:
                 dist.barrier(group)
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            self.all_reduce(torch.zeros(1))
+        """Wait until every process has come here."""
+        self.all_reduce(torch.zeros(1))
 
 
 @contextlib.contextmanager
@@ -178,6 +176,7 @@ def choose_device(name: str | None, index: int = 0) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
+    """Name a device for people; of a GPU, its model."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
@@ -186,7 +185,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def world_size() -> int:
-    """Number of processes in this job, as the launcher says."""
+    """Count the processes in this job, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -205,10 +204,8 @@ def distributed_runtime(
         gpu_ids: CUDA device of each local rank; None means device = local rank.
         port: MASTER_PORT where the launcher has set none.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    index = gpu_ids[local_rank] if gpu_ids else local_rank
-    chosen = choose_device(device, index)
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    chosen = choose_device(device, gpu_ids[local_rank] if gpu_ids else local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         allow_tf32()
@@ -230,12 +227,9 @@ def distributed_runtime(
     timeout = timedelta(minutes=timeout_minutes)
     store, *_ = next(rendezvous("env://", rank, runtime.world_size, timeout=timeout))
     name = agree_on_name(store, rank, runtime.world_size, timeout)
+    store = dist.PrefixStore(name, store)
     dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(name, store),
-        rank=rank,
-        world_size=runtime.world_size,
-        timeout=timeout,
+        backend, store=store, rank=rank, world_size=runtime.world_size, timeout=timeout
     )
     try:
         yield runtime

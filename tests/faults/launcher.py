@@ -77,7 +77,7 @@ def poison(trainer: Trainer, value: str, where: str, step: int, rank: int | None
     if where == "loss":
         trainer.loss_fn = spoilt_loss
     else:
-        trainer.parameters[0].register_hook(spoilt_gradient)
+        trainer.learner.parameters[0].register_hook(spoilt_gradient)
 
 
 def watch_optimizer(trainer: Trainer, path: str) -> None:
@@ -87,15 +87,15 @@ def watch_optimizer(trainer: Trainer, path: str) -> None:
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def before(*_: Any) -> None:
-        if not finite([p.grad for p in trainer.parameters if p.grad is not None]):
+        if not finite([p.grad for p in trainer.learner.parameters if p.grad is not None]):
             append(path, [trainer.step, trainer.runtime.rank, "gradient"])
 
     def after(*_: Any) -> None:
-        if not finite(trainer.parameters):
+        if not finite(trainer.learner.parameters):
             append(path, [trainer.step, trainer.runtime.rank, "weights"])
 
-    trainer.optimizer.register_step_pre_hook(before)
-    trainer.optimizer.register_step_post_hook(after)
+    trainer.learner.optimizer.register_step_pre_hook(before)
+    trainer.learner.optimizer.register_step_post_hook(after)
 
 
 def time_training(trainer: Trainer, path: str) -> Callable[[], None]:

@@ -1,0 +1,140 @@
+"""What a training run draws and scores while it goes on: previews and evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+import datasets
+from datasets.real import real_sets
+from generation.run import Run
+from generation.sampling import gather_images, generate, sampling_from
+from generation.sweep import settings_of
+from metrics import METRICS, check_metric_names
+from metrics.evaluation import Evaluation
+from metrics.report import summary
+from training.saving import LOSS, BestScore
+from training.sharding import full_model
+from utils.config import Config
+from utils.distributed import Runtime
+from utils.errors import ConfigError
+from utils.images import ImageSpec, block_labels, grid_rows, make_grid, save_image
+from utils.labels import requested_labels
+
+PREVIEW_BATCH_SIZE, EVAL_BATCH_SIZE = 64, 128
+
+log = logging.getLogger("diffusion")
+
+
+def best_score(config: Config) -> BestScore:
+    """What chooses best_model.pth: `eval_best_metric`, or the training loss."""
+    metric = config.eval_best_metric
+    if metric is None:
+        return BestScore(LOSS, lower_is_better=True)
+    return BestScore(metric, lower_is_better=METRICS[metric].better == "lower")
+
+
+@contextlib.contextmanager
+def evaluation_mode(run: Run) -> Iterator[Run]:
+    """The run with its model whole and in eval mode. On every rank."""
+    model = full_model(run.model)
+    was_training = model.training
+    model.eval()
+    try:
+        yield replace(run, model=model)
+    finally:
+        model.train(was_training)
+
+
+def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
+    """Draw a grid, a row per class, and save it as samples/epoch_0001.png. On every rank.
+
+    Returns:
+        the grid, uint8 (C, H, W); None on ranks other than 0.
+    """
+    config, count, size = run.config, run.config.num_samples, PREVIEW_BATCH_SIZE
+    labels = block_labels(count, run.classes) if config.conditional else None
+    parts, error, how = [], None, sampling_from(config)
+    try:
+        with evaluation_mode(run) as whole:
+            batches = generate(
+                whole, range(count), labels, sampling=how, batch_size=size, runtime=runtime
+            )
+            parts += batches
+    except Exception as failure:
+        error = failure
+    if runtime.any(error is not None):  # all ranks skip the gather, or none
+        raise error or RuntimeError("sampling failed on another process")
+    images = gather_images(parts, count, run.spec.shape, runtime)
+    if images is None:
+        return None
+    grid = make_grid(images, grid_rows(count, labels))
+    path = config.preview_dir / f"epoch_{epoch:04d}.png"
+    save_image(path, grid)
+    log.info("preview: %s", path)
+    return grid
+
+
+def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Evaluation | None:
+    """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
+
+    Raises:
+        ConfigError: the metric that is to choose the best model cannot run here.
+    """
+    if not config.eval_interval:
+        return None
+    count, folder, labels = config.eval_num_samples, config.run_dir / "eval", None
+    if config.conditional:
+        labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
+    evaluation = Evaluation(
+        check_metric_names(config.eval_metrics),
+        runtime=runtime,
+        spec=spec,
+        num_images=count,
+        labels=labels,
+        real=real_sets(config, runtime, EVAL_BATCH_SIZE),
+        folder=folder,
+        cache_dir=folder,
+        flip=datasets.default_flip(config),
+        log=log.info,
+        warn=log.warning,
+    )
+    log.info("every %d epochs an evaluation of %d images:", config.eval_interval, count)
+    for line in evaluation.plan.lines():
+        log.info("  %s", line)
+    if (best := config.eval_best_metric) in evaluation.plan.skipped:
+        reason = evaluation.plan.skipped[best]["reason"]
+        raise ConfigError(f"eval_best_metric={best!r} cannot run: {reason}")
+    return evaluation
+
+
+def evaluate(
+    evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
+) -> dict[str, float | None]:
+    """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
+    started, count, size = time.perf_counter(), evaluation.num_images, EVAL_BATCH_SIZE
+    setting = settings_of(run.config, count)[0]
+    seeds = range(setting.seed, setting.seed + count)
+    facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
+    with evaluation_mode(run) as whole:
+        how = setting.sampling
+        images = generate(
+            whole, seeds, evaluation.labels, sampling=how, batch_size=size, runtime=runtime
+        )
+        report = evaluation.score(images, facts=facts, started=started)
+    evaluation.close()
+    values = None
+    if report is not None:
+        path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"
+        log.info("%s\nreport: %s", summary(report), path.with_suffix(".html"))
+        try:
+            evaluation.save(path, report)
+        except OSError as error:
+            log.warning("%s: not written, %s", path, error)
+        values = {name: entry["value"] for name, entry in report["metrics"].items()}
+    return runtime.broadcast_object(values)
