@@ -28,6 +28,7 @@ from generation.run import CONFIG_CHECKS
 from generation.sampling import Run, generate, sampling_from
 from generation.sweep import settings_of
 from metrics import METRICS, check_metric_names
+from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
 from metrics.report import summary
 from models.lora import add_adapters
@@ -370,14 +371,14 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
+        Generated(spec, count, labels),
+        Real(
+            real_sets(config, runtime, EVAL_BATCH_SIZE),
+            name=config.dataset,
+            flip=datasets.default_flip(config),
+        ),
         runtime=runtime,
-        spec=spec,
-        num_images=count,
-        labels=labels,
-        real=real_sets(config, runtime, EVAL_BATCH_SIZE),
-        folder=folder,
         cache_dir=folder,
-        flip=datasets.default_flip(config),
         log=log.info,
         warn=log.warning,
     )
@@ -396,20 +397,19 @@ def evaluate(
 ) -> dict[str, float | None]:
     """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
     started = time.perf_counter()
-    count = evaluation.num_images
+    count = evaluation.generated.num_images
     setting = settings_of(run.config, count)[0]
     with evaluation_mode(run) as whole:
         images = generate(
             whole,
             range(setting.seed, setting.seed + count),
-            evaluation.labels,
+            evaluation.generated.labels,
             sampling=setting.sampling,
             batch_size=EVAL_BATCH_SIZE,
             runtime=runtime,
         )
         facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
-        report = evaluation.score(images, facts=facts, started=started)
-    evaluation.close()
+        report = evaluation.score((batch for batch, _, _ in images), facts=facts, started=started)
     values = None
     if report is not None:
         path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"

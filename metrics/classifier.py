@@ -6,10 +6,9 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +19,11 @@ from torch import Tensor, nn
 
 from datasets.real import RealSets
 from utils.checkpoint import save_checkpoint
+from utils.errors import one_line
+from utils.files import content_key
 from utils.images import to_float
 from utils.precision import full_float32
-from utils.rng import Stream, derive_seed, numpy_generator, torch_generator
+from utils.rng import EvaluationDraw, Stream, derive_seed, numpy_generator, torch_generator
 
 VERSION = 1  # of the classifier and its training; part of its key
 MAX_SIZE = 64  # pixels; larger images are scaled down for the classifier
@@ -52,7 +53,7 @@ class ClassifierSpec:
 def classifier_spec(
     shape: tuple[int, int, int], num_classes: int, num_images: int, *, flip: bool, seed: int = 0
 ) -> ClassifierSpec:
-    """A size that fits the data: narrow and short for grey or few images, else a wider one.
+    """Choose a size that fits the data: narrow and short for grey or few images, else wider.
 
     The narrow one takes seconds to minutes on a CPU. The wide one (colour, 20,000 images and more)
     takes seconds on a GPU, an hour on a CPU.
@@ -101,7 +102,7 @@ class Classifier(nn.Module):
 
 
 def new_classifier(spec: ClassifierSpec, device: torch.device) -> Classifier:
-    """Untrained, in evaluation mode. The global random state is left as it was."""
+    """Build an untrained one in evaluation mode. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # `torch.manual_seed` would seed the GPUs' generators, too.
         torch.default_generator.manual_seed(derive_seed(spec.seed, Stream.CLASSIFIER, 0))
@@ -167,7 +168,7 @@ def train_classifier(
 
 
 def rate_factor(step: int, num_steps: int) -> float:
-    """Share of the learning rate: a linear rise over a fifth of the steps, then a cosine to 0."""
+    """Scale the learning rate: a linear rise over a fifth of the steps, then a cosine to 0."""
     rise = max(1, num_steps // 5)
     if step < rise:
         return (step + 1) / rise
@@ -176,6 +177,7 @@ def rate_factor(step: int, num_steps: int) -> float:
 
 @contextlib.contextmanager
 def deterministic_cudnn() -> Iterator[None]:
+    """Make cuDNN choose the same algorithms in every run, within the body."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -192,12 +194,29 @@ class View(NamedTuple):
     features: Tensor
 
 
-def look(network: Classifier, images: Tensor, device: torch.device) -> View:
-    """At uint8 (N, C, H, W)."""
+def classify(network: Classifier, images: Tensor, device: torch.device) -> View:
+    """Take uint8 images (N, C, H, W) through the network, some hundred at a time."""
     with torch.inference_mode(), full_float32(device), deterministic_cudnn():
         parts = [network.features(to_float(part.to(device))) for part in images.split(TEST_BATCH)]
         features = torch.cat(parts)
         return View(network.head(features).softmax(1).cpu(), features.cpu())
+
+
+def count_pairs(labels: Tensor, seen: Tensor, num_classes: int) -> Tensor:
+    """(N,) and (N,) -> (K, K) int64: how often each label was seen as each class."""
+    cells = torch.bincount(labels * num_classes + seen, minlength=num_classes**2)
+    return cells.view(num_classes, num_classes)
+
+
+def accuracy(confusion: Tensor) -> float:
+    """The share of images on the diagonal; NaN without any image."""
+    return confusion.diagonal().sum().item() / int(confusion.sum()) if confusion.any() else math.nan
+
+
+def per_class(confusion: Tensor) -> list[float | None]:
+    """The accuracy of each class; None where it has no image."""
+    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
 
 
 class Holdout(NamedTuple):
@@ -207,12 +226,12 @@ class Holdout(NamedTuple):
     test: list[int]
 
 
-def split_train(indices: Sequence[int], *, hold_out: bool, seed: int) -> Holdout:
+def split_train(num_images: int, *, hold_out: bool, seed: int) -> Holdout:
     """Cut off a tenth if `hold_out`, and cap the rest at `MAX_TRAIN_IMAGES`."""
-    order = numpy_generator(seed, Stream.EVALUATION, 3).permutation(len(indices))
-    num_test = max(1, int(len(indices) * HELD_OUT_SHARE)) if hold_out else 0
-    chosen = order[num_test:][:MAX_TRAIN_IMAGES]
-    return Holdout(sorted(indices[i] for i in chosen), sorted(indices[i] for i in order[:num_test]))
+    rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
+    order = rng.permutation(num_images).tolist()
+    num_test = max(1, int(num_images * HELD_OUT_SHARE)) if hold_out else 0
+    return Holdout(sorted(order[num_test:][:MAX_TRAIN_IMAGES]), sorted(order[:num_test]))
 
 
 class Trained(NamedTuple):
@@ -237,12 +256,13 @@ def trained_classifier(
     cache_dir: Path | None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Trained:
-    """The classifier of `real.train`, from `cache_dir` if it is there, else trained and kept there.
+    """Take the classifier of `real.train` from `cache_dir`, or train it and keep it there.
 
     It is measured on `real.test`, or else on a tenth of the train images, held out.
     """
     train, test = real.train, real.test
-    key = classifier_key(spec, train.fingerprint, test.fingerprint if test else "held out")
+    fingerprints = [train.fingerprint, test.fingerprint if test else "held out"]
+    key = content_key([VERSION, asdict(spec), fingerprints])
     path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
     details = {
         "key": key,
@@ -250,7 +270,7 @@ def trained_classifier(
         "spec": asdict(spec),
         "ceiling_split": test.split if test else "a tenth of train, held out",
     }
-    parts = split_train(range(len(train.labels)), hold_out=test is None, seed=spec.seed)
+    parts = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
     network = new_classifier(spec, device)
     confusion = None if path is None else _load(path, network, log)
     if confusion is None:
@@ -259,24 +279,20 @@ def trained_classifier(
             f"{spec.num_steps} steps of {min(spec.batch_size, len(parts.train))}"
         )
         network = train_classifier(
-            train.load(parts.train), train.labels[parts.train], spec, device,
+            train.load(parts.train),
+            train.labels[parts.train],
+            spec,
+            device,
             on_step=lambda n: n % 200 == 0 and log(f"  step {n} of {spec.num_steps}"),
-        )  # fmt: skip
+        )
         judge = test or train
         rows = list(test.indices)[:MAX_TEST_IMAGES] if test else parts.test
-        seen = look(network, judge.load(rows), device).probs.argmax(1)
+        seen = classify(network, judge.load(rows), device).probs.argmax(1)
         confusion = count_pairs(judge.labels[rows], seen, spec.num_classes)
-        right = int(confusion.diagonal().sum())
-        log(f"  accuracy on {len(rows)} unseen real images: {right / len(rows):.4f}")
+        log(f"  accuracy on {len(rows)} unseen real images: {accuracy(confusion):.4f}")
         if path is not None:
             _store(path, network, confusion, details, log)
     return Trained(network, confusion, parts, details)
-
-
-def count_pairs(labels: Tensor, seen: Tensor, num_classes: int) -> Tensor:
-    """(N,) and (N,) -> (K, K) int64: how often each label was seen as each class."""
-    cells = torch.bincount(labels * num_classes + seen, minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
 
 
 def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor | None:
@@ -288,7 +304,7 @@ def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor
         network.load_state_dict(stored["state_dict"])
         return stored["ceiling_confusion"]
     except Exception as error:  # whatever a damaged file makes torch raise
-        log(f"{path} is damaged and will be made again: {error}")
+        log(f"{path} is damaged and will be made again: {one_line(error)}")
         return None
 
 
@@ -309,9 +325,3 @@ def _store(
         save_checkpoint(path, content)
     except (OSError, RuntimeError) as error:
         log(f"the classifier could not be stored, the next run trains it again: {error}")
-
-
-def classifier_key(spec: ClassifierSpec, *fingerprints: str) -> str:
-    """12 hex digits that change with the data, the spec or the version of this code."""
-    content = json.dumps([VERSION, asdict(spec), fingerprints], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]

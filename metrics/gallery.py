@@ -1,68 +1,53 @@
-"""Pictures for the report: generated images, a row per class, as the scorers see them pass."""
+"""Pictures for the report: generated images, a row per class, kept while the metrics see them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from datasets.real import RealSets
+from metrics.base import Collector, Context
 from metrics.rows import KeptRows
-from metrics.scoring import Entry
+from reporting.html import Picture
 from utils.distributed import Runtime
-from utils.images import grid_rows, make_grid
+from utils.images import grid_rows, make_grid, to_array
 
 MAX_IMAGES = 100
 MAX_CLASSES = 20
 
 
-class Gallery:
-    """Keeps a few generated images (see `metrics.scoring.Scorer`); computes nothing.
+class Gallery(Collector):
+    """Keeps a few generated images; no metric is computed from it."""
 
-    Args:
-        labels: of the generated images by global index, or None.
-        shape: (C, H, W) of one image.
-    """
-
-    names = ()
-
-    def __init__(
-        self, *, num_images: int, labels: Sequence[int] | None, shape: tuple[int, int, int]
-    ) -> None:
-        chosen = _choose(num_images, labels)
+    def __init__(self, context: Context) -> None:
+        labels = context.generated.labels
+        chosen = first_images(context.generated.num_images, labels)
         self.labels = None if labels is None else [labels[i] for i in chosen]
-        self.images = KeptRows(chosen, shape, torch.uint8)
+        self.images = KeptRows(chosen)
 
-    def clear(self) -> None:
-        self.images.clear()
+    def reset(self) -> None:
+        self.images.reset()
 
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        pass
+    def update(self, images: Tensor, indices: range) -> None:
+        self.images.update(images, indices)
 
-    def reduce_real(self, runtime: Runtime) -> None:
-        pass
+    def reduce(self, runtime: Runtime) -> None:
+        self.images.reduce(runtime)
 
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        self.images.put(images, indices)
-
-    def reduce_generated(self, runtime: Runtime) -> None:
-        self.images.all_reduce(runtime)
-
-    def results(self) -> dict[str, Entry]:
-        return {}
-
-    def grid(self) -> Tensor:
-        """uint8 (C, H', W'): a row per class where there are classes."""
-        if self.labels is None:
-            return make_grid(self.images.values, grid_rows(len(self.images.values)))
-        order = sorted(range(len(self.labels)), key=self.labels.__getitem__)  # stable
-        rows = grid_rows(len(order), [self.labels[i] for i in order])
-        return make_grid(self.images.values[order], rows)
+    def pictures(self) -> dict[str, Picture]:
+        """A grid of the images, if any were drawn, with a row per class where there are classes."""
+        images, labels = self.images.values, None
+        if not len(images):
+            return {}
+        if self.labels is not None:
+            order = sorted(range(len(images)), key=self.labels.__getitem__)  # stable
+            images, labels = images[order], [self.labels[i] for i in order]
+        grid = make_grid(images, grid_rows(len(images), labels))
+        return {"samples": Picture(to_array(grid), "Samples", "A row per class, if any.")}
 
 
-def _choose(num_images: int, labels: Sequence[int] | None) -> list[int]:
-    """Indices of the pictures: the first of every class, or the first ones."""
+def first_images(num_images: int, labels: Sequence[int] | None) -> list[int]:
+    """The ascending indices of the first images of every class; without classes, the first ones."""
     if labels is None:
         return list(range(min(num_images, MAX_IMAGES)))
     by_class: dict[int, list[int]] = {}

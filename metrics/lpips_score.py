@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.real import RealSets
+from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
 from metrics.rows import KeptRows
-from metrics.scoring import Entry, entry
-from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
+from metrics.weights import Network, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
-from utils.rng import Stream, numpy_generator
+from utils.rng import Stream, fixed_subset, numpy_generator
 
-ALEXNET = WeightsSource(
-    name="LPIPS (AlexNet)",
-    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    flag="--lpips_weights",
-    file_names=("alexnet-owt-7be5be79.pth",),
-    hash_prefix="7be5be79",
-)
 NUM_PAIRS = 2000
 MIN_SIZE = 64  # pixels; AlexNet fails below 31, and values at different sizes do not compare
 PAIR_BATCH = 32
@@ -47,8 +40,18 @@ class MeanError(NamedTuple):
     sem: float | None
 
 
+class Diversity(NamedTuple):
+    """Mean distance of any two images, and of two with one label, averaged over the labels.
+
+    `intra` is None without labels, or where no label has two images.
+    """
+
+    inter: MeanError
+    intra: MeanError | None
+
+
 def load_lpips(path: Path, device: torch.device) -> Distance:
-    """LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
+    """Load LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
 
     Returns:
         distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,).
@@ -77,6 +80,17 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
     return distance
 
 
+ALEXNET = Network(
+    name="lpips",
+    title="LPIPS (AlexNet)",
+    load=load_lpips,
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    file_names=("alexnet-owt-7be5be79.pth",),
+    help="AlexNet for lpips; default: cache or download",
+    hash_prefix="7be5be79",
+)
+
+
 def lpips_input(images: Tensor) -> Tensor:
     """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], smaller side >= 64."""
     x = to_float(to_rgb(images))
@@ -86,6 +100,16 @@ def lpips_input(images: Tensor) -> Tensor:
         size = (round(height * scale), round(width * scale))
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return x
+
+
+def distances(distance: Distance, a: Tensor, b: Tensor, device: torch.device) -> Tensor:
+    """(N,) float64 on the CPU: the distance of each of uint8 (N, C, H, W) to the same row of `b`."""
+    found = []
+    with torch.inference_mode(), full_float32(device):
+        for pair in zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True):
+            x, y = (lpips_input(images.to(device)) for images in pair)
+            found.append(distance(x, y).cpu().double())
+    return torch.cat(found)
 
 
 def draw_pairs(num_images: int, num_pairs: int, seed: int, *index: int) -> Tensor:
@@ -98,24 +122,15 @@ def draw_pairs(num_images: int, num_pairs: int, seed: int, *index: int) -> Tenso
     return torch.stack([torch.from_numpy(first), torch.from_numpy(second)], dim=1)
 
 
-def pool_of(indices: Sequence[int], num_pairs: int, seed: int) -> list[int]:
-    """The images that pairs are drawn from, sorted: no more than that many pairs can use."""
-    if len(indices) <= 2 * num_pairs:
-        return list(indices)
-    order = numpy_generator(seed, Stream.EVALUATION).permutation(len(indices))
-    return sorted(indices[i] for i in order[: 2 * num_pairs])
-
-
 def mean_distance(
     distance: Distance, images: Tensor, pairs: Tensor, device: torch.device
 ) -> MeanError:
     """Mean of `distance` over pairs of rows of uint8 (N, C, H, W)."""
-    found = []
-    with torch.inference_mode(), full_float32(device):
-        for part in pairs.split(PAIR_BATCH):
-            a, b = (lpips_input(images[part[:, side]].to(device)) for side in (0, 1))
-            found.append(distance(a, b).cpu().double())
-    values = torch.cat(found)
+    parts = [
+        distances(distance, images[part[:, 0]], images[part[:, 1]], device)
+        for part in pairs.split(PAIR_BATCH)  # few copies of images at a time
+    ]
+    values = torch.cat(parts)
     sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return MeanError(values.mean().item(), sem)
 
@@ -127,27 +142,26 @@ def diversity(
     device: torch.device,
     *,
     num_pairs: int = NUM_PAIRS,
-    seed: int = 0,
-) -> dict[str, MeanError | None]:
-    """`lpips_inter` over any pairs, and `lpips_intra` within a label, averaged over the labels.
+) -> Diversity:
+    """Compare pairs of uint8 images (N, C, H, W), drawn with a fixed seed.
 
-    `lpips_intra` is None without labels, or where no label has two images. Pairs share images, so
-    standard errors are a little too small where `num_pairs` is large beside the number of images.
+    Pairs share images, so standard errors are a little too small where `num_pairs` is large beside
+    the number of images.
 
     Raises:
         ValueError: fewer than two images.
     """
     if len(images) < 2:
         raise ValueError(f"a distance needs at least 2 images, there are {len(images)}")
-    inter = mean_distance(distance, images, draw_pairs(len(images), num_pairs, seed, 1), device)
+    inter = mean_distance(distance, images, draw_pairs(len(images), num_pairs, 0, 1), device)
     if labels is None:
-        return {"lpips_inter": inter, "lpips_intra": None}
+        return Diversity(inter, None)
     classes = [rows for k in labels.unique() if len(rows := (labels == k).nonzero()[:, 0]) > 1]
     per_class = []
     for k, rows in enumerate(classes):
-        pairs = draw_pairs(len(rows), max(1, num_pairs // len(classes)), seed, 2, k)
+        pairs = draw_pairs(len(rows), max(1, num_pairs // len(classes)), 0, 2, k)
         per_class.append(mean_distance(distance, images, rows[pairs], device))
-    return {"lpips_inter": inter, "lpips_intra": _average(per_class)}
+    return Diversity(inter, _average(per_class))
 
 
 def _average(parts: list[MeanError]) -> MeanError | None:
@@ -158,93 +172,89 @@ def _average(parts: list[MeanError]) -> MeanError | None:
     return MeanError(sum(part.mean for part in parts) / len(parts), sem)
 
 
-class LpipsScorer:
-    """LPIPS diversity (see `metrics.scoring.Scorer`).
+class Lpips(Metric, Collector):
+    """LPIPS diversity of the generated images, beside that of the real ones, if there are any.
 
     Processes send the images that pairs are drawn from (4000 at most) to the main one, which alone
     computes distances: seconds on a GPU, a minute on a CPU.
-
-    Args:
-        num_images: generated images over all processes.
-        labels: of all of them by global index, or None.
-        shape: (C, H, W) of one image.
     """
 
-    names = ("lpips",)
+    better = "near the real value"
+    network = ALEXNET
 
-    def __init__(
-        self,
-        distance: Distance,
-        device: torch.device,
-        *,
-        num_images: int,
-        labels: Sequence[int] | None,
-        shape: tuple[int, int, int],
-        num_pairs: int = NUM_PAIRS,
-        seed: int = 0,
-        weights: Weights | None = None,
-    ) -> None:
-        self.distance = distance
-        self.device = device
-        self.num_images = num_images
-        self.num_pairs = num_pairs
-        self.seed = seed
-        pool = pool_of(range(num_images), num_pairs, seed)
-        self.images = KeptRows(pool, shape, torch.uint8)
-        self.labels = None if labels is None else torch.tensor(labels)[pool]
-        self.real: dict[str, MeanError | None] = {}
-        size = list(lpips_input(torch.zeros(1, *shape, dtype=torch.uint8)).shape[-2:])
-        self.details: dict[str, Any] = {"net": "alex", "size": size}
-        if weights is not None:
-            self.details |= {"path": str(weights.path), "sha256": weights.sha256}
+    def __init__(self, context: Context) -> None:
+        self.distance: Distance = context.networks[ALEXNET]
+        self.device = context.runtime.device
+        generated = context.generated
+        self.num_images = generated.num_images
+        self.images = KeptRows(self._pool(self.num_images))
+        labels = generated.labels
+        self.labels = None if labels is None else torch.tensor(labels)[self.images.chosen]
+        self.real: Diversity | None = None
+        size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
+        self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
 
-    def clear(self) -> None:
-        self.images.clear()
+    def _pool(self, num_images: int) -> Any:
+        """Sorted indices of the images that pairs are drawn from: no more than pairs can use."""
+        return fixed_subset(num_images, 2 * NUM_PAIRS)
 
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or not runtime.is_main:
             return
-        real = real.reference
-        pool = pool_of(real.indices, self.num_pairs, self.seed)
-        labels = real.labels[pool] if real.num_classes and self.labels is not None else None
-        self.real = self._diversity(real.load(pool), labels)
+        images = real.reference
+        pool = [images.indices[i] for i in self._pool(len(images.indices))]
+        labels = images.labels[pool] if images.num_classes and self.labels is not None else None
+        self.real = diversity(self.distance, images.load(pool), labels, self.device)
 
-    def reduce_real(self, runtime: Runtime) -> None:
-        pass
+    def reset(self) -> None:
+        self.images.reset()
 
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        self.images.put(images, indices)
+    def update(self, images: Tensor, indices: range) -> None:
+        self.images.update(images, indices)
 
-    def reduce_generated(self, runtime: Runtime) -> None:
-        self.images.all_reduce(runtime)
+    def reduce(self, runtime: Runtime) -> None:
+        self.images.reduce(runtime)
 
-    def results(self) -> dict[str, Entry]:
-        generated = self._diversity(self.images.values, self.labels)
-        inter, real = generated["lpips_inter"], self.real.get("lpips_inter")
-        details: dict[str, Any] = {}
-        for name, found in generated.items():
-            baseline = self.real.get(name)
-            details[name] = found and {
-                "value": found.mean,
-                "sem": found.sem,
+    def compute(self) -> Entry:
+        generated = diversity(self.distance, self.images.values, self.labels, self.device)
+        baselines = self.real or (None, None)
+        inter, intra = (
+            part
+            and {
+                "value": part.mean,
+                "sem": part.sem,
                 "real_value": baseline and baseline.mean,
                 "real_sem": baseline and baseline.sem,
             }
-        return {
-            "lpips": entry(
-                "ok",
-                inter.mean,
-                sem=inter.sem,
-                real_value=real and real.mean,
-                **details,
-                n=self.num_images,
-                num_pairs=min(self.num_pairs, self.num_images * (self.num_images - 1) // 2),
-                better="near the real value",
-                extractor=self.details,
-            )
-        }
-
-    def _diversity(self, images: Tensor, labels: Tensor | None) -> dict[str, MeanError | None]:
-        return diversity(
-            self.distance, images, labels, self.device, num_pairs=self.num_pairs, seed=self.seed
+            for part, baseline in zip(generated, baselines, strict=True)
         )
+        return entry(
+            "ok",
+            inter["value"],
+            sem=inter["sem"],
+            real_value=inter["real_value"],
+            lpips_inter=inter,
+            lpips_intra=intra,
+            n=self.num_images,
+            num_pairs=min(NUM_PAIRS, self.num_images * (self.num_images - 1) // 2),
+            better=self.better,
+            extractor=self.details,
+        )
+
+    @classmethod
+    def rows(cls, name: str, result: Entry) -> list[Row]:
+        rows = super().rows("lpips_inter", result)
+        if intra := result.get("lpips_intra"):
+            rows.append(("lpips_intra", number(intra["value"]), _note(intra)))
+        return rows
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return _note(result["lpips_inter"])
+
+
+def _note(part: dict[str, Any]) -> str:
+    notes = [] if part["sem"] is None else [f"+- {number(part['sem'])}"]
+    if part["real_value"] is not None:
+        notes.append(f"real {number(part['real_value'])}")
+    return ", ".join(notes)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,14 @@ def content_key(depends_on: Mapping[str, Any] | Sequence[Any]) -> str:
     """12 hex digits for a file name, which change with anything in `depends_on` (as JSON)."""
     content = json.dumps(depends_on, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_DIGITS]
+
+
+@contextlib.contextmanager
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Bound how long the body's downloads wait for an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
