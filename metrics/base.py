@@ -181,7 +181,7 @@ class Metric:
         return {}
 
     def statistics(self) -> Reference | None:
-        """Mean and covariance of the real images, if the metric has them, to be written to a file."""
+        """Mean and covariance of the real images, to be written to a file, if there are any."""
         return None
 
     @classmethod

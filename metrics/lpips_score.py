@@ -103,7 +103,7 @@ def lpips_input(images: Tensor) -> Tensor:
 
 
 def distances(distance: Distance, a: Tensor, b: Tensor, device: torch.device) -> Tensor:
-    """(N,) float64 on the CPU: the distance of each of uint8 (N, C, H, W) to the same row of `b`."""
+    """(N,) float64 on the CPU: from each row of uint8 `a` (N, C, H, W) to the same row of `b`."""
     found = []
     with torch.inference_mode(), full_float32(device):
         for pair in zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True):
