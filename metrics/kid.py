@@ -23,7 +23,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> KernelDistance:
-    """Mean squared discrepancy of `NUM_SUBSETS` subsets of features (N, D) and (M, D).
+    """Mean squared discrepancy of `NUM_SUBSETS` subsets of features (N, D) and (M, D), in float64.
 
     Raises:
         ValueError: features that are not finite.
@@ -33,7 +33,11 @@ def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> Ker
     if not (generated.isfinite().all() and real.isfinite().all()):
         raise ValueError("features are not finite")
     result = kid_features_to_metric(
-        generated, real, kid_subsets=NUM_SUBSETS, kid_subset_size=subset_size, verbose=False
+        generated.double(),
+        real.double(),
+        kid_subsets=NUM_SUBSETS,
+        kid_subset_size=subset_size,
+        verbose=False,
     )
     return KernelDistance(
         result["kernel_inception_distance_mean"], result["kernel_inception_distance_std"]

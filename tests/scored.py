@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,9 @@ def real_images_of(
 ) -> RealImages:
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
 
-    def fetch(indices: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.tensor(list(indices), dtype=torch.int64).split(size):
+    def fetch(indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(indices), size):
+            rows = torch.tensor(indices[start : start + size])
             yield images[rows], labels[rows]
 
     spec = ImageSpec(*images.shape[1:], int(labels.max()) + 1)
