@@ -26,9 +26,8 @@ from generation.evaluated import (
 from generation.run import CONFIG_CHECKS, Run, load_run_of
 from generation.sweep import Setting
 from metrics import METRICS, check_metric_names, networks_of
-from metrics.comparison import read_report
 from metrics.evaluation import Evaluation
-from metrics.report import code_version, report_path
+from metrics.report import code_version, read_report, report_path
 from utils.cli import add_sampling_options, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime

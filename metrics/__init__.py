@@ -13,8 +13,7 @@ from metrics.base import Metric
 from metrics.class_accuracy import ClassAccuracy
 from metrics.domain import FdDomain, PrdcDomain
 from metrics.fid import Fid
-from metrics.inception_score import InceptionScore
-from metrics.kid import Kid
+from metrics.fidelity import InceptionScore, Kid
 from metrics.lpips_score import Lpips
 from metrics.memorization import Memorization
 from metrics.prdc import Prdc

@@ -1,16 +1,161 @@
-"""Does the model draw the class it was asked for? Judged by a classifier trained on real images."""
+"""Does the model draw the class it was asked for? Judged by a classifier trained on real images.
+
+Its own accuracy on real images it has not seen is the ceiling of what generated images can be
+expected to reach. Values compare only under one classifier (`key` in the report).
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from metrics.base import Entry, Metric, Row, entry, number
-from metrics.class_views import ClassifierViews
-from metrics.classifier import accuracy, count_pairs, per_class
+import torch
+from torch import Tensor
+
+from datasets.real import RealImages, RealSets
+from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
+from metrics.classifier import (
+    MAX_TEST_IMAGES,
+    Classifier,
+    Holdout,
+    accuracy,
+    classifier_spec,
+    classify,
+    count_pairs,
+    new_classifier,
+    per_class,
+    trained_classifier,
+)
+from metrics.gallery import ChosenRows
+from metrics.moments import FeatureMoments
+from metrics.prdc import searched
 from reporting.html import Picture
+from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid, to_array
 
+MIN_CEILING = 0.9
 UNSURE_BELOW = 0.5  # probability of the class that is seen
+MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
+
+
+class Mistake(NamedTuple):
+    """A generated image in which the classifier sees another class than the requested one."""
+
+    image: Tensor  # uint8 (C, H, W)
+    requested: int
+    seen: int
+
+
+class ClassifierViews(Collector):
+    """Classes that are seen, for "accuracy", and features, for "domain", as far as they are kept.
+
+    The main process trains the classifier, or takes it from the cache, and hands it to the others.
+
+    Attributes:
+        views: after `reduce`, on the main process, float64 (N, 3) of all images: the class seen,
+            its probability, and the probability of the requested class.
+        mistakes: some images with a wrong class.
+        moments, kept: sums, and some rows, of the features (N, F) of the generated images.
+        real, unseen: on the main process, features of the real images to compare with, and of
+            other real images.
+        confusion: (K, K) int64, class x class seen, of unseen real images.
+        details: what identifies the classifier, for the report.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.keeps = context.keeps
+        self.device = context.runtime.device
+        self.shape = context.generated.spec.shape
+        self.flip = context.real.flip
+        self.cache_dir, self.log = context.cache_dir, context.log
+        self.num_images = context.generated.num_images
+        self.labels = context.generated.labels
+        self.network: Classifier | None = None
+        self.class_names: Sequence[str] = ()
+        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
+        self.details: dict[str, Any] = {}
+        self.real = self.unseen = torch.zeros(0)
+        self.kept = ChosenRows(searched(self.num_images))
+
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
+        if real is None:
+            raise ValueError("the classifier needs real images to train on")
+        train = real.train
+        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
+        spec = classifier_spec(self.shape, train.num_classes, len(train.labels), flip=self.flip)
+        self.network = new_classifier(spec, self.device)
+        if not runtime.is_main:
+            return
+        self.network, self.confusion, parts, self.details = trained_classifier(
+            real, spec, self.device, cache_dir=self.cache_dir, log=self.log
+        )
+        if real.test is None and "accuracy" in self.keeps:
+            self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
+        if "domain" in self.keeps:
+            self.real, self.unseen = self._real_features(real, parts)
+
+    def _real_features(self, real: RealSets, parts: Holdout) -> tuple[Tensor, Tensor]:
+        wanted = set(real.train.indices)
+        seen = real.train, [index for index in parts.train if index in wanted]
+        unseen = real.train, parts.test
+        if real.test is not None:
+            unseen = real.test, list(real.test.indices)[:MAX_TEST_IMAGES]
+        if real.reference is not real.train:
+            seen, unseen = (real.reference, real.reference.indices), seen
+        return self._features(*seen), self._features(*unseen)
+
+    def _features(self, images: RealImages, indices: Sequence[int]) -> Tensor:
+        batches = (batch for batch, _ in images.fetch(indices))
+        rows = [classify(self.network, batch, self.device).features for batch in batches]
+        return torch.cat([torch.zeros(0, self.network.head.in_features), *rows])
+
+    def reduce_real(self, runtime: Runtime) -> None:
+        for tensor in self.network.state_dict().values():
+            runtime.broadcast(tensor)
+
+    def reset(self) -> None:
+        self.views = torch.zeros(0, 3, dtype=torch.float64)
+        self.mistakes: list[Mistake] = []
+        self.moments = FeatureMoments(self.network.head.in_features)
+        self.kept.reset()
+
+    def update(self, images: Tensor, indices: range) -> None:
+        probs, features = classify(self.network, images, self.device)
+        if "domain" in self.keeps:
+            self.moments.update(features)
+            self.kept.update(features, indices)
+        if "accuracy" in self.keeps:
+            requested = torch.tensor(self.labels[indices.start : indices.stop])
+            sure, seen = probs.max(1)
+            asked_for = probs.gather(1, requested[:, None])[:, 0]
+            self.views = torch.cat([self.views, torch.stack([seen, sure, asked_for], 1).double()])
+            for i in (seen != requested).nonzero()[:, 0].tolist():
+                if len(self.mistakes) < MAX_MISTAKES:
+                    self.mistakes.append(Mistake(images[i], int(requested[i]), int(seen[i])))
+
+    def reduce(self, runtime: Runtime) -> None:
+        if "domain" in self.keeps:
+            self.moments.all_reduce(runtime)
+            self.kept.reduce(runtime)
+        if "accuracy" in self.keeps:
+            views = runtime.gather(self.views, self.num_images)
+            self.views = self.views if views is None else views
+            shares = runtime.gather_objects(self.mistakes)
+            self.mistakes = [mistake for share in shares for mistake in share][:MAX_MISTAKES]
+
+    @property
+    def weakness(self) -> str | None:
+        """Why the classifier is not to be trusted; None if it is."""
+        ceiling = accuracy(self.confusion)
+        if ceiling >= MIN_CEILING:
+            return None
+        return f"the classifier itself is right on only {ceiling:.1%} of real images"
+
+    def judged(self, result: Entry) -> Entry:
+        """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
+        if result["status"] == "ok" and self.weakness:
+            result |= {"status": "unreliable", "reason": self.weakness}
+        return result | {"classifier": self.details}
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from metrics.base import Entry, Metric, entry, number
-from metrics.class_views import ClassifierViews
+from metrics.class_accuracy import ClassifierViews
 from metrics.fid import frechet_distance
 from metrics.moments import FeatureMoments
 from metrics.prdc import Prdc, prdc, searched, too_few

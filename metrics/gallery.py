@@ -1,13 +1,14 @@
-"""Pictures for the report: generated images, a row per class, kept while the metrics see them."""
+"""Rows of some of the images, such as the pictures that the report shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from metrics.base import Collector, Context
-from metrics.rows import KeptRows
 from reporting.html import Picture
 from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid, to_array
@@ -16,27 +17,46 @@ MAX_IMAGES = 100
 MAX_CLASSES = 20
 
 
-class Gallery(Collector):
-    """Keeps a few generated images; no metric is computed from it."""
+class ChosenRows(Collector):
+    """Keeps chosen images, or other rows that belong to them, for the main process.
+
+    Args:
+        chosen: the global indices of these images, ascending.
+
+    Attributes:
+        values: after `reduce`, the rows of all chosen images on the CPU, (len(chosen), ...).
+    """
+
+    def __init__(self, chosen: Sequence[int] | np.ndarray) -> None:
+        self.chosen = torch.as_tensor(chosen, dtype=torch.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        self.parts: list[Tensor] = []
+        self.values = torch.zeros(0)
+
+    def update(self, images: Tensor, indices: range) -> None:
+        bounds = torch.tensor([indices.start, indices.stop])
+        first, stop = torch.searchsorted(self.chosen, bounds).tolist()
+        self.parts.append(images[self.chosen[first:stop] - indices.start].cpu())
+
+    def reduce(self, runtime: Runtime) -> None:
+        parts = [part for share in runtime.gather_objects(self.parts) for part in share]
+        self.values = torch.cat(parts) if parts else torch.zeros(0)
+        self.parts = []
+
+
+class Gallery(ChosenRows):
+    """Keeps the first generated images, of every class if there are classes, to be shown."""
 
     def __init__(self, context: Context) -> None:
         labels = context.generated.labels
-        chosen = first_images(context.generated.num_images, labels)
-        self.labels = None if labels is None else [labels[i] for i in chosen]
-        self.images = KeptRows(chosen)
-
-    def reset(self) -> None:
-        self.images.reset()
-
-    def update(self, images: Tensor, indices: range) -> None:
-        self.images.update(images, indices)
-
-    def reduce(self, runtime: Runtime) -> None:
-        self.images.reduce(runtime)
+        super().__init__(first_images(context.generated.num_images, labels))
+        self.labels = None if labels is None else [labels[i] for i in self.chosen.tolist()]
 
     def pictures(self) -> dict[str, Picture]:
         """A grid of the images, if any were drawn, with a row per class where there are classes."""
-        images, labels = self.images.values, None
+        images, labels = self.values, None
         if not len(images):
             return {}
         if self.labels is not None:

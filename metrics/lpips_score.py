@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.real import RealSets
-from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
-from metrics.rows import KeptRows
+from metrics.base import Context, Entry, Metric, Row, entry, number
+from metrics.gallery import ChosenRows
 from metrics.weights import Network, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_float, to_rgb
@@ -41,7 +41,7 @@ class MeanError(NamedTuple):
 
 
 class Diversity(NamedTuple):
-    """Mean distance of any two images, and of two with one label, averaged over the labels.
+    """The mean distance of any two images, and of two with one label, averaged over the labels.
 
     `intra` is None without labels, or where no label has two images.
     """
@@ -102,37 +102,62 @@ def lpips_input(images: Tensor) -> Tensor:
     return x
 
 
-def distances(distance: Distance, a: Tensor, b: Tensor, device: torch.device) -> Tensor:
-    """(N,) float64 on the CPU: from each row of uint8 `a` (N, C, H, W) to the same row of `b`."""
-    found = []
+def distances(
+    distance: Distance, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Tensor:
+    """(N,) float64 on the CPU: the distance of each image to the one in the same row beside it.
+
+    Args:
+        pairs: uint8 (b, C, H, W) twice, batch by batch.
+    """
     with torch.inference_mode(), full_float32(device):
-        for pair in zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True):
-            x, y = (lpips_input(images.to(device)) for images in pair)
-            found.append(distance(x, y).cpu().double())
-    return torch.cat(found)
+        parts = [distance(*(lpips_input(x.to(device)) for x in pair)).cpu() for pair in pairs]
+    return torch.cat(parts).double()
 
 
-def draw_pairs(num_images: int, num_pairs: int, seed: int, *index: int) -> Tensor:
-    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`."""
+def draw_pairs(num_images: int, num_pairs: int, *index: int) -> Tensor:
+    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`.
+
+    They are a function of the arguments alone; `index` is the number of the draw.
+    """
     if num_images * (num_images - 1) // 2 <= num_pairs:
         return torch.combinations(torch.arange(num_images))
-    rng = numpy_generator(seed, Stream.EVALUATION, *index)
+    rng = numpy_generator(0, Stream.EVALUATION, *index)
     first = rng.integers(num_images, size=num_pairs)
     second = (first + rng.integers(1, num_images, size=num_pairs)) % num_images
     return torch.stack([torch.from_numpy(first), torch.from_numpy(second)], dim=1)
 
 
 def mean_distance(
-    distance: Distance, images: Tensor, pairs: Tensor, device: torch.device
-) -> MeanError:
-    """Mean of `distance` over pairs of rows of uint8 (N, C, H, W)."""
-    parts = [
-        distances(distance, images[part[:, 0]], images[part[:, 1]], device)
-        for part in pairs.split(PAIR_BATCH)  # few copies of images at a time
-    ]
-    values = torch.cat(parts)
-    sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return MeanError(values.mean().item(), sem)
+    distance: Distance,
+    images: Tensor,
+    groups: Mapping[tuple[int, ...], Tensor],
+    device: torch.device,
+    *,
+    num_pairs: int,
+) -> MeanError | None:
+    """Average, over groups of images, the mean distance between two images of a group.
+
+    Pairs share images, so the error is a little too small where `num_pairs` is large beside the
+    number of images.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        groups: number of the draw -> rows of the images. None of them gives None.
+        num_pairs: in all groups together.
+    """
+    means, errors = [], []
+    for index, rows in groups.items():
+        pairs = rows[draw_pairs(len(rows), max(1, num_pairs // len(groups)), *index)]
+        batches = ((images[some[:, 0]], images[some[:, 1]]) for some in pairs.split(PAIR_BATCH))
+        values = distances(distance, batches, device)
+        means.append(values.mean().item())
+        if len(values) > 1:
+            errors.append(values.std().item() / math.sqrt(len(values)))
+    if not means:
+        return None
+    sem = math.hypot(*errors) / len(means) if len(errors) == len(means) else None
+    return MeanError(sum(means) / len(means), sem)
 
 
 def diversity(
@@ -145,34 +170,23 @@ def diversity(
 ) -> Diversity:
     """Compare pairs of uint8 images (N, C, H, W), drawn with a fixed seed.
 
-    Pairs share images, so standard errors are a little too small where `num_pairs` is large beside
-    the number of images.
-
     Raises:
         ValueError: fewer than two images.
     """
     if len(images) < 2:
         raise ValueError(f"a distance needs at least 2 images, there are {len(images)}")
-    inter = mean_distance(distance, images, draw_pairs(len(images), num_pairs, 0, 1), device)
-    if labels is None:
-        return Diversity(inter, None)
-    classes = [rows for k in labels.unique() if len(rows := (labels == k).nonzero()[:, 0]) > 1]
-    per_class = []
-    for k, rows in enumerate(classes):
-        pairs = draw_pairs(len(rows), max(1, num_pairs // len(classes)), 0, 2, k)
-        per_class.append(mean_distance(distance, images, rows[pairs], device))
-    return Diversity(inter, _average(per_class))
+    everything = {(1,): torch.arange(len(images))}
+    classes = [] if labels is None else [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+    by_class = {(2, k): rows for k, rows in enumerate(r for r in classes if len(r) > 1)}
+    return Diversity(
+        *(
+            mean_distance(distance, images, groups, device, num_pairs=num_pairs)
+            for groups in (everything, by_class)
+        )
+    )
 
 
-def _average(parts: list[MeanError]) -> MeanError | None:
-    if not parts:
-        return None
-    errors = [part.sem for part in parts if part.sem is not None]
-    sem = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
-    return MeanError(sum(part.mean for part in parts) / len(parts), sem)
-
-
-class Lpips(Metric, Collector):
+class Lpips(ChosenRows, Metric):
     """LPIPS diversity of the generated images, beside that of the real ones, if there are any.
 
     Processes send the images that pairs are drawn from (4000 at most) to the main one, which alone
@@ -183,58 +197,43 @@ class Lpips(Metric, Collector):
     network = ALEXNET
 
     def __init__(self, context: Context) -> None:
+        generated = context.generated
+        super().__init__(fixed_subset(generated.num_images, 2 * NUM_PAIRS))
         self.distance: Distance = context.networks[ALEXNET]
         self.device = context.runtime.device
-        generated = context.generated
         self.num_images = generated.num_images
-        self.images = KeptRows(self._pool(self.num_images))
         labels = generated.labels
-        self.labels = None if labels is None else torch.tensor(labels)[self.images.chosen]
+        self.labels = None if labels is None else torch.tensor(labels)[self.chosen]
         self.real: Diversity | None = None
         size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
         self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
-
-    def _pool(self, num_images: int) -> Any:
-        """Sorted indices of the images that pairs are drawn from: no more than pairs can use."""
-        return fixed_subset(num_images, 2 * NUM_PAIRS)
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or not runtime.is_main:
             return
         images = real.reference
-        pool = [images.indices[i] for i in self._pool(len(images.indices))]
+        pool = [images.indices[i] for i in fixed_subset(len(images.indices), 2 * NUM_PAIRS)]
         labels = images.labels[pool] if images.num_classes and self.labels is not None else None
         self.real = diversity(self.distance, images.load(pool), labels, self.device)
 
-    def reset(self) -> None:
-        self.images.reset()
-
-    def update(self, images: Tensor, indices: range) -> None:
-        self.images.update(images, indices)
-
-    def reduce(self, runtime: Runtime) -> None:
-        self.images.reduce(runtime)
-
     def compute(self) -> Entry:
-        generated = diversity(self.distance, self.images.values, self.labels, self.device)
-        baselines = self.real or (None, None)
-        inter, intra = (
-            part
-            and {
+        generated = diversity(self.distance, self.values, self.labels, self.device)
+        parts = {}
+        for name, part in generated._asdict().items():
+            real = getattr(self.real, name, None)
+            parts[f"lpips_{name}"] = part and {
                 "value": part.mean,
                 "sem": part.sem,
-                "real_value": baseline and baseline.mean,
-                "real_sem": baseline and baseline.sem,
+                "real_value": real and real.mean,
+                "real_sem": real and real.sem,
             }
-            for part, baseline in zip(generated, baselines, strict=True)
-        )
+        inter = parts["lpips_inter"]
         return entry(
             "ok",
             inter["value"],
             sem=inter["sem"],
             real_value=inter["real_value"],
-            lpips_inter=inter,
-            lpips_intra=intra,
+            **parts,
             n=self.num_images,
             num_pairs=min(NUM_PAIRS, self.num_images * (self.num_images - 1) // 2),
             better=self.better,
@@ -243,17 +242,16 @@ class Lpips(Metric, Collector):
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
-        rows = super().rows("lpips_inter", result)
-        if intra := result.get("lpips_intra"):
-            rows.append(("lpips_intra", number(intra["value"]), _note(intra)))
-        return rows
+        intra = result.get("lpips_intra")
+        more = [("lpips_intra", number(intra["value"]), _note(intra))] if intra else []
+        return [*super().rows("lpips_inter", result), *more]
 
     @classmethod
     def note(cls, result: Entry) -> str:
         return _note(result["lpips_inter"])
 
 
-def _note(part: dict[str, Any]) -> str:
+def _note(part: Mapping[str, Any]) -> str:
     notes = [] if part["sem"] is None else [f"+- {number(part['sem'])}"]
     if part["real_value"] is not None:
         notes.append(f"real {number(part['real_value'])}")

@@ -6,7 +6,8 @@ with real images that are not in the set searched (Meehan et al. 2020, arXiv:200
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
-from metrics.base import Collector, Context, Entry, Metric, entry
-from metrics.lpips_score import ALEXNET, Distance, distances
-from metrics.rows import KeptRows
+from metrics.base import Context, Entry, Metric, entry
+from metrics.gallery import ChosenRows
+from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
 from reporting.html import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array
@@ -43,10 +44,10 @@ class Neighbours(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Of images to their k nearest train images, nearest first."""
+    """The distances of images to their k nearest train images, nearest first."""
 
     pixels: np.ndarray  # (n, k) root mean square over pixels in [0, 1]
-    positions: Tensor  # (n, k) int64 places in `real.indices`
+    positions: Tensor  # (n, k) int64 places in `train.indices`
     lpips: Tensor | None  # (n, k) float64, of the same train images
 
 
@@ -58,21 +59,19 @@ def nearest_images(
     num_neighbours: int,
     left_out: Tensor,
     device: torch.device,
-    block_rows: int | None = None,
 ) -> Neighbours:
-    """Exact search by matrix products: float64 holds every integer that occurs in them.
+    """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
     Args:
         queries: uint8 (Q, C, H, W).
-        train: batches of uint8 (b, C, H, W), `num_train` images in all; few are held at a time.
+        train: batches of uint8 (b, C, H, W), `num_train` images in all.
         left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
-        block_rows: images per block; changes no result.
     """
-    rows = block_rows or max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
+    rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
     best = torch.full((len(queries), num_neighbours), NEVER, device=device)
     start = 0
-    for block in _regroup(train, rows):
+    for block in itertools.chain.from_iterable(batch.split(rows) for batch in train):
         b = block.to(device).flatten(1).double()  # (rows, C * H * W)
         positions = torch.arange(start, start + len(b), device=device)
         for first in range(0, len(queries), rows):
@@ -87,18 +86,6 @@ def nearest_images(
     assert start == num_train, f"{start} train images came, not {num_train}"
     best = best.cpu()
     return Neighbours(best // num_train, best % num_train)
-
-
-def _regroup(batches: Iterable[Tensor], num_rows: int) -> Iterator[Tensor]:
-    """The same rows in order, `num_rows` at a time or fewer."""
-    held: list[Tensor] = []
-    for batch in batches:
-        held.append(batch)
-        if sum(map(len, held)) >= num_rows:
-            yield from torch.cat(held).split(num_rows)
-            held = []
-    if held:
-        yield from torch.cat(held).split(num_rows)
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -149,7 +136,7 @@ def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     }
 
 
-class Memorization(Metric, Collector):
+class Memorization(ChosenRows, Metric):
     """The share of generated images that are as close to a train image as few held-out ones are.
 
     Processes send the images that are checked to the main one, which alone searches the train
@@ -169,10 +156,10 @@ class Memorization(Metric, Collector):
     real_images = True
 
     def __init__(self, context: Context) -> None:
+        draw = EvaluationDraw.CHECKED_FOR_COPIES
+        super().__init__(fixed_subset(context.generated.num_images, NUM_CHECKED, draw))
         self.device = context.runtime.device
         self.distance: Distance | None = context.networks.get(ALEXNET)
-        checked = EvaluationDraw.CHECKED_FOR_COPIES
-        self.images = KeptRows(fixed_subset(context.generated.num_images, NUM_CHECKED, checked))
         self.train: RealImages | None = None
         self.test: RealImages | None = None
         self.held_out: Distances | None = None
@@ -190,17 +177,11 @@ class Memorization(Metric, Collector):
             )
 
     def reset(self) -> None:
-        self.images.reset()
+        super().reset()
         self.closest: list[Tensor] = []
 
-    def update(self, images: Tensor, indices: range) -> None:
-        self.images.update(images, indices)
-
-    def reduce(self, runtime: Runtime) -> None:
-        self.images.reduce(runtime)
-
     def compute(self) -> Entry:
-        held_out, images, checked = self.held_out, self.images.values, self.images.chosen
+        held_out, images, checked = self.held_out, self.values, self.chosen
         searched = self._search(images, torch.full_like(checked, -1))
         compared, by_lpips = compare(searched.pixels, held_out.pixels), None
         rows = searched.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
@@ -268,19 +249,19 @@ class Memorization(Metric, Collector):
     def _lpips(self, queries: Tensor, positions: Tensor) -> Tensor:
         """(Q, k) float64: the distance of each query to the train images at `positions` (Q, k)."""
         parts = []
-        for some, near in zip(
-            queries.split(RERANK_ROWS), positions.split(RERANK_ROWS), strict=True
-        ):
+        blocks = zip(queries.split(RERANK_ROWS), positions.split(RERANK_ROWS), strict=True)
+        for block, near in blocks:
             needed, rows = near.unique(return_inverse=True)
-            a = some.repeat_interleave(near.shape[1], 0)
+            a = block.repeat_interleave(near.shape[1], 0)
             b = _load(self.train, needed)[rows.flatten()]
-            parts.append(distances(self.distance, a, b, self.device))
+            pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
+            parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
 
     def _doubts(self) -> list[str]:
         doubts, num_held_out = [], len(self.held_out.pixels)
-        if len(self.images.chosen) < MIN_CHECKED:
-            doubts.append(f"only {len(self.images.chosen)} generated images are checked")
+        if len(self.chosen) < MIN_CHECKED:
+            doubts.append(f"only {len(self.chosen)} generated images are checked")
         if num_held_out < MIN_CHECKED:
             doubts.append(f"only {num_held_out} held-out real images to compare with")
         if len(self.train.indices) < len(self.train.labels):

@@ -16,11 +16,14 @@ from metrics import METRICS
 from metrics.base import Entry, Row
 from metrics.html import render_html
 from reporting.html import Picture
+from utils.errors import ConfigError
 from utils.files import write_text
 
 SCHEMA_VERSION = 1
 STATUSES = ("complete", "partial", "empty")  # of a report, from best to worst
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy")
+# A difference in these makes two values of a metric incomparable.
+SAME = ("n", "n_real", "num_pairs", "subset_size", "extractor", "classifier", "k")
 # Keys of the report that other programs read: -> metric, key of its entry.
 KNOWN_KEYS = {
     "FID": ("fid", "value"),
@@ -130,6 +133,49 @@ def save_sweep(
         "provenance": stamped(facts),
     }
     save_report(path, report)
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Read a report.json of this project.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--compare {path}: cannot be read ({error})") from error
+    if not isinstance(report, dict) or not isinstance(report.get("metrics"), dict):
+        raise ConfigError(f"--compare {path}: is no report.json of a single evaluation")
+    return report
+
+
+def compare(report: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What changed since an older report: a row for each metric with a value in both."""
+    rows = []
+    for name, new in report["metrics"].items():
+        before = old["metrics"].get(name, {})
+        if new["value"] is None or before.get("value") is None:
+            continue
+        differing = [key for key in SAME if _essence(new.get(key)) != _essence(before.get(key))]
+        rows.append(
+            {
+                "metric": name,
+                "old": before["value"],
+                "new": new["value"],
+                "delta": new["value"] - before["value"],
+                "better": new.get("better"),
+                "note": f"not comparable, {', '.join(differing)} differ" if differing else None,
+            }
+        )
+    return rows
+
+
+def _essence(value: Any) -> Any:
+    """What identifies a network: its key or hash, not where it lies."""
+    if isinstance(value, Mapping):
+        return value.get("key") or value.get("sha256") or dict(value)
+    return value
 
 
 def columns_of(entries: Mapping[str, Entry]) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Context, Entry, Generated, Real
-from metrics.plan import Plan, build_parts
+from metrics.evaluation import Plan, build_parts
 from metrics.scoring import Scoring
 from metrics.weights import Network
 from utils.distributed import Runtime

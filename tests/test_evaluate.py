@@ -19,7 +19,7 @@ import evaluate
 import train
 from datasets import real
 from generation import evaluated
-from metrics import METRICS, class_views, classifier
+from metrics import METRICS, class_accuracy, classifier
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
 from metrics.reference import read_reference
@@ -69,7 +69,7 @@ def quick_classifier(monkeypatch):
     def short(*args, **options):
         return dataclasses.replace(classifier.classifier_spec(*args, **options), num_steps=5)
 
-    monkeypatch.setattr(class_views, "classifier_spec", short)
+    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
 
 
 def read(path: Path) -> dict:

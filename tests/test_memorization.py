@@ -36,22 +36,25 @@ def brute_force(queries: Tensor, train: Tensor) -> Tensor:
     return difference.square().flatten(2).sum(2)
 
 
-def search(queries: Tensor, train: Tensor, *, left_out: Tensor | None = None, **options):
+def search(
+    queries: Tensor, train: Tensor, *, left_out: Tensor | None = None, size: int = 7, **options
+):
     if left_out is None:
         left_out = torch.full((len(queries),), -1)
     return nearest_images(
-        queries, train.split(7), len(train), left_out=left_out, device=CPU, **options
+        queries, train.split(size), len(train), left_out=left_out, device=CPU, **options
     )
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10)])
-@pytest.mark.parametrize("block_rows", [None, 1, 4, 16, 1000])
-def test_search_is_brute_force_for_any_block_size(shape, block_rows):
+@pytest.mark.parametrize(("size", "block_rows"), [(7, 2048), (20, 1), (7, 4), (50, 16)])
+def test_search_is_brute_force_for_any_block_size(shape, size, block_rows, monkeypatch):
     """Ties included: of equal train images the first comes first."""
     train = random_images(50, shape)
     train[30:40] = train[:10]
     queries = torch.cat([train[35:40], random_images(9, shape, seed=1), 255 - train[:3]])
-    found = search(queries, train, num_neighbours=10, block_rows=block_rows)
+    monkeypatch.setattr(memorization, "BLOCK_ROWS", block_rows)
+    found = search(queries, train, num_neighbours=10, size=size)
     table = brute_force(queries, train)
     expected = table.sort(dim=1, stable=True)
     assert torch.equal(found.squared, expected.values[:, :10])
@@ -70,12 +73,12 @@ def test_search_is_exact_where_float32_is_not():
     assert found.positions.tolist() == [[1, 0, 2]]
 
 
-@pytest.mark.parametrize("block_rows", [None, 4])
-def test_an_image_can_be_left_out_of_its_own_search(block_rows):
+@pytest.mark.parametrize("size", [7, 20])
+def test_an_image_can_be_left_out_of_its_own_search(size):
     train = random_images(20)
     own = torch.tensor([3, 19, -1])
     queries = train[torch.tensor([3, 19, 5])]
-    found = search(queries, train, left_out=own, num_neighbours=19, block_rows=block_rows)
+    found = search(queries, train, left_out=own, num_neighbours=19, size=size)
     assert 3 not in found.positions[0]
     assert 19 not in found.positions[1]
     assert found.positions[2, 0] == 5

@@ -19,7 +19,7 @@ from datasets.real import RealImages, chosen_images
 from metrics import (
     METRICS,
     check_metric_names,
-    class_views,
+    class_accuracy,
     classifier,
     fid,
     inception,
@@ -29,10 +29,10 @@ from metrics import (
 from metrics.base import Collector, Generated, Metric, Real, entry
 from metrics.class_accuracy import wilson_interval
 from metrics.classifier import ClassifierSpec, accuracy, count_pairs, per_class
+from metrics.evaluation import plan_metrics
 from metrics.inception import INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
 from metrics.moments import FeatureMoments
-from metrics.plan import plan_metrics
 from metrics.report import build_report, report_path, save_report, summary, warnings_of
 from metrics.scoring import Part, Scoring
 from tests.scored import (
@@ -430,13 +430,13 @@ def test_lpips_diversity_of_grey_28_pixel_images(alexnet_path):
     assert found["extractor"]["size"] == [64, 64]
 
 
-def test_pairs_differ_and_depend_on_the_seed_alone():
+def test_pairs_differ_and_depend_on_the_draw_alone():
     pairs = lpips_score.draw_pairs(100, 500, 3)
     assert pairs.shape == (500, 2)
     assert (pairs[:, 0] != pairs[:, 1]).all()
     assert torch.equal(pairs, lpips_score.draw_pairs(100, 500, 3))
     assert not torch.equal(pairs, lpips_score.draw_pairs(100, 500, 4))
-    assert len(lpips_score.draw_pairs(5, 500, 0)) == 10
+    assert len(lpips_score.draw_pairs(5, 500, 1)) == 10
 
 
 def test_diversity_is_the_mean_over_all_pairs_when_there_are_few():
@@ -474,7 +474,7 @@ def short_training(monkeypatch, num_steps: int) -> None:
         spec = classifier.classifier_spec(*args, **options)
         return dataclasses.replace(spec, num_steps=num_steps)
 
-    monkeypatch.setattr(class_views, "classifier_spec", short)
+    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
 
 
 def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path, monkeypatch):
