@@ -17,7 +17,7 @@ from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
 from metrics.classifier import (
     MAX_TEST_IMAGES,
     Classifier,
-    Holdout,
+    Rows,
     accuracy,
     classifier_spec,
     classify,
@@ -86,18 +86,18 @@ class ClassifierViews(Collector):
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return
-        self.network, self.confusion, parts, self.details = trained_classifier(
+        self.network, self.confusion, rows, self.details = trained_classifier(
             real, spec, self.device, cache_dir=self.cache_dir, log=self.log
         )
         if real.test is None and "accuracy" in self.keeps:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
         if "domain" in self.keeps:
-            self.real, self.unseen = self._real_features(real, parts)
+            self.real, self.unseen = self._real_features(real, rows)
 
-    def _real_features(self, real: RealSets, parts: Holdout) -> tuple[Tensor, Tensor]:
+    def _real_features(self, real: RealSets, rows: Rows) -> tuple[Tensor, Tensor]:
         wanted = set(real.train.indices)
-        seen = real.train, [index for index in parts.train if index in wanted]
-        unseen = real.train, parts.test
+        seen = real.train, [index for index in rows.train if index in wanted]
+        unseen = real.train, rows.test
         if real.test is not None:
             unseen = real.test, list(real.test.indices)[:MAX_TEST_IMAGES]
         if real.reference is not real.train:

@@ -64,13 +64,10 @@ def classifier_spec(
     return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
 
 
-class ConvBlock(nn.Sequential):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 3 x 3 convolution, batch normalisation and ReLU."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class Classifier(nn.Module):
@@ -79,9 +76,9 @@ class Classifier(nn.Module):
     def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
         width = spec.base_width
-        self.stem = ConvBlock(spec.channels, width)
-        self.stages = nn.ModuleList(ConvBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(3))
-        self.mixer = ConvBlock(width * 8, width * 8)
+        self.stem = conv_block(spec.channels, width)
+        self.stages = nn.ModuleList(conv_block(width * n, width * n * 2) for n in (1, 2, 4))
+        self.mixer = conv_block(width * 8, width * 8)
         self.head = nn.Linear(width * 8, spec.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -128,7 +125,7 @@ def train_classifier(
     spec: ClassifierSpec,
     device: torch.device,
     *,
-    on_step: Callable[[int], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Classifier:
     """Train on uint8 (N, C, H, W) and int64 (N,) labels. The same arguments give the same network.
 
@@ -148,11 +145,9 @@ def train_classifier(
         for step in range(spec.num_steps):
             epoch, offset = divmod(step, steps_per_epoch)
             if offset == 0:
-                # Epochs count from 1: index 0 is the initialisation's.
-                order = numpy_generator(spec.seed, Stream.CLASSIFIER, epoch + 1).permutation(
-                    len(images)
-                )
-                rng = torch_generator(spec.seed, Stream.CLASSIFIER, epoch + 1)
+                draw = (spec.seed, Stream.CLASSIFIER, epoch + 1)  # 0 is the initialisation
+                order = numpy_generator(*draw).permutation(len(images))
+                rng = torch_generator(*draw)
             rows = torch.from_numpy(order[offset * batch_size : (offset + 1) * batch_size])
             x = shift_randomly(to_float(images[rows].to(device)), rng)
             if spec.flip:
@@ -163,7 +158,8 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-            on_step(step + 1)
+            if (step + 1) % 200 == 0:
+                log(f"  step {step + 1} of {spec.num_steps}")
     return network.eval()
 
 
@@ -219,23 +215,23 @@ def per_class(confusion: Tensor) -> list[float | None]:
     return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
 
 
-class Holdout(NamedTuple):
+class Rows(NamedTuple):
     """Rows of the train split to train on, and to measure the ceiling on (none: a test split)."""
 
     train: list[int]
     test: list[int]
 
 
-def split_train(num_images: int, *, hold_out: bool, seed: int) -> Holdout:
+def split_train(num_images: int, *, hold_out: bool, seed: int) -> Rows:
     """Cut off a tenth if `hold_out`, and cap the rest at `MAX_TRAIN_IMAGES`."""
     rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
     order = rng.permutation(num_images).tolist()
     num_test = max(1, int(num_images * HELD_OUT_SHARE)) if hold_out else 0
-    return Holdout(sorted(order[num_test:][:MAX_TRAIN_IMAGES]), sorted(order[:num_test]))
+    return Rows(sorted(order[num_test:][:MAX_TRAIN_IMAGES]), sorted(order[:num_test]))
 
 
 class Trained(NamedTuple):
-    """A classifier, and which real images it saw.
+    """A classifier, and which train images it saw.
 
     Attributes:
         confusion: (K, K) int64, class x class seen, of unseen real images.
@@ -244,7 +240,7 @@ class Trained(NamedTuple):
 
     network: Classifier
     confusion: Tensor
-    parts: Holdout
+    rows: Rows
     details: dict[str, Any]
 
 
@@ -270,29 +266,24 @@ def trained_classifier(
         "spec": asdict(spec),
         "ceiling_split": test.split if test else "a tenth of train, held out",
     }
-    parts = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
+    rows = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
     network = new_classifier(spec, device)
     confusion = None if path is None else _load(path, network, log)
     if confusion is None:
         log(
-            f"training the classifier of class_acc: {len(parts.train)} real images, "
-            f"{spec.num_steps} steps of {min(spec.batch_size, len(parts.train))}"
+            f"training the classifier of class_acc: {len(rows.train)} real images, "
+            f"{spec.num_steps} steps of {min(spec.batch_size, len(rows.train))}"
         )
-        network = train_classifier(
-            train.load(parts.train),
-            train.labels[parts.train],
-            spec,
-            device,
-            on_step=lambda n: n % 200 == 0 and log(f"  step {n} of {spec.num_steps}"),
-        )
+        images, labels = train.load(rows.train), train.labels[rows.train]
+        network = train_classifier(images, labels, spec, device, log=log)
         judge = test or train
-        rows = list(test.indices)[:MAX_TEST_IMAGES] if test else parts.test
-        seen = classify(network, judge.load(rows), device).probs.argmax(1)
-        confusion = count_pairs(judge.labels[rows], seen, spec.num_classes)
-        log(f"  accuracy on {len(rows)} unseen real images: {accuracy(confusion):.4f}")
+        unseen = list(test.indices)[:MAX_TEST_IMAGES] if test else rows.test
+        seen = classify(network, judge.load(unseen), device).probs.argmax(1)
+        confusion = count_pairs(judge.labels[unseen], seen, spec.num_classes)
+        log(f"  accuracy on {len(unseen)} unseen real images: {accuracy(confusion):.4f}")
         if path is not None:
             _store(path, network, confusion, details, log)
-    return Trained(network, confusion, parts, details)
+    return Trained(network, confusion, rows, details)
 
 
 def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor | None:
@@ -315,11 +306,8 @@ def _store(
     details: dict[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    content = {
-        "state_dict": {k: v.cpu() for k, v in network.state_dict().items()},
-        "ceiling_confusion": confusion,
-        "details": json.dumps(details),
-    }
+    state = {k: v.cpu() for k, v in network.state_dict().items()}
+    content = {"state_dict": state, "ceiling_confusion": confusion, "details": json.dumps(details)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, content)

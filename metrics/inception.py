@@ -105,35 +105,26 @@ class FeatureSet:
         rows: after `reduce`, on the main process, float32 (N, width) for "features" and "logits".
     """
 
-    def __init__(
-        self, keeps: Collection[str], extractor: Extractor, device: torch.device | str
-    ) -> None:
-        dim = extractor.feature_dim
-        self.moments = FeatureMoments(dim, device) if "moments" in keeps else None
-        widths = {"features": dim, "logits": extractor.num_logits}
-        self._parts = {kind: [torch.zeros(0, widths[kind])] for kind in widths if kind in keeps}
+    def __init__(self, keeps: Collection[str], extractor: Extractor, device: torch.device) -> None:
+        widths = {"features": extractor.feature_dim, "logits": extractor.num_logits}
+        self.moments = FeatureMoments(extractor.feature_dim, device) if "moments" in keeps else None
         self.rows: dict[str, Tensor] = {}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is kept, so that no image need be looked at."""
-        return self.moments is None and not self._parts
+        self._parts = {kind: [torch.zeros(0, widths[kind])] for kind in widths if kind in keeps}
 
     def update(self, features: Tensor, logits: Tensor) -> None:
         """Add features (b, D) and logits (b, L) of the next images of this process's share."""
         if self.moments is not None:
             self.moments.update(features)
         for kind, parts in self._parts.items():
-            parts.append({"features": features, "logits": logits}[kind].float().cpu())
+            parts.append((features if kind == "features" else logits).float().cpu())
 
     def reduce(self, runtime: Runtime, num_images: int) -> None:
         """Bring together what the processes have of `num_images` images. A collective."""
         if self.moments is not None:
             self.moments.all_reduce(runtime)
-        for kind in list(self._parts):
-            rows = runtime.gather(torch.cat(self._parts.pop(kind)), num_images)
-            if rows is not None:
-                self.rows[kind] = rows
+        for kind, parts in self._parts.items():
+            self.rows[kind] = runtime.gather(torch.cat(parts), num_images)
+        self._parts = {}
 
 
 class InceptionFeatures(Collector):
@@ -150,7 +141,7 @@ class InceptionFeatures(Collector):
         self.details = {**self.extractor.details, **context.origin_of(INCEPTION)}
         self.device = context.runtime.device
         self.num_images = context.generated.num_images
-        self.keeps = context.keeps
+        self.keeps = context.keeps & {"moments", "features", "logits"}
         self.reference = context.real.statistics
         self.meta: dict[str, Any] = {}
         self.store: Path | None = None
@@ -161,8 +152,8 @@ class InceptionFeatures(Collector):
             if "features" not in self.keeps:  # these need the images themselves
                 self.reference = self._stored(context.runtime)
         known = context.runtime.broadcast_object(self.reference is not None)
-        wanted = self.keeps - ({"logits", "moments"} if known else {"logits"})
-        self.real = FeatureSet(wanted, self.extractor, self.device)
+        self.keeps_real = self.keeps - ({"logits", "moments"} if known else {"logits"})
+        self.real = FeatureSet(self.keeps_real, self.extractor, self.device)
         self.num_real = 0
         self.reset()
 
@@ -179,13 +170,13 @@ class InceptionFeatures(Collector):
         }
 
     def _stored(self, runtime: Runtime) -> Reference | None:
-        if runtime.is_main and self.store is not None and self.store.is_file():
+        if runtime.is_main and self.store.is_file():
             with contextlib.suppress(ConfigError):  # a damaged one is made again
                 return read_reference(self.store, self.extractor.feature_dim)
         return None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if self.real.is_empty:
+        if not self.keeps_real:
             return
         if real is None:
             raise ValueError("real images are needed")

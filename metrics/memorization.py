@@ -33,14 +33,8 @@ CONFIDENCE = 0.99
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # at most; 64 MB in float64
 RERANK_ROWS = 100
+LEFT_OUT = "train, each image left out of its own search"
 NEVER = torch.iinfo(torch.int64).max
-
-
-class Neighbours(NamedTuple):
-    """The k nearest train images of each query, nearest first; of equal ones the first."""
-
-    squared: Tensor  # (Q, k) int64 squared distance in 8-bit steps, exact
-    positions: Tensor  # (Q, k) int64 place of the train image in the stream
 
 
 class Distances(NamedTuple):
@@ -59,13 +53,17 @@ def nearest_images(
     num_neighbours: int,
     left_out: Tensor,
     device: torch.device,
-) -> Neighbours:
+) -> tuple[Tensor, Tensor]:
     """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
     Args:
         queries: uint8 (Q, C, H, W).
         train: batches of uint8 (b, C, H, W), `num_train` images in all.
         left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
+
+    Returns:
+        of the k nearest train images of each query, nearest first and of equal ones the first:
+        the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
@@ -85,7 +83,7 @@ def nearest_images(
         start += len(b)
     assert start == num_train, f"{start} train images came, not {num_train}"
     best = best.cpu()
-    return Neighbours(best // num_train, best % num_train)
+    return best // num_train, best % num_train
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -198,16 +196,15 @@ class Memorization(ChosenRows, Metric):
             **compared,
             lpips=by_lpips,
             closest=[
-                {
-                    "index": int(checked[row]),
-                    "train_index": int(self.train.indices[position]),
-                    "distance": float(searched.pixels[row, 0]),
-                }
-                for row, position in zip(rows, nearest[0].tolist(), strict=True)
+                {"index": index, "train_index": self.train.indices[place], "distance": distance}
+                for index, place, distance in zip(
+                    checked[rows].tolist(),
+                    nearest[0].tolist(),
+                    searched.pixels[rows, 0].tolist(),
+                    strict=True,
+                )
             ],
-            baseline=self.test.split
-            if self.test
-            else "train, each image left out of its own search",
+            baseline=self.test.split if self.test else LEFT_OUT,
             n_checked=len(images),
             n_held_out=len(held_out.pixels),
             n_train=len(self.train.indices),
@@ -233,7 +230,7 @@ class Memorization(ChosenRows, Metric):
     def _search(self, images: Tensor, left_out: Tensor) -> Distances:
         """All train images for each image, but for the position `left_out`."""
         num_train = len(self.train.indices)
-        nearest = nearest_images(
+        squared, positions = nearest_images(
             images,
             (batch for batch, _ in self.train.fetch(self.train.indices)),
             num_train,
@@ -242,9 +239,9 @@ class Memorization(ChosenRows, Metric):
             # MPS has no float64.
             device=torch.device("cpu") if self.device.type == "mps" else self.device,
         )
-        pixels = (nearest.squared.double() / images[0].numel()).sqrt().numpy() / 255
-        lpips = None if self.distance is None else self._lpips(images, nearest.positions)
-        return Distances(pixels, nearest.positions, lpips)
+        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
+        lpips = None if self.distance is None else self._lpips(images, positions)
+        return Distances(pixels, positions, lpips)
 
     def _lpips(self, queries: Tensor, positions: Tensor) -> Tensor:
         """(Q, k) float64: the distance of each query to the train images at `positions` (Q, k)."""

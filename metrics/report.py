@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from metrics import METRICS
@@ -70,10 +71,8 @@ def build_report(
 
 def overall_status(entries: Mapping[str, Entry]) -> str:
     """Say "complete" if every metric has a value, "partial" if some do, "empty" if none does."""
-    there = [result["status"] in ("ok", "unreliable") for result in entries.values()]
-    if all(there):
-        return "complete" if there else "empty"
-    return "partial" if any(there) else "empty"
+    there = {result["status"] in ("ok", "unreliable") for result in entries.values()}
+    return STATUSES[1] if len(there) == 2 else STATUSES[0] if True in there else STATUSES[2]
 
 
 def warnings_of(names: Iterable[str], num_images: int, channels: int) -> list[str]:
@@ -158,16 +157,10 @@ def compare(report: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str,
         if new["value"] is None or before.get("value") is None:
             continue
         differing = [key for key in SAME if _essence(new.get(key)) != _essence(before.get(key))]
-        rows.append(
-            {
-                "metric": name,
-                "old": before["value"],
-                "new": new["value"],
-                "delta": new["value"] - before["value"],
-                "better": new.get("better"),
-                "note": f"not comparable, {', '.join(differing)} differ" if differing else None,
-            }
-        )
+        row = {"metric": name, "old": before["value"], "new": new["value"]}
+        row |= {"delta": new["value"] - before["value"], "better": new.get("better")}
+        row["note"] = f"not comparable, {', '.join(differing)} differ" if differing else None
+        rows.append(row)
     return rows
 
 
@@ -195,25 +188,16 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["cfg_scale"], row["num_inference_steps"]), []).append(row)
     repeats = []
     for (scale, steps), group in groups.items():
-        if len(group) == 1:
-            continue
         values = {name: [row["metrics"][name] for row in group] for name in group[0]["metrics"]}
-        repeats.append(
-            {
-                "cfg_scale": scale,
-                "num_inference_steps": steps,
-                "seeds": [row["seed"] for row in group],
-                "metrics": {
-                    name: {
-                        "mean": statistics.mean(known),
-                        "std": statistics.stdev(known),
-                        "min": min(known),
-                    }
-                    for name, known in values.items()
-                    if None not in known
-                },
-            }
-        )
+        of_metrics = {
+            name: {"mean": mean(known), "std": stdev(known), "min": min(known)}
+            for name, known in values.items()
+            if len(known) > 1 and None not in known
+        }
+        if len(group) > 1:
+            setting = {"cfg_scale": scale, "num_inference_steps": steps}
+            seeds = [row["seed"] for row in group]
+            repeats.append({**setting, "seeds": seeds, "metrics": of_metrics})
     return repeats
 
 
@@ -221,10 +205,8 @@ def stamped(facts: Mapping[str, Any]) -> dict[str, Any]:
     """`facts` as plain JSON types, between the present time and the versions of packages."""
     installed: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return plain({"created": created, **facts, "versions": installed})
 

@@ -54,13 +54,13 @@ def test_search_is_brute_force_for_any_block_size(shape, size, block_rows, monke
     train[30:40] = train[:10]
     queries = torch.cat([train[35:40], random_images(9, shape, seed=1), 255 - train[:3]])
     monkeypatch.setattr(memorization, "BLOCK_ROWS", block_rows)
-    found = search(queries, train, num_neighbours=10, size=size)
+    squared, positions = search(queries, train, num_neighbours=10, size=size)
     table = brute_force(queries, train)
     expected = table.sort(dim=1, stable=True)
-    assert torch.equal(found.squared, expected.values[:, :10])
-    assert torch.equal(found.positions, expected.indices[:, :10])
-    assert found.squared[:5, :2].tolist() == [[0, 0]] * 5
-    assert found.positions[:5, :2].tolist() == [[i, 30 + i] for i in range(5, 10)]
+    assert torch.equal(squared, expected.values[:, :10])
+    assert torch.equal(positions, expected.indices[:, :10])
+    assert squared[:5, :2].tolist() == [[0, 0]] * 5
+    assert positions[:5, :2].tolist() == [[i, 30 + i] for i in range(5, 10)]
 
 
 def test_search_is_exact_where_float32_is_not():
@@ -68,9 +68,9 @@ def test_search_is_exact_where_float32_is_not():
     train = torch.full((3, 3, 256, 256), 255, dtype=torch.uint8)
     train[1, 0, 0, 0] = 254
     train[2, 0, 0, 0] = 253
-    found = search(train[1:2], train, num_neighbours=3)
-    assert found.squared.tolist() == [[0, 1, 1]]
-    assert found.positions.tolist() == [[1, 0, 2]]
+    squared, positions = search(train[1:2], train, num_neighbours=3)
+    assert squared.tolist() == [[0, 1, 1]]
+    assert positions.tolist() == [[1, 0, 2]]
 
 
 @pytest.mark.parametrize("size", [7, 20])
@@ -78,11 +78,11 @@ def test_an_image_can_be_left_out_of_its_own_search(size):
     train = random_images(20)
     own = torch.tensor([3, 19, -1])
     queries = train[torch.tensor([3, 19, 5])]
-    found = search(queries, train, left_out=own, num_neighbours=19, size=size)
-    assert 3 not in found.positions[0]
-    assert 19 not in found.positions[1]
-    assert found.positions[2, 0] == 5
-    assert (found.squared[:2] > 0).all()
+    squared, positions = search(queries, train, left_out=own, num_neighbours=19, size=size)
+    assert 3 not in positions[0]
+    assert 19 not in positions[1]
+    assert positions[2, 0] == 5
+    assert (squared[:2] > 0).all()
 
 
 @pytest.mark.parametrize(("hits", "count", "hits_real", "count_real"),
