@@ -137,8 +137,6 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         cache_dir=images.home,
         weights={n.name: getattr(args, n.flag.strip("-")) for n in networks_of(METRICS)},
         download=not args.dry_run,
-        log=log.info,
-        warn=log.warning,
     )
     count = images.generated.num_images
     log.info("%s on %s, %d process(es)", images.name, device, runtime.world_size)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -379,8 +378,6 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
         ),
         runtime=runtime,
         cache_dir=folder,
-        log=log.info,
-        warn=log.warning,
     )
     log.info("every %d epochs an evaluation of %d images:", config.eval_interval, count)
     for line in evaluation.plan.lines():
@@ -396,7 +393,6 @@ def evaluate(
     evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
 ) -> dict[str, float | None]:
     """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
-    started = time.perf_counter()
     count = evaluation.generated.num_images
     setting = settings_of(run.config, count)[0]
     with evaluation_mode(run) as whole:
@@ -409,7 +405,7 @@ def evaluate(
             runtime=runtime,
         )
         facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
-        report = evaluation.score((batch for batch, _, _ in images), facts=facts, started=started)
+        report = evaluation.score((batch for batch, _, _ in images), facts=facts)
     values = None
     if report is not None:
         path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"

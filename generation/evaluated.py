@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,7 +256,6 @@ def score_sets(
     generated, start = images.generated, images.runtime.share(images.generated.num_images).start
     reports = []
     for setting in settings:
-        started = time.perf_counter()
         name = setting.name() if len(settings) > 1 else ""
         batches = images.batches(setting)
         if save_images_dir is not None:
@@ -265,7 +263,6 @@ def score_sets(
         report = evaluation.score(
             batches,
             facts={**facts, **({} if setting is None else setting.facts())},
-            started=started,
             always_sample=save_images_dir is not None,
         )
         if report is not None:

@@ -11,7 +11,7 @@ on every process, and no process waits in a reduction that another one never rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -95,7 +95,6 @@ class Context:
         weights: the files they were read from.
         keeps: the union of `Metric.keeps` over the metrics that run.
         cache_dir: where a later evaluation finds classifiers and statistics; None keeps nothing.
-        log: is told about work that takes long.
     """
 
     runtime: Runtime
@@ -105,7 +104,6 @@ class Context:
     weights: Mapping[Network, Weights] = field(default_factory=dict)
     keeps: frozenset[str] = frozenset()
     cache_dir: Path | None = None
-    log: Callable[[str], None] = lambda _: None
 
     def origin_of(self, network: Network) -> dict[str, str]:
         """The path and the SHA-256 of a network's weights, for the report."""

@@ -67,7 +67,7 @@ class ClassifierViews(Collector):
         self.device = context.runtime.device
         self.shape = context.generated.spec.shape
         self.flip = context.real.flip
-        self.cache_dir, self.log = context.cache_dir, context.log
+        self.cache_dir = context.cache_dir
         self.num_images = context.generated.num_images
         self.labels = context.generated.labels
         self.network: Classifier | None = None
@@ -87,7 +87,7 @@ class ClassifierViews(Collector):
         if not runtime.is_main:
             return
         self.network, self.confusion, rows, self.details = trained_classifier(
-            real, spec, self.device, cache_dir=self.cache_dir, log=self.log
+            real, spec, self.device, self.cache_dir
         )
         if real.test is None and "accuracy" in self.keeps:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"

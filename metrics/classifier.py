@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ MAX_TRAIN_IMAGES = 60_000
 MAX_TEST_IMAGES = 10_000
 HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
 TEST_BATCH = 500
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,7 @@ def shift_randomly(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    spec: ClassifierSpec,
-    device: torch.device,
-    *,
-    log: Callable[[str], None] = lambda _: None,
+    images: Tensor, labels: Tensor, spec: ClassifierSpec, device: torch.device
 ) -> Classifier:
     """Train on uint8 (N, C, H, W) and int64 (N,) labels. The same arguments give the same network.
 
@@ -159,7 +157,7 @@ def train_classifier(
             optimizer.step()
             schedule.step()
             if (step + 1) % 200 == 0:
-                log(f"  step {step + 1} of {spec.num_steps}")
+                log.info("  step %d of %d", step + 1, spec.num_steps)
     return network.eval()
 
 
@@ -245,12 +243,7 @@ class Trained(NamedTuple):
 
 
 def trained_classifier(
-    real: RealSets,
-    spec: ClassifierSpec,
-    device: torch.device,
-    *,
-    cache_dir: Path | None,
-    log: Callable[[str], None] = lambda _: None,
+    real: RealSets, spec: ClassifierSpec, device: torch.device, cache_dir: Path | None
 ) -> Trained:
     """Take the classifier of `real.train` from `cache_dir`, or train it and keep it there.
 
@@ -268,25 +261,28 @@ def trained_classifier(
     }
     rows = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
     network = new_classifier(spec, device)
-    confusion = None if path is None else _load(path, network, log)
+    confusion = None if path is None else _load(path, network)
     if confusion is None:
-        log(
-            f"training the classifier of class_acc: {len(rows.train)} real images, "
-            f"{spec.num_steps} steps of {min(spec.batch_size, len(rows.train))}"
+        log.info(
+            "training the classifier of class_acc: %d real images, %d steps of %d",
+            len(rows.train),
+            spec.num_steps,
+            min(spec.batch_size, len(rows.train)),
         )
         images, labels = train.load(rows.train), train.labels[rows.train]
-        network = train_classifier(images, labels, spec, device, log=log)
+        network = train_classifier(images, labels, spec, device)
         judge = test or train
         unseen = list(test.indices)[:MAX_TEST_IMAGES] if test else rows.test
         seen = classify(network, judge.load(unseen), device).probs.argmax(1)
         confusion = count_pairs(judge.labels[unseen], seen, spec.num_classes)
-        log(f"  accuracy on {len(unseen)} unseen real images: {accuracy(confusion):.4f}")
+        right = accuracy(confusion)
+        log.info("  accuracy on %d unseen real images: %.4f", len(unseen), right)
         if path is not None:
-            _store(path, network, confusion, details, log)
+            _store(path, network, confusion, details)
     return Trained(network, confusion, rows, details)
 
 
-def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor | None:
+def _load(path: Path, network: Classifier) -> Tensor | None:
     """Take over what `_store` wrote; returns the confusion, None if there is nothing to use."""
     if not path.is_file():
         return None
@@ -295,21 +291,15 @@ def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor
         network.load_state_dict(stored["state_dict"])
         return stored["ceiling_confusion"]
     except Exception as error:  # whatever a damaged file makes torch raise
-        log(f"{path} is damaged and will be made again: {one_line(error)}")
+        log.info("%s is damaged and will be made again: %s", path, one_line(error))
         return None
 
 
-def _store(
-    path: Path,
-    network: Classifier,
-    confusion: Tensor,
-    details: dict[str, Any],
-    log: Callable[[str], None],
-) -> None:
+def _store(path: Path, network: Classifier, confusion: Tensor, details: dict[str, Any]) -> None:
     state = {k: v.cpu() for k, v in network.state_dict().items()}
     content = {"state_dict": state, "ceiling_confusion": confusion, "details": json.dumps(details)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, content)
     except (OSError, RuntimeError) as error:
-        log(f"the classifier could not be stored, the next run trains it again: {error}")
+        log.info("the classifier could not be stored, the next run trains it again: %s", error)

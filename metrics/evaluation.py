@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor
 
 from metrics import METRICS, networks_of
-from metrics.base import Collector, Context, Entry, Generated, Real, entry
+from metrics.base import Collector, Context, Entry, Generated, Metric, Real, entry
 from metrics.gallery import Gallery
 from metrics.reference import write_reference
 from metrics.report import Report, build_report, compare, save_report, warnings_of
 from metrics.scoring import Part, Scoring
 from metrics.weights import Network, Weights, shared_weights
-from reporting.html import Picture
 from utils.distributed import Runtime
 from utils.errors import MissingWeightsError
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass
@@ -79,16 +81,15 @@ def plan_metrics(
     names: tuple[str, ...],
     generated: Generated,
     real: Real,
-    *,
     runtime: Runtime,
-    given_weights: Mapping[str, str | None],
+    *,
+    weights: Mapping[str, str | None],
     download: bool = True,
 ) -> Plan:
     """Find the weights of each network that `names` need. To be called on every process.
 
     Args:
-        given_weights: name of a network -> path that the user gave for its weights, or None.
-        download: False looks on this machine only.
+        weights, download: see `Evaluation`.
     """
     plan = Plan(names)
     num_classes = generated.spec.num_classes
@@ -108,9 +109,8 @@ def plan_metrics(
     for network in networks_of(plan.runnable):
         first, *others = plan.users_of(network)
         try:
-            plan.weights[network] = shared_weights(
-                network, given_weights.get(network.name), runtime, download=download
-            )
+            given = weights.get(network.name)
+            plan.weights[network] = shared_weights(network, given, runtime, download=download)
         except MissingWeightsError as error:
             plan.skip([first], str(error))
             plan.skip(others, f"the weights that {first} needs, too, are missing")
@@ -167,7 +167,6 @@ class Evaluation:
         cache_dir: for what serves the next evaluation: classifiers, statistics.
         weights: name of a network -> path that the user gave for its weights, or None.
         download: False looks for weights on this machine only.
-        log, warn: are told what is done, and what goes wrong.
     """
 
     def __init__(
@@ -180,19 +179,11 @@ class Evaluation:
         cache_dir: Path,
         weights: Mapping[str, str | None] | None = None,
         download: bool = True,
-        log: Callable[[str], None] = lambda _: None,
-        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.generated, self.real = generated, fitting(real, generated)
         self.runtime, self.cache_dir = runtime, cache_dir
-        self.log, self.warn = log, warn
         self.plan = plan_metrics(
-            names,
-            generated,
-            self.real,
-            runtime=runtime,
-            given_weights=weights or {},
-            download=download,
+            names, generated, self.real, runtime, weights=weights or {}, download=download
         )
         self.scoring: Scoring | None = None
 
@@ -205,30 +196,22 @@ class Evaluation:
             networks=load_networks(self.plan, self.runtime),
             weights=self.plan.weights,
             cache_dir=self.cache_dir,
-            log=self.log,
         )
         self.gallery = Gallery(context)
         parts = [*build_parts(self.plan, context), Part(self.gallery)]
-        self.scoring = Scoring(parts, runtime=self.runtime, warn=self.warn)
+        self.scoring = Scoring(parts, self.runtime)
         self.scoring.update_real(self.real.sets)
 
     def score(
-        self,
-        batches: Iterable[Tensor],
-        *,
-        facts: Mapping[str, Any],
-        started: float,
-        always_sample: bool = False,
+        self, batches: Iterable[Tensor], *, facts: Mapping[str, Any], always_sample: bool = False
     ) -> Report | None:
         """Make the report on one set of images; None on all processes but the main one.
 
         Args:
-            batches: uint8 (b, C, H, W) on the CPU: this process's `runtime.share(num_images)`,
-                contiguous and in order.
+            batches, always_sample: see `Scoring.score`.
             facts: how the images came about.
-            started: `time.perf_counter()` before any work on them.
-            always_sample: go through `batches` even if no metric can run.
         """
+        started = time.perf_counter()
         if self.scoring is None:
             self.prepare()
         count = self.generated.num_images
@@ -249,26 +232,25 @@ class Evaluation:
         """
         if old is not None:
             report["comparison"] = compare(report, old)
-        save_report(path, report, self._pictures())
-
-    def _pictures(self) -> dict[str, Picture]:
         pictures = self.gallery.pictures()
-        for part in self.scoring.alive:
-            for metric in part.metrics.values():
-                pictures |= metric.pictures()
-        return pictures
+        for metric in self._metrics():
+            pictures |= metric.pictures()
+        save_report(path, report, pictures)
+
+    def _metrics(self) -> list[Metric]:
+        return [metric for part in self.scoring.alive for metric in part.metrics.values()]
 
     def write_reference(self, path: Path) -> None:
         """Write the statistics that fid compares with, for others. A refusal stops nothing."""
         if not self.runtime.is_main:
             return
-        metrics = (metric for part in self.scoring.alive for metric in part.metrics.values())
         try:
-            statistics = next(filter(None, (metric.statistics() for metric in metrics)), None)
+            known = (metric.statistics() for metric in self._metrics())
+            statistics = next(filter(None, known), None)
             if statistics is None:
-                self.warn("--write_reference: fid does not run, so there is nothing to write")
+                log.warning("--write_reference: fid does not run, so there is nothing to write")
             else:
                 write_reference(path, statistics)
-                self.log(f"statistics of the real images: {path}")
+                log.info("statistics of the real images: %s", path)
         except (OSError, ValueError) as error:
-            self.warn(f"--write_reference {path}: not written, {error}")
+            log.warning("--write_reference %s: not written, %s", path, error)

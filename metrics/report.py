@@ -72,7 +72,9 @@ def build_report(
 def overall_status(entries: Mapping[str, Entry]) -> str:
     """Say "complete" if every metric has a value, "partial" if some do, "empty" if none does."""
     there = {result["status"] in ("ok", "unreliable") for result in entries.values()}
-    return STATUSES[1] if len(there) == 2 else STATUSES[0] if True in there else STATUSES[2]
+    if len(there) == 2:
+        return "partial"
+    return "complete" if True in there else "empty"
 
 
 def warnings_of(names: Iterable[str], num_images: int, channels: int) -> list[str]:

@@ -6,6 +6,7 @@ others go on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from torch import Tensor
 from datasets.real import RealSets
 from metrics.base import Collector, Entry, Metric, entry
 from utils.distributed import Runtime
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass
@@ -35,23 +38,13 @@ class Part:
 class Scoring:
     """All collectors together: the real images once, then any number of sets of generated ones.
 
-    Args:
-        warn: is told once about each part that fails.
-
     Attributes:
         alive: the parts that have not failed on any process.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        *,
-        runtime: Runtime,
-        warn: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], runtime: Runtime) -> None:
         self.parts, self.alive = list(parts), list(parts)
         self.runtime = runtime
-        self.warn = warn
 
     def update_real(self, real: RealSets | None) -> None:
         """Show the real images to every collector. To be called on every process."""
@@ -132,4 +125,4 @@ class Scoring:
 
     def _fail(self, part: Part, message: str) -> None:
         part.error = message
-        self.warn(f"{', '.join(part.metrics)} failed and is left out: {message}")
+        log.warning("%s failed and is left out: %s", ", ".join(part.metrics), message)

@@ -72,7 +72,7 @@ def scoring_of(
     spec = ImageSpec(*images.shape[1:], 0 if real is None else real.train.num_classes)
     generated = Generated(spec, len(images), labels)
     context = Context(runtime, generated, Real(real), networks=networks or {}, **options)
-    scoring = Scoring(build_parts(Plan(tuple(names)), context), runtime=runtime)
+    scoring = Scoring(build_parts(Plan(tuple(names)), context), runtime)
     scoring.update_real(real)
     return scoring
 
