@@ -141,7 +141,10 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     count = images.generated.num_images
     log.info("%s on %s, %d process(es)", images.name, device, runtime.world_size)
     for setting in settings:
-        log.info("%d images %s", count, "as they are" if setting is None else setting.describe())
+        how = "as they are"
+        if setting is not None:
+            how = f"from seed {setting.seed}: {setting.sampling.describe()}"
+        log.info("%d images %s", count, how)
     for line in evaluation.plan.lines():
         log.info("%s", line)
     log.info("report: %s", path)

@@ -201,8 +201,8 @@ class Metric:
         """A heading and lines to show below the summary, if there is more to say."""
         return None
 
-    @classmethod
-    def warnings(cls, num_images: int, channels: int) -> Iterable[str]:
+    @staticmethod
+    def warnings(num_images: int, channels: int) -> Iterable[str]:
         """What readers have to know about values of so many images with so many channels."""
         return ()
 

@@ -63,13 +63,9 @@ class ClassifierViews(Collector):
     """
 
     def __init__(self, context: Context) -> None:
-        self.keeps = context.keeps
+        self.context, self.keeps = context, context.keeps
         self.device = context.runtime.device
-        self.shape = context.generated.spec.shape
-        self.flip = context.real.flip
-        self.cache_dir = context.cache_dir
-        self.num_images = context.generated.num_images
-        self.labels = context.generated.labels
+        self.num_images, self.labels = context.generated.num_images, context.generated.labels
         self.network: Classifier | None = None
         self.class_names: Sequence[str] = ()
         self.confusion = torch.zeros(0, 0, dtype=torch.int64)
@@ -82,12 +78,13 @@ class ClassifierViews(Collector):
             raise ValueError("the classifier needs real images to train on")
         train = real.train
         self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
-        spec = classifier_spec(self.shape, train.num_classes, len(train.labels), flip=self.flip)
+        shape, flip = self.context.generated.spec.shape, self.context.real.flip
+        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return
         self.network, self.confusion, rows, self.details = trained_classifier(
-            real, spec, self.device, self.cache_dir
+            real, spec, self.device, self.context.cache_dir
         )
         if real.test is None and "accuracy" in self.keeps:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"

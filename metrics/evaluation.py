@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metrics import METRICS, networks_of
-from metrics.base import Collector, Context, Entry, Generated, Metric, Real, entry
+from metrics.base import Context, Entry, Generated, Metric, Real, entry
 from metrics.gallery import Gallery
 from metrics.reference import write_reference
 from metrics.report import Report, build_report, compare, save_report, warnings_of
@@ -142,18 +142,14 @@ def build_parts(plan: Plan, context: Context) -> list[Part]:
     """Build the runnable metrics, those that share a collector in one part."""
     names = [name for name in METRICS if name in plan.runnable]
     context = dataclasses.replace(context, keeps=frozenset(METRICS[name].keeps for name in names))
-    users: dict[type[Collector], list[str]] = {}
+    parts: dict[type, Part] = {}
     for name in names:
-        users.setdefault(METRICS[name].collector or METRICS[name], []).append(name)
-    parts = []
-    for kind, of_kind in users.items():
-        collector = kind(context)
-        metrics = {
-            name: METRICS[name](collector) if METRICS[name].collector else collector
-            for name in of_kind
-        }
-        parts.append(Part(collector, metrics))
-    return parts
+        metric, kind = METRICS[name], METRICS[name].collector or METRICS[name]
+        if kind not in parts:
+            parts[kind] = Part(kind(context))
+        collector = parts[kind].collector
+        parts[kind].metrics[name] = metric(collector) if metric.collector else collector
+    return list(parts.values())
 
 
 class Evaluation:

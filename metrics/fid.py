@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,22 @@ def count_name(num_images: int) -> str:
     return f"fid_{thousands}k" if thousands and not rest else f"fid_{num_images}"
 
 
+def inception_warnings(num_images: int, channels: int) -> Iterator[str]:
+    """What to know about FID and the Inception score of so many images."""
+    if num_images <= SINGULAR_BELOW:
+        yield f"{num_images} images are too few for FID and IS: the values are unreliable"
+    elif num_images < COMPARABLE_FROM:
+        yield (
+            f"FID of {num_images} images is biased upward and not comparable with published "
+            "values, which use 50,000"
+        )
+    if channels == 1:
+        yield (
+            "FID and IS come from a network that has seen colour photographs: on grey images "
+            "read class_acc first"
+        )
+
+
 class Fid(Metric):
     """The Frechet distance between the Inception features of generated and real images."""
 
@@ -71,19 +87,18 @@ class Fid(Metric):
     statistics_suffice = True
     collector = InceptionFeatures
     keeps = "moments"
+    warnings = staticmethod(inception_warnings)
 
     def compute(self) -> Entry:
         seen: InceptionFeatures = self.collected
         num_real = seen.num_real if seen.reference is None else seen.reference.num_images
-        if min(seen.num_images, seen.num_real if seen.reference is None else 2) < 2:
-            counts = f"{seen.num_images} generated and {seen.num_real} real images"
+        counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
+        if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
             return entry("unreliable", None, f"{counts} have no covariance")
         real = seen.statistics()
         distance = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
-        reason = None
+        reason, dim = None, seen.extractor.feature_dim
         if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
-            counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
-            dim = seen.extractor.feature_dim
             reason = f"{counts} are too few for a covariance of {dim} features"
         return entry(
             "unreliable" if reason else "ok",
@@ -104,23 +119,3 @@ class Fid(Metric):
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         return super().rows(result.get("name", name), result)
-
-    @classmethod
-    def warnings(cls, num_images: int, channels: int) -> Iterable[str]:
-        return inception_warnings(num_images, channels)
-
-
-def inception_warnings(num_images: int, channels: int) -> Iterator[str]:
-    """What to know about FID and the Inception score of so many images."""
-    if num_images <= SINGULAR_BELOW:
-        yield f"{num_images} images are too few for FID and IS: the values are unreliable"
-    elif num_images < COMPARABLE_FROM:
-        yield (
-            f"FID of {num_images} images is biased upward and not comparable with published "
-            "values, which use 50,000"
-        )
-    if channels == 1:
-        yield (
-            "FID and IS come from a network that has seen colour photographs: on grey images "
-            "read class_acc first"
-        )

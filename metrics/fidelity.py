@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from metrics.base import Entry, Metric, entry, number
@@ -73,6 +71,7 @@ class InceptionScore(Metric):
     network = INCEPTION
     collector = InceptionFeatures
     keeps = "logits"
+    warnings = staticmethod(inception_warnings)
 
     def compute(self) -> Entry:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -95,7 +94,3 @@ class InceptionScore(Metric):
     @classmethod
     def note(cls, result: Entry) -> str:
         return f"+- {number(result['std'])} over {result['num_splits']} splits"
-
-    @classmethod
-    def warnings(cls, num_images: int, channels: int) -> Iterable[str]:
-        return inception_warnings(num_images, channels)
