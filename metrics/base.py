@@ -30,13 +30,9 @@ Row = tuple[str, str, str]  # of the summary: name, value, note
 
 
 def entry(status: str, value: Any = None, reason: str | None = None, **details: Any) -> Entry:
-    """Make the entry of a metric in the report.
+    """Make the entry of a metric in the report; `reason` says why the status is not "ok".
 
-    Args:
-        status: "ok", "skipped", "unreliable" or "failed".
-        value: the number, or None where there is none.
-        reason: why the status is not "ok".
-        details: what else the report shows of this metric.
+    The status is "ok", "skipped", "unreliable" or "failed"; `value` is None where there is none.
     """
     return {"status": status, "value": value, "reason": reason, **details}
 
@@ -93,7 +89,7 @@ class Context:
     Attributes:
         networks: the pretrained networks that were loaded, each as its `Network.load` returns it.
         weights: the files they were read from.
-        keeps: the union of `Metric.keeps` over the metrics that run.
+        keeps: the `Metric.keeps` of all metrics that run.
         cache_dir: where a later evaluation finds classifiers and statistics; None keeps nothing.
     """
 
@@ -128,11 +124,9 @@ class Collector:
         """Forget the generated images, but not the real ones."""
 
     def update(self, images: Tensor, indices: range) -> None:
-        """Look at generated images. This is local work, as in `update_real`.
+        """Look at generated images, uint8 (b, C, H, W) on the CPU, with these global indices.
 
-        Args:
-            images: uint8 (b, C, H, W) on the CPU.
-            indices: their global indices; each process sees its share, in order.
+        This is local work, as in `update_real`. Each process sees its share, in order.
         """
         raise NotImplementedError
 

@@ -34,8 +34,7 @@ FID_FEATURES = 2048  # of the layer whose distance is called FID
 class Extractor:
     """A feature network: uint8 (B, 3, H, W) -> features (B, feature_dim), logits (B, num_logits).
 
-    Attributes:
-        details: what the report says of it.
+    `details` is what the report says of it.
     """
 
     extract: Callable[[Tensor], tuple[Tensor, Tensor]]

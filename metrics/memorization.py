@@ -101,7 +101,7 @@ def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> fl
 
 
 def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
-    """Distances to the k nearest train images, ascending: generated (n, k), held out (m, k).
+    """Compare distances to the k nearest train images, ascending: (n, k) and held out (m, k).
 
     Close is what is no farther than the 1st percentile of held-out images: about 0.01 of images
     like those, all of the copies. More than 0.01 of the held-out images are close only where that
@@ -121,7 +121,7 @@ def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
 
 def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     first, ratio = distances[:, 0], None
-    if distances.shape[1] > 1:
+    if distances.shape[1] > 1:  # nearest to second nearest; 1 where both are 0
         second = distances[:, 1]
         ratios = np.divide(first, second, out=np.ones_like(first), where=second > 0)
         ratio = float(np.median(ratios))
@@ -129,7 +129,7 @@ def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     return {
         "share_close": hits / len(first),
         "num_copies": int((first == 0).sum()),
-        "median_ratio": ratio,  # nearest to second nearest; 1 where both are 0
+        "median_ratio": ratio,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
@@ -196,13 +196,12 @@ class Memorization(ChosenRows, Metric):
             **compared,
             lpips=by_lpips,
             closest=[
-                {"index": index, "train_index": self.train.indices[place], "distance": distance}
-                for index, place, distance in zip(
-                    checked[rows].tolist(),
-                    nearest[0].tolist(),
-                    searched.pixels[rows, 0].tolist(),
-                    strict=True,
-                )
+                {
+                    "index": int(checked[row]),
+                    "train_index": self.train.indices[place],
+                    "distance": float(searched.pixels[row, 0]),
+                }
+                for row, place in zip(rows, nearest[0].tolist(), strict=True)
             ],
             baseline=self.test.split if self.test else LEFT_OUT,
             n_checked=len(images),

@@ -13,33 +13,28 @@ from metrics.base import Collector, Context, Entry, Metric, entry
 from utils.distributed import Runtime
 
 
-class PixelCounts:
-    """How often each channel takes each of the 256 values: all pixel statistics, exactly."""
+def count_pixels(images: Tensor) -> Tensor:
+    """How often each channel of uint8 (b, C, H, W) takes each value: int64 (C, 256), on the CPU."""
+    channels = images.unbind(1)
+    return torch.stack([torch.bincount(x.flatten(), minlength=256) for x in channels]).cpu()
 
-    def __init__(self, num_channels: int) -> None:
-        self.counts = torch.zeros(num_channels, 256, dtype=torch.int64)
 
-    def update(self, images: Tensor) -> None:
-        """Add uint8 (b, C, H, W)."""
-        for channel, pixels in enumerate(images.unbind(1)):
-            self.counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+def pixel_statistics(counts: Tensor) -> dict[str, Any] | None:
+    """The shares of pixels at either end, and mean and deviation of each channel in [0, 1].
 
-    def summary(self) -> dict[str, Any] | None:
-        """Give the shares of pixels at either end, and mean and deviation of each channel, with
-        pixels in [0, 1]; None without any pixel."""
-        total = self.counts.sum()
-        if total == 0:
-            return None
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        shares = self.counts / self.counts.sum(1, keepdim=True).double()  # (C, 256)
-        mean = shares @ levels
-        variance = (shares * (levels - mean[:, None]).square()).sum(1)
-        return {
-            "at_0": (self.counts[:, 0].sum() / total.double()).item(),
-            "at_255": (self.counts[:, 255].sum() / total.double()).item(),
-            "mean": mean.tolist(),
-            "std": variance.sqrt().tolist(),
-        }
+    Args:
+        counts: see `count_pixels`; without any pixel there are no statistics.
+    """
+    total = counts.sum()
+    if total == 0:
+        return None
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(1, keepdim=True).double()  # (C, 256)
+    mean = shares @ levels
+    variance = (shares * (levels - mean[:, None]).square()).sum(1)
+    at_0, at_255 = (counts[:, value].sum() / total.double() for value in (0, 255))
+    moments = {"mean": mean.tolist(), "std": variance.sqrt().tolist()}
+    return {"at_0": at_0.item(), "at_255": at_255.item(), **moments}
 
 
 def image_hash(image: Tensor) -> int:
@@ -61,32 +56,32 @@ class Sanity(Metric, Collector):
     def __init__(self, context: Context) -> None:
         self.device = context.runtime.device
         self.num_images = context.generated.num_images
-        self.num_channels = context.generated.spec.channels
-        self.real, self.num_real = PixelCounts(self.num_channels), 0
+        self.real = torch.zeros(context.generated.spec.channels, 256, dtype=torch.int64)
+        self.num_real = 0
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None:
             return
         self.num_real = len(real.reference.indices)
         for images, _ in real.reference.fetch(real.reference.share(runtime)):
-            self.real.update(images.to(self.device))
+            self.real += count_pixels(images.to(self.device))
 
     def reduce_real(self, runtime: Runtime) -> None:
-        runtime.all_reduce(self.real.counts)
+        runtime.all_reduce(self.real)
 
     def reset(self) -> None:
         self.marks = torch.zeros(0, 2, dtype=torch.int64)  # hash, and whether it is blank
-        self.generated = PixelCounts(self.num_channels)
+        self.generated = torch.zeros_like(self.real)
 
     def update(self, images: Tensor, indices: range) -> None:
         pixels = images.flatten(2)
         blank = (pixels.amax(2) == pixels.amin(2)).all(1).long()
         hashes = torch.tensor([image_hash(image) for image in images])
         self.marks = torch.cat([self.marks, torch.stack([hashes, blank], 1)])
-        self.generated.update(images.to(self.device))
+        self.generated += count_pixels(images.to(self.device))
 
     def reduce(self, runtime: Runtime) -> None:
-        runtime.all_reduce(self.generated.counts)
+        runtime.all_reduce(self.generated)
         marks = runtime.gather(self.marks, self.num_images)
         self.marks = self.marks if marks is None else marks
 
@@ -101,8 +96,8 @@ class Sanity(Metric, Collector):
             share_repeats=num_repeats / num_images,
             num_blank=num_blank,
             share_blank=num_blank / num_images,
-            generated=self.generated.summary(),
-            real=self.real.summary(),
+            generated=pixel_statistics(self.generated),
+            real=pixel_statistics(self.real),
             n=num_images,
             n_real=self.num_real,
             better=self.better,

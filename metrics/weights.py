@@ -19,25 +19,15 @@ DOWNLOAD_TIMEOUT = 20  # seconds without a byte; urllib alone would wait for eve
 
 @dataclass(eq=False)
 class Network:
-    """A pretrained network that metrics name as the one they need.
+    """A pretrained network that metrics name as the one they need."""
 
-    Attributes:
-        name: a word for it; `flag` is made of it.
-        title: its name in messages.
-        load: (path of the weights, device) -> whatever the metrics call.
-        url: where the weights are downloaded from.
-        file_names: names accepted in the cache of torch.hub; a download gets the first one.
-        help: of the command-line option.
-        hash_prefix: of the weights' SHA-256, checked after a download.
-    """
-
-    name: str
-    title: str
-    load: Callable[[Path, torch.device], Any]
+    name: str  # a word, of which `flag` is made
+    title: str  # for messages
+    load: Callable[[Path, torch.device], Any]  # (weights, device) -> whatever the metrics call
     url: str
-    file_names: tuple[str, ...]
-    help: str
-    hash_prefix: str | None = None
+    file_names: tuple[str, ...]  # accepted in torch.hub's cache; a download gets the first one
+    help: str  # of `flag`
+    hash_prefix: str | None = None  # of the weights' SHA-256, checked after a download
 
     @property
     def flag(self) -> str:
@@ -46,7 +36,7 @@ class Network:
 
     @property
     def cache_path(self) -> Path:
-        """Where a download goes."""
+        """The place of a downloaded file."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file_names[0]
 
 
