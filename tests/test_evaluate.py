@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,12 +21,16 @@ import train
 from datasets import real
 from generation import evaluated
 from metrics import METRICS, class_accuracy, classifier
+from metrics.base import Collector, Metric, entry
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
 from metrics.reference import read_reference
+from metrics.weights import Network
 from models.unet import UNet
+from reporting.html import Picture
 from tests.tiny_networks import extract, pixel_distance
 from utils.errors import ConfigError, DataError, exit_code_of
+from utils.images import to_array
 
 ABSENT = ["--inception_weights", "/absent/inception.pth", "--lpips_weights", "/absent/alex.pth"]
 FAST = ["--num_inference_steps", "2", "--device", "cpu", "--batch_size", "7"]
@@ -138,9 +143,9 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     alone = ["--cfg_scale", "3", "--steps", "2", "--output", str(tmp_path / "alone")]
     assert evaluate.main([*command, *alone, "seed=5", *tiny_networks]) == 0
     single = read(tmp_path / "alone/report.json")
-    for name, entry in single["metrics"].items():
+    for name, result in single["metrics"].items():
         expected = report["sweep"][2]["metrics"][name]
-        assert entry["value"] == pytest.approx(expected, rel=1e-6), name
+        assert result["value"] == pytest.approx(expected, rel=1e-6), name
     left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
     assert left == [".html"] * 5 + [".json"] * 5
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]  # nor images
@@ -376,6 +381,63 @@ def test_print_config_prints_the_stored_one_with_overrides(run_dir, capsys):
     assert json.loads(capsys.readouterr().out)["seed"] == 7
 
 
+DOUBLER = Network(
+    name="doubler",
+    title="Doubler",
+    load=lambda path, device: lambda images: 2 * images.double(),
+    url="https://example.org/doubler.pth",
+    file_names=("doubler.pth",),
+    help="for twice",
+)
+
+
+class Twice(Metric, Collector):
+    """A metric with a network, a note and a picture."""
+
+    better = "higher"
+    network = DOUBLER
+
+    def __init__(self, context):
+        self.double = context.networks[DOUBLER]
+
+    def reset(self):
+        self.total = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, images, indices):
+        self.image = images[0]
+        self.total += torch.tensor([self.double(images).sum().item(), images.numel()])
+
+    def reduce(self, runtime):
+        runtime.all_reduce(self.total)
+
+    def compute(self):
+        return entry("ok", (self.total[0] / self.total[1]).item(), better=self.better)
+
+    def pictures(self):
+        return {"twice": Picture(to_array(self.image), "An image that was doubled")}
+
+    @classmethod
+    def note(cls, result):
+        return "twice the mean"
+
+
+def test_a_metric_is_its_class_and_a_line_of_the_table(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METRICS, "twice", Twice)
+    weights = tmp_path / "doubler.pth"
+    torch.save({}, weights)
+    command = ["--checkpoint", str(run_dir), "--n", "5", "--metrics", "twice", *FAST]
+    command += ["--output", str(tmp_path), "--save_images_dir", str(tmp_path / "png")]
+    assert evaluate.main([*command, "--doubler_weights", "/absent"]) == 0
+    reason = read(tmp_path / "report.json")["metrics"]["twice"]["reason"]
+    assert reason.startswith("Doubler weights: --doubler_weights /absent: no such file")
+    assert evaluate.main([*command, "--doubler_weights", str(weights)]) == 0
+    images = [np.asarray(Image.open(path)) for path in (tmp_path / "png").glob("*.png")]
+    value = read(tmp_path / "report.json")["metrics"]["twice"]["value"]
+    assert value == pytest.approx(2 * np.mean(images))
+    assert "twice the mean" in capsys.readouterr().out
+    assert "An image that was doubled" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tmp_path):
@@ -418,7 +480,7 @@ def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tm
         assert found[name]["provenance"]["world_size"] == processes
         assert ("are there already" in output) == (name == "resumed"), output
     values = {
-        name: {metric: entry["value"] for metric, entry in report["metrics"].items()}
+        name: {metric: result["value"] for metric, result in report["metrics"].items()}
         for name, report in found.items()
     }
     assert set(values["one"]) == set(METRICS)
