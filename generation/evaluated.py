@@ -55,6 +55,7 @@ class DrawnImages(NamedTuple):
 
     @property
     def name(self) -> str:
+        """What the images are of, in a line."""
         return self.run.describe()
 
     @property
@@ -139,7 +140,10 @@ def drawn_images(
 
 
 class ExistingImages(NamedTuple):
-    """Pictures that exist; those at `images.indices` are scored, as one set without a setting."""
+    """Pictures that exist; those at `images.indices` are scored, as one set without a setting.
+
+    `name` is the path of their folder or file.
+    """
 
     name: str
     runtime: Runtime
@@ -148,10 +152,12 @@ class ExistingImages(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Which pictures these are, for the report."""
         return {"images": self.name, "images_fingerprint": self.images.fingerprint}
 
     @property
     def home(self) -> Path:
+        """The folder for reports, and for what serves later evaluations."""
         return Path(self.name).with_name(f"{Path(self.name).stem}_eval")
 
     def batches(self, setting: None) -> Iterator[Tensor]:

@@ -150,6 +150,7 @@ class InceptionFeatures(Collector):
             self.store = context.cache_dir / f"reference_{content_key(self.meta)}.npz"
             if "features" not in self.keeps:  # these need the images themselves
                 self.reference = self._stored(context.runtime)
+        # Only the main process reads the file; the others need not look at the images either.
         known = context.runtime.broadcast_object(self.reference is not None)
         self.keeps_real = self.keeps - ({"logits", "moments"} if known else {"logits"})
         self.real = FeatureSet(self.keeps_real, self.extractor, self.device)

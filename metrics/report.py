@@ -72,7 +72,7 @@ def build_report(
 def overall_status(entries: Mapping[str, Entry]) -> str:
     """Say "complete" if every metric has a value, "partial" if some do, "empty" if none does."""
     there = {result["status"] in ("ok", "unreliable") for result in entries.values()}
-    if len(there) == 2:
+    if there == {True, False}:
         return "partial"
     return "complete" if True in there else "empty"
 
@@ -190,16 +190,17 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["cfg_scale"], row["num_inference_steps"]), []).append(row)
     repeats = []
     for (scale, steps), group in groups.items():
+        if len(group) == 1:
+            continue
         values = {name: [row["metrics"][name] for row in group] for name in group[0]["metrics"]}
         of_metrics = {
             name: {"mean": mean(known), "std": stdev(known), "min": min(known)}
             for name, known in values.items()
-            if len(known) > 1 and None not in known
+            if None not in known
         }
-        if len(group) > 1:
-            setting = {"cfg_scale": scale, "num_inference_steps": steps}
-            seeds = [row["seed"] for row in group]
-            repeats.append({**setting, "seeds": seeds, "metrics": of_metrics})
+        setting = {"cfg_scale": scale, "num_inference_steps": steps}
+        seeds = [row["seed"] for row in group]
+        repeats.append({**setting, "seeds": seeds, "metrics": of_metrics})
     return repeats
 
 
