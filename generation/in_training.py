@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor
 
-import datasets
+from datasets import default_flip
 from datasets.real import real_sets
 from generation.run import Run
 from generation.sampling import gather_images, generate, sampling_from
 from generation.sweep import settings_of
 from metrics import METRICS, check_metric_names
+from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
 from metrics.report import summary
 from training.saving import LOSS, BestScore
@@ -88,21 +88,16 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
     """
     if not config.eval_interval:
         return None
-    count, folder, labels = config.eval_num_samples, config.run_dir / "eval", None
+    count, labels = config.eval_num_samples, None
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
+    sets = real_sets(config, runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
+        Generated(spec, count, labels),
+        Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
-        spec=spec,
-        num_images=count,
-        labels=labels,
-        real=real_sets(config, runtime, EVAL_BATCH_SIZE),
-        folder=folder,
-        cache_dir=folder,
-        flip=datasets.default_flip(config),
-        log=log.info,
-        warn=log.warning,
+        cache_dir=config.run_dir / "eval",
     )
     log.info("every %d epochs an evaluation of %d images:", config.eval_interval, count)
     for line in evaluation.plan.lines():
@@ -117,17 +112,17 @@ def evaluate(
     evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
 ) -> dict[str, float | None]:
     """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
-    started, count, size = time.perf_counter(), evaluation.num_images, EVAL_BATCH_SIZE
+    generated, size = evaluation.generated, EVAL_BATCH_SIZE
+    count = generated.num_images
     setting = settings_of(run.config, count)[0]
     seeds = range(setting.seed, setting.seed + count)
     facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
     with evaluation_mode(run) as whole:
         how = setting.sampling
         images = generate(
-            whole, seeds, evaluation.labels, sampling=how, batch_size=size, runtime=runtime
+            whole, seeds, generated.labels, sampling=how, batch_size=size, runtime=runtime
         )
-        report = evaluation.score(images, facts=facts, started=started)
-    evaluation.close()
+        report = evaluation.score(images, facts=facts)
     values = None
     if report is not None:
         path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"

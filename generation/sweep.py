@@ -22,11 +22,8 @@ class Setting(NamedTuple):
         scale, steps = self.sampling.cfg_scale, self.sampling.num_inference_steps
         return f"cfg{scale:g}_steps{steps}" + (f"_seed{self.seed}" if self.is_repeat else "")
 
-    def describe(self) -> str:
-        return f"from seed {self.seed}: {self.sampling.describe()}"
-
     def facts(self) -> dict[str, Any]:
-        """For a report, as plain types."""
+        """How to draw it, for a report, as plain types."""
         return {
             "sampler": self.sampling.method,
             "steps": self.sampling.num_inference_steps,
@@ -48,19 +45,16 @@ def settings_of(
     seed: int | None = None,
     repeats: int = 1,
 ) -> list[Setting]:
-    """Every combination of the swept values; None means the config's. Repeats share no seed.
+    """Combine the swept values, where None means the config's; repeats share no seed.
 
     Raises:
         ConfigError: values that the model or the method cannot take.
     """
     first = config.seed if seed is None else seed
+    several = repeats > 1
     return [
-        Setting(
-            sampling_from(config, method, steps, eta, scale),
-            first + repeat * num_images,
-            repeats > 1,
-        )
+        Setting(sampling_from(config, method, steps, eta, scale), first + i * num_images, several)
         for scale in cfg_scales or [None]
         for steps in step_counts or [None]
-        for repeat in range(repeats)
+        for i in range(repeats)
     ]

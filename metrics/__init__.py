@@ -1,45 +1,60 @@
-"""What generated images can be scored by. Imports only `utils`; images arrive as tensors.
+"""What generated images can be scored by.
 
-`METRICS` is the one list of names. The networks are loaded by the scorers that need them, so
-checking a name or printing the list costs nothing.
+`METRICS` is the one list of names; everything about a metric stands in its class (see
+`metrics.base`). Networks and large packages are loaded by the metrics that run, so checking a name
+or printing the list costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
+from metrics.base import Metric
+from metrics.class_accuracy import ClassAccuracy
+from metrics.domain import FdDomain, PrdcDomain
+from metrics.fid import Fid
+from metrics.fidelity import InceptionScore, Kid
+from metrics.lpips_score import Lpips
+from metrics.memorization import Memorization
+from metrics.prdc import Prdc
+from metrics.sanity import Sanity
+from metrics.weights import Network
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import ConfigError
 
-
-class Metric(NamedTuple):
-    """Which way is better, and what has to be there before it can run."""
-
-    better: str | None  # "lower", "higher", or None: near the value of real images
-    network: str | None = None  # pretrained weights: "inception" or "lpips"
-    real_images: bool = False  # the train split of the data set
-    classes: bool = False  # real images with class labels
-    labels: bool = False  # a class-conditional model
-
-
-METRICS: dict[str, Metric] = {
-    "fid": Metric("lower", network="inception", real_images=True),
-    "kid": Metric("lower", network="inception", real_images=True),
-    "is": Metric("higher", network="inception"),
-    "prdc": Metric("higher", network="inception", real_images=True),
-    "lpips": Metric(None, network="lpips"),  # real images add a baseline, but are not needed
-    "class_acc": Metric("higher", real_images=True, classes=True, labels=True),
-    "fd_domain": Metric("lower", real_images=True, classes=True),
-    "prdc_domain": Metric("higher", real_images=True, classes=True),
-    "memorization": Metric("lower", real_images=True),
-    "sanity": Metric("higher"),
+METRICS: dict[str, type[Metric]] = {  # in the order of the report
+    "fid": Fid,
+    "kid": Kid,
+    "is": InceptionScore,
+    "prdc": Prdc,
+    "lpips": Lpips,
+    "class_acc": ClassAccuracy,
+    "fd_domain": FdDomain,
+    "prdc_domain": PrdcDomain,
+    "memorization": Memorization,
+    "sanity": Sanity,
 }
 ALL = "all"
+HINTS = {  # what else metrics are called -> the name here
+    "accuracy": "class_acc",
+    "inception_score": "is",
+    "isc": "is",
+    "precision": "prdc",
+    "recall": "prdc",
+    "density": "prdc",
+    "coverage": "prdc",
+    "duplicates": "sanity",
+}
+
+
+def networks_of(names: Iterable[str]) -> list[Network]:
+    """The pretrained networks that these metrics need, in the order of the table."""
+    needed = {METRICS[name].network for name in names}
+    return [n for n in dict.fromkeys(m.network for m in METRICS.values()) if n and n in needed]
 
 
 def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names without repeats, in the given order.
+    """Return the names without repeats, in the given order; `ALL` alone stands for all of them.
 
     Raises:
         ConfigError: a name that is not in `METRICS`, or none at all.
@@ -49,17 +64,7 @@ def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(METRICS)
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        hints = {
-            "accuracy": "class_acc",
-            "inception_score": "is",
-            "isc": "is",
-            "precision": "prdc",
-            "recall": "prdc",
-            "density": "prdc",
-            "coverage": "prdc",
-            "duplicates": "sanity",
-        }
-        lines = [f"{n!r} is not a metric{did_you_mean(n.lower(), METRICS, hints)}" for n in unknown]
+        lines = [f"{n!r} is not a metric{did_you_mean(n.lower(), METRICS, HINTS)}" for n in unknown]
         raise ConfigError("\n       ".join([*lines, f"metrics are {', '.join(METRICS)}, or {ALL}"]))
     if not names:
         raise ConfigError(f"no metric was named; metrics are {', '.join(METRICS)}")
@@ -67,7 +72,7 @@ def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_config(config: Config) -> Iterator[Problem]:
-    """`eval_metrics` and `eval_best_metric` against the table and each other."""
+    """Check `eval_metrics` and `eval_best_metric` against the table and each other."""
     try:
         names = check_metric_names(config.eval_metrics)
     except ConfigError as error:
@@ -82,7 +87,7 @@ def check_config(config: Config) -> Iterator[Problem]:
             f"eval_best_metric={best!r} needs evaluations during training; set eval_interval to "
             "a number of epochs",
         )
-    usable = [name for name in names if METRICS[name].better is not None]
+    usable = [name for name in names if METRICS[name].better in ("lower", "higher")]
     if best not in usable:
         hint = did_you_mean(best, usable)
         yield Problem(

@@ -6,10 +6,10 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from datasets.real import RealSets
 from utils.checkpoint import save_checkpoint
+from utils.errors import one_line
+from utils.files import content_key
 from utils.images import to_float
 from utils.precision import full_float32
-from utils.rng import Stream, derive_seed, numpy_generator, torch_generator
+from utils.rng import EvaluationDraw, Stream, derive_seed, numpy_generator, torch_generator
 
 VERSION = 1  # of the classifier and its training; part of its key
 MAX_SIZE = 64  # pixels; larger images are scaled down for the classifier
@@ -30,6 +32,8 @@ MAX_TRAIN_IMAGES = 60_000
 MAX_TEST_IMAGES = 10_000
 HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
 TEST_BATCH = 500
+
+log = logging.getLogger("diffusion")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class ClassifierSpec:
 def classifier_spec(
     shape: tuple[int, int, int], num_classes: int, num_images: int, *, flip: bool, seed: int = 0
 ) -> ClassifierSpec:
-    """A size that fits the data: narrow and short for grey or few images, else a wider one.
+    """Choose a size that fits the data: narrow and short for grey or few images, else wider.
 
     The narrow one takes seconds to minutes on a CPU. The wide one (colour, 20,000 images and more)
     takes seconds on a GPU, an hour on a CPU.
@@ -63,13 +67,10 @@ def classifier_spec(
     return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
 
 
-class ConvBlock(nn.Sequential):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 3 x 3 convolution, batch normalisation and ReLU."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class Classifier(nn.Module):
@@ -78,9 +79,9 @@ class Classifier(nn.Module):
     def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
         width = spec.base_width
-        self.stem = ConvBlock(spec.channels, width)
-        self.stages = nn.ModuleList(ConvBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(3))
-        self.mixer = ConvBlock(width * 8, width * 8)
+        self.stem = conv_block(spec.channels, width)
+        self.stages = nn.ModuleList(conv_block(width * n, width * n * 2) for n in (1, 2, 4))
+        self.mixer = conv_block(width * 8, width * 8)
         self.head = nn.Linear(width * 8, spec.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class Classifier(nn.Module):
 
 
 def new_classifier(spec: ClassifierSpec, device: torch.device) -> Classifier:
-    """Untrained, in evaluation mode. The global random state is left as it was."""
+    """Build an untrained one in evaluation mode. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # `torch.manual_seed` would seed the GPUs' generators, too.
         torch.default_generator.manual_seed(derive_seed(spec.seed, Stream.CLASSIFIER, 0))
@@ -122,12 +123,7 @@ def shift_randomly(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    spec: ClassifierSpec,
-    device: torch.device,
-    *,
-    on_step: Callable[[int], None] = lambda _: None,
+    images: Tensor, labels: Tensor, spec: ClassifierSpec, device: torch.device
 ) -> Classifier:
     """Train on uint8 (N, C, H, W) and int64 (N,) labels. The same arguments give the same network.
 
@@ -147,11 +143,9 @@ def train_classifier(
         for step in range(spec.num_steps):
             epoch, offset = divmod(step, steps_per_epoch)
             if offset == 0:
-                # Epochs count from 1: index 0 is the initialisation's.
-                order = numpy_generator(spec.seed, Stream.CLASSIFIER, epoch + 1).permutation(
-                    len(images)
-                )
-                rng = torch_generator(spec.seed, Stream.CLASSIFIER, epoch + 1)
+                draw = (spec.seed, Stream.CLASSIFIER, epoch + 1)  # 0 is the initialisation
+                order = numpy_generator(*draw).permutation(len(images))
+                rng = torch_generator(*draw)
             rows = torch.from_numpy(order[offset * batch_size : (offset + 1) * batch_size])
             x = shift_randomly(to_float(images[rows].to(device)), rng)
             if spec.flip:
@@ -162,12 +156,13 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-            on_step(step + 1)
+            if (step + 1) % 200 == 0:
+                log.info("  step %d of %d", step + 1, spec.num_steps)
     return network.eval()
 
 
 def rate_factor(step: int, num_steps: int) -> float:
-    """Share of the learning rate: a linear rise over a fifth of the steps, then a cosine to 0."""
+    """Scale the learning rate: a linear rise over a fifth of the steps, then a cosine to 0."""
     rise = max(1, num_steps // 5)
     if step < rise:
         return (step + 1) / rise
@@ -176,6 +171,7 @@ def rate_factor(step: int, num_steps: int) -> float:
 
 @contextlib.contextmanager
 def deterministic_cudnn() -> Iterator[None]:
+    """Make cuDNN choose the same algorithms in every run, within the body."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -192,85 +188,12 @@ class View(NamedTuple):
     features: Tensor
 
 
-def look(network: Classifier, images: Tensor, device: torch.device) -> View:
-    """At uint8 (N, C, H, W)."""
+def classify(network: Classifier, images: Tensor, device: torch.device) -> View:
+    """Take uint8 images (N, C, H, W) through the network, some hundred at a time."""
     with torch.inference_mode(), full_float32(device), deterministic_cudnn():
         parts = [network.features(to_float(part.to(device))) for part in images.split(TEST_BATCH)]
         features = torch.cat(parts)
         return View(network.head(features).softmax(1).cpu(), features.cpu())
-
-
-class Holdout(NamedTuple):
-    """Rows of the train split to train on, and to measure the ceiling on (none: a test split)."""
-
-    train: list[int]
-    test: list[int]
-
-
-def split_train(indices: Sequence[int], *, hold_out: bool, seed: int) -> Holdout:
-    """Cut off a tenth if `hold_out`, and cap the rest at `MAX_TRAIN_IMAGES`."""
-    order = numpy_generator(seed, Stream.EVALUATION, 3).permutation(len(indices))
-    num_test = max(1, int(len(indices) * HELD_OUT_SHARE)) if hold_out else 0
-    chosen = order[num_test:][:MAX_TRAIN_IMAGES]
-    return Holdout(sorted(indices[i] for i in chosen), sorted(indices[i] for i in order[:num_test]))
-
-
-class Trained(NamedTuple):
-    """A classifier, and which real images it saw.
-
-    Attributes:
-        confusion: (K, K) int64, class x class seen, of unseen real images.
-        details: what identifies it, as plain types.
-    """
-
-    network: Classifier
-    confusion: Tensor
-    parts: Holdout
-    details: dict[str, Any]
-
-
-def trained_classifier(
-    real: RealSets,
-    spec: ClassifierSpec,
-    device: torch.device,
-    *,
-    cache_dir: Path | None,
-    log: Callable[[str], None] = lambda _: None,
-) -> Trained:
-    """The classifier of `real.train`, from `cache_dir` if it is there, else trained and kept there.
-
-    It is measured on `real.test`, or else on a tenth of the train images, held out.
-    """
-    train, test = real.train, real.test
-    key = classifier_key(spec, train.fingerprint, test.fingerprint if test else "held out")
-    path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
-    details = {
-        "key": key,
-        "path": path and str(path),
-        "spec": asdict(spec),
-        "ceiling_split": test.split if test else "a tenth of train, held out",
-    }
-    parts = split_train(range(len(train.labels)), hold_out=test is None, seed=spec.seed)
-    network = new_classifier(spec, device)
-    confusion = None if path is None else _load(path, network, log)
-    if confusion is None:
-        log(
-            f"training the classifier of class_acc: {len(parts.train)} real images, "
-            f"{spec.num_steps} steps of {min(spec.batch_size, len(parts.train))}"
-        )
-        network = train_classifier(
-            train.load(parts.train), train.labels[parts.train], spec, device,
-            on_step=lambda n: n % 200 == 0 and log(f"  step {n} of {spec.num_steps}"),
-        )  # fmt: skip
-        judge = test or train
-        rows = list(test.indices)[:MAX_TEST_IMAGES] if test else parts.test
-        seen = look(network, judge.load(rows), device).probs.argmax(1)
-        confusion = count_pairs(judge.labels[rows], seen, spec.num_classes)
-        right = int(confusion.diagonal().sum())
-        log(f"  accuracy on {len(rows)} unseen real images: {right / len(rows):.4f}")
-        if path is not None:
-            _store(path, network, confusion, details, log)
-    return Trained(network, confusion, parts, details)
 
 
 def count_pairs(labels: Tensor, seen: Tensor, num_classes: int) -> Tensor:
@@ -279,7 +202,87 @@ def count_pairs(labels: Tensor, seen: Tensor, num_classes: int) -> Tensor:
     return cells.view(num_classes, num_classes)
 
 
-def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor | None:
+def accuracy(confusion: Tensor) -> float:
+    """The share of images on the diagonal; NaN without any image."""
+    return confusion.diagonal().sum().item() / int(confusion.sum()) if confusion.any() else math.nan
+
+
+def per_class(confusion: Tensor) -> list[float | None]:
+    """The accuracy of each class; None where it has no image."""
+    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
+
+
+class Rows(NamedTuple):
+    """Rows of the train split to train on, and to measure the ceiling on (none: a test split)."""
+
+    train: list[int]
+    test: list[int]
+
+
+def split_train(num_images: int, *, hold_out: bool, seed: int) -> Rows:
+    """Cut off a tenth if `hold_out`, and cap the rest at `MAX_TRAIN_IMAGES`."""
+    rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
+    order = rng.permutation(num_images).tolist()
+    num_test = max(1, int(num_images * HELD_OUT_SHARE)) if hold_out else 0
+    return Rows(sorted(order[num_test:][:MAX_TRAIN_IMAGES]), sorted(order[:num_test]))
+
+
+class Trained(NamedTuple):
+    """A classifier, and which train images it saw.
+
+    Attributes:
+        confusion: (K, K) int64, class x class seen, of unseen real images.
+        details: what identifies it, as plain types.
+    """
+
+    network: Classifier
+    confusion: Tensor
+    rows: Rows
+    details: dict[str, Any]
+
+
+def trained_classifier(
+    real: RealSets, spec: ClassifierSpec, device: torch.device, cache_dir: Path | None
+) -> Trained:
+    """Take the classifier of `real.train` from `cache_dir`, or train it and keep it there.
+
+    It is measured on `real.test`, or else on a tenth of the train images, held out.
+    """
+    train, test = real.train, real.test
+    fingerprints = [train.fingerprint, test.fingerprint if test else "held out"]
+    key = content_key([VERSION, asdict(spec), fingerprints])
+    path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
+    details = {
+        "key": key,
+        "path": path and str(path),
+        "spec": asdict(spec),
+        "ceiling_split": test.split if test else "a tenth of train, held out",
+    }
+    rows = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
+    network = new_classifier(spec, device)
+    confusion = None if path is None else _load(path, network)
+    if confusion is None:
+        log.info(
+            "training the classifier of class_acc: %d real images, %d steps of %d",
+            len(rows.train),
+            spec.num_steps,
+            min(spec.batch_size, len(rows.train)),
+        )
+        images, labels = train.load(rows.train), train.labels[rows.train]
+        network = train_classifier(images, labels, spec, device)
+        judge = test or train
+        unseen = list(test.indices)[:MAX_TEST_IMAGES] if test else rows.test
+        seen = classify(network, judge.load(unseen), device).probs.argmax(1)
+        confusion = count_pairs(judge.labels[unseen], seen, spec.num_classes)
+        right = accuracy(confusion)
+        log.info("  accuracy on %d unseen real images: %.4f", len(unseen), right)
+        if path is not None:
+            _store(path, network, confusion, details)
+    return Trained(network, confusion, rows, details)
+
+
+def _load(path: Path, network: Classifier) -> Tensor | None:
     """Take over what `_store` wrote; returns the confusion, None if there is nothing to use."""
     if not path.is_file():
         return None
@@ -288,30 +291,15 @@ def _load(path: Path, network: Classifier, log: Callable[[str], None]) -> Tensor
         network.load_state_dict(stored["state_dict"])
         return stored["ceiling_confusion"]
     except Exception as error:  # whatever a damaged file makes torch raise
-        log(f"{path} is damaged and will be made again: {error}")
+        log.info("%s is damaged and will be made again: %s", path, one_line(error))
         return None
 
 
-def _store(
-    path: Path,
-    network: Classifier,
-    confusion: Tensor,
-    details: dict[str, Any],
-    log: Callable[[str], None],
-) -> None:
-    content = {
-        "state_dict": {k: v.cpu() for k, v in network.state_dict().items()},
-        "ceiling_confusion": confusion,
-        "details": json.dumps(details),
-    }
+def _store(path: Path, network: Classifier, confusion: Tensor, details: dict[str, Any]) -> None:
+    state = {k: v.cpu() for k, v in network.state_dict().items()}
+    content = {"state_dict": state, "ceiling_confusion": confusion, "details": json.dumps(details)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, content)
     except (OSError, RuntimeError) as error:
-        log(f"the classifier could not be stored, the next run trains it again: {error}")
-
-
-def classifier_key(spec: ClassifierSpec, *fingerprints: str) -> str:
-    """12 hex digits that change with the data, the spec or the version of this code."""
-    content = json.dumps([VERSION, asdict(spec), fingerprints], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+        log.info("the classifier could not be stored, the next run trains it again: %s", error)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from metrics.base import Entry, Metric, Row, entry
+from metrics.inception import INCEPTION, InceptionFeatures
+from metrics.reference import Reference
 
 # A covariance of D = 2048 features is singular at or below this many images.
 SINGULAR_BELOW = 2048
@@ -54,3 +60,62 @@ def count_name(num_images: int) -> str:
     """`50000` -> `fid_50k`, `64` -> `fid_64`: values of different counts are not comparable."""
     thousands, rest = divmod(num_images, 1000)
     return f"fid_{thousands}k" if thousands and not rest else f"fid_{num_images}"
+
+
+def inception_warnings(num_images: int, channels: int) -> Iterator[str]:
+    """What to know about FID and the Inception score of so many images."""
+    if num_images <= SINGULAR_BELOW:
+        yield f"{num_images} images are too few for FID and IS: the values are unreliable"
+    elif num_images < COMPARABLE_FROM:
+        yield (
+            f"FID of {num_images} images is biased upward and not comparable with published "
+            "values, which use 50,000"
+        )
+    if channels == 1:
+        yield (
+            "FID and IS come from a network that has seen colour photographs: on grey images "
+            "read class_acc first"
+        )
+
+
+class Fid(Metric):
+    """The Frechet distance between the Inception features of generated and real images."""
+
+    better = "lower"
+    network = INCEPTION
+    real_images = True
+    statistics_suffice = True
+    collector = InceptionFeatures
+    keeps = "moments"
+    warnings = staticmethod(inception_warnings)
+
+    def compute(self) -> Entry:
+        seen: InceptionFeatures = self.collected
+        num_real = seen.num_real if seen.reference is None else seen.reference.num_images
+        counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
+        if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
+            return entry("unreliable", None, f"{counts} have no covariance")
+        real = seen.statistics()
+        distance = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
+        reason, dim = None, seen.extractor.feature_dim
+        if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
+            reason = f"{counts} are too few for a covariance of {dim} features"
+        return entry(
+            "unreliable" if reason else "ok",
+            distance.value,
+            reason,
+            name=count_name(seen.num_images),
+            raw=distance.raw,
+            n=seen.num_images,
+            n_real=num_real,
+            better=self.better,
+            extractor=seen.details,
+            reference=dict(seen.reference.meta) or None if seen.reference else None,
+        )
+
+    def statistics(self) -> Reference | None:
+        return self.collected.statistics()
+
+    @classmethod
+    def rows(cls, name: str, result: Entry) -> list[Row]:
+        return super().rows(result.get("name", name), result)

@@ -1,68 +1,73 @@
-"""Pictures for the report: generated images, a row per class, as the scorers see them pass."""
+"""Rows of some of the images, such as the pictures that the report shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.real import RealSets
-from metrics.rows import KeptRows
-from metrics.scoring import Entry
+from metrics.base import Collector, Context
+from reporting.pages import Picture
 from utils.distributed import Runtime
-from utils.images import grid_rows, make_grid
+from utils.images import grid_rows, make_grid, to_array
 
 MAX_IMAGES = 100
 MAX_CLASSES = 20
 
 
-class Gallery:
-    """Keeps a few generated images (see `metrics.scoring.Scorer`); computes nothing.
+class ChosenRows(Collector):
+    """Keeps chosen images, or other rows that belong to them, for the main process.
 
     Args:
-        labels: of the generated images by global index, or None.
-        shape: (C, H, W) of one image.
+        chosen: the global indices of these images, ascending.
+
+    Attributes:
+        values: after `reduce`, the rows of all chosen images on the CPU, (len(chosen), ...).
     """
 
-    names = ()
+    def __init__(self, chosen: Sequence[int] | np.ndarray) -> None:
+        self.chosen = torch.as_tensor(chosen, dtype=torch.int64)
+        self.reset()
 
-    def __init__(
-        self, *, num_images: int, labels: Sequence[int] | None, shape: tuple[int, int, int]
-    ) -> None:
-        chosen = _choose(num_images, labels)
-        self.labels = None if labels is None else [labels[i] for i in chosen]
-        self.images = KeptRows(chosen, shape, torch.uint8)
+    def reset(self) -> None:
+        self.parts: list[Tensor] = []
+        self.values = torch.zeros(0)
 
-    def clear(self) -> None:
-        self.images.clear()
+    def update(self, images: Tensor, indices: range) -> None:
+        bounds = torch.tensor([indices.start, indices.stop])
+        first, stop = torch.searchsorted(self.chosen, bounds).tolist()
+        self.parts.append(images[self.chosen[first:stop] - indices.start].cpu())
 
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        pass
-
-    def reduce_real(self, runtime: Runtime) -> None:
-        pass
-
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        self.images.put(images, indices)
-
-    def reduce_generated(self, runtime: Runtime) -> None:
-        self.images.all_reduce(runtime)
-
-    def results(self) -> dict[str, Entry]:
-        return {}
-
-    def grid(self) -> Tensor:
-        """uint8 (C, H', W'): a row per class where there are classes."""
-        if self.labels is None:
-            return make_grid(self.images.values, grid_rows(len(self.images.values)))
-        order = sorted(range(len(self.labels)), key=self.labels.__getitem__)  # stable
-        rows = grid_rows(len(order), [self.labels[i] for i in order])
-        return make_grid(self.images.values[order], rows)
+    def reduce(self, runtime: Runtime) -> None:
+        parts = [part for share in runtime.gather_objects(self.parts) for part in share]
+        self.values = torch.cat(parts) if parts else torch.zeros(0)
+        self.parts = []
 
 
-def _choose(num_images: int, labels: Sequence[int] | None) -> list[int]:
-    """Indices of the pictures: the first of every class, or the first ones."""
+class Gallery(ChosenRows):
+    """Keeps the first generated images, of every class if there are classes, to be shown."""
+
+    def __init__(self, context: Context) -> None:
+        labels = context.generated.labels
+        super().__init__(first_images(context.generated.num_images, labels))
+        self.labels = None if labels is None else [labels[i] for i in self.chosen.tolist()]
+
+    def pictures(self) -> dict[str, Picture]:
+        """A grid of the images, if any were drawn, with a row per class where there are classes."""
+        images, labels = self.values, None
+        if not len(images):
+            return {}
+        if self.labels is not None:
+            order = sorted(range(len(images)), key=self.labels.__getitem__)  # stable
+            images, labels = images[order], [self.labels[i] for i in order]
+        grid = make_grid(images, grid_rows(len(images), labels))
+        return {"samples": Picture(to_array(grid), "Samples", "A row per class, if any.")}
+
+
+def first_images(num_images: int, labels: Sequence[int] | None) -> list[int]:
+    """The ascending indices of the first images of every class; without classes, the first ones."""
     if labels is None:
         return list(range(min(num_images, MAX_IMAGES)))
     by_class: dict[int, list[int]] = {}

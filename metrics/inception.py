@@ -1,13 +1,13 @@
-"""Inception features: torch-fidelity's network, our streaming float64 moments, and the metrics.
+"""Inception features, for every metric that is computed from them.
 
-The network is the one whose features are called FID everywhere (TF1 weights, TF1 resize); no other
-is ever put in its place. It sees each image once for all metrics.
+The network is torch-fidelity's, whose features are called FID everywhere (TF1 weights, TF1 resize);
+no other is ever put in its place. It sees each image once for all metrics.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,46 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.real import RealSets
-from metrics import fid
-from metrics.features import FeatureStore
-from metrics.inception_score import InceptionScoreSums
-from metrics.kid import SUBSET_SIZE, kernel_inception_distance
+from datasets.real import RealImages, RealSets
+from metrics.base import Collector, Context
 from metrics.moments import FeatureMoments
-from metrics.prdc import choose_rows, prdc, too_few
-from metrics.reference import Reference, write_reference
-from metrics.scoring import Entry, entry
-from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
+from metrics.reference import Reference, read_reference, write_reference
+from metrics.weights import Network, load_plain, wrong_weights
 from utils.distributed import Runtime
+from utils.errors import ConfigError
+from utils.files import content_key
 from utils.images import to_rgb
 from utils.precision import full_float32
 
-INCEPTION = WeightsSource(
-    name="Inception",
-    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
-    flag="--inception_weights",
-    # The second is pytorch-fid's name for the same weights.
-    file_names=(
-        "weights-inception-2015-12-05-6726825d.pth",
-        "pt_inception-2015-12-05-6726825d.pth",
-    ),
-)
 NUM_LOGITS = 1008
 FID_FEATURES = 2048  # of the layer whose distance is called FID
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network: uint8 (B, 3, H, W) -> features (B, feature_dim), logits (B, L)."""
+    """A feature network: uint8 (B, 3, H, W) -> features (B, feature_dim), logits (B, num_logits).
+
+    `details` is what the report says of it.
+    """
 
     extract: Callable[[Tensor], tuple[Tensor, Tensor]]
     feature_dim: int
     num_logits: int
-    details: dict[str, Any] = field(default_factory=dict)  # goes into the report
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 1 or 3, H, W); grey is repeated to three channels."""
+        """Take uint8 (B, 1 or 3, H, W), grey repeated to three channels, through the network."""
         with torch.inference_mode(), full_float32(images.device):
             features, logits = self.extract(to_rgb(images).contiguous())
         if features.shape != (len(images), self.feature_dim):
@@ -65,7 +54,7 @@ class Extractor:
 
 
 def load_inception(path: Path, device: torch.device, *, layer: str = "2048") -> Extractor:
-    """torch-fidelity's Inception with the weights at `path`.
+    """Load torch-fidelity's Inception with the weights at `path`.
 
     Args:
         layer: "64", "192", "768" or "2048"; only the last one gives what is called FID.
@@ -89,193 +78,134 @@ def load_inception(path: Path, device: torch.device, *, layer: str = "2048") -> 
     return Extractor(network.to(device), int(layer), NUM_LOGITS, details)
 
 
-class InceptionScorer:
-    """FID, KID, IS and precision/recall from one pass of one network (see
-    `metrics.scoring.Scorer`).
+INCEPTION = Network(
+    name="inception",
+    title="Inception",
+    load=load_inception,
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+    # The second is pytorch-fid's name for the same weights.
+    file_names=(
+        "weights-inception-2015-12-05-6726825d.pth",
+        "pt_inception-2015-12-05-6726825d.pth",
+    ),
+    help="for fid, kid, is, prdc; default: cache",
+)
+
+
+class FeatureSet:
+    """What is kept of the features of one set of images.
 
     Args:
-        names: of "fid", "kid", "is" and "prdc".
-        num_images: generated images over all processes.
-        features_dir: a folder all processes share, for the features that "kid" and "prdc" need:
-            4 bytes x feature_dim an image, generated and real.
-        reference: statistics to compare with instead of the real images' ("fid" only).
-        store: where the real images' statistics are kept for the next evaluation, with what
-            describes them.
+        keeps: of "moments" (their sums, for FID), "features" and "logits" (all of them).
+
+    Attributes:
+        moments: the sums over all processes after `reduce`; None if they are not kept.
+        rows: after `reduce`, on the main process, float32 (N, width) for "features" and "logits".
     """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        extractor: Extractor,
-        device: torch.device,
-        *,
-        num_images: int,
-        weights: Weights | None = None,
-        features_dir: Path | None = None,
-        reference: Reference | None = None,
-        store: tuple[Path, Mapping[str, Any]] | None = None,
-    ) -> None:
-        self.names = names
-        self.extractor = extractor
-        self.device = device
-        self.num_images = num_images
-        dim = extractor.feature_dim
-        self.reference, self.store = reference, store
-        needs_real = "fid" in names and reference is None
-        self.real = FeatureMoments(dim, device) if needs_real else None
-        self.real_features: FeatureStore | None = None
-        self.features: FeatureStore | None = None
-        if {"kid", "prdc"} & set(names):
-            if features_dir is None:
-                raise ValueError("kid and prdc need a features_dir")
-            self.real_features = FeatureStore(features_dir / "real", dim)
-            self.features = FeatureStore(features_dir / "generated", dim)
+    def __init__(self, keeps: Collection[str], extractor: Extractor, device: torch.device) -> None:
+        widths = {"features": extractor.feature_dim, "logits": extractor.num_logits}
+        self.moments = FeatureMoments(extractor.feature_dim, device) if "moments" in keeps else None
+        self.rows: dict[str, Tensor] = {}
+        self._parts = {kind: [torch.zeros(0, widths[kind])] for kind in widths if kind in keeps}
+
+    def update(self, features: Tensor, logits: Tensor) -> None:
+        """Add features (b, D) and logits (b, L) of the next images of this process's share."""
+        if self.moments is not None:
+            self.moments.update(features)
+        for kind, parts in self._parts.items():
+            parts.append((features if kind == "features" else logits).float().cpu())
+
+    def reduce(self, runtime: Runtime, num_images: int) -> None:
+        """Bring together what the processes have of `num_images` images. A collective."""
+        if self.moments is not None:
+            self.moments.all_reduce(runtime)
+        for kind, parts in self._parts.items():
+            self.rows[kind] = runtime.gather(torch.cat(parts), num_images)
+        self._parts = {}
+
+
+class InceptionFeatures(Collector):
+    """Features of real and generated images, as far as the metrics ask for them.
+
+    Attributes:
+        reference: statistics that take the place of the real images' own: those of --reference, or
+            those that an earlier evaluation left in the cache; on the main process.
+        num_real: how many real images were looked at.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.extractor: Extractor = context.networks[INCEPTION]
+        self.details = {**self.extractor.details, **context.origin_of(INCEPTION)}
+        self.device = context.runtime.device
+        self.num_images = context.generated.num_images
+        self.keeps = context.keeps & {"moments", "features", "logits"}
+        self.reference = context.real.statistics
+        self.meta: dict[str, Any] = {}
+        self.store: Path | None = None
+        sets = context.real.sets
+        if self.reference is None and sets is not None and context.cache_dir is not None:
+            self.meta = self._describe(sets.reference, context)
+            self.store = context.cache_dir / f"reference_{content_key(self.meta)}.npz"
+            if "features" not in self.keeps:  # these need the images themselves
+                self.reference = self._stored(context.runtime)
+        # Only the main process reads the file; the others need not look at the images either.
+        known = context.runtime.broadcast_object(self.reference is not None)
+        self.keeps_real = self.keeps - ({"logits", "moments"} if known else {"logits"})
+        self.real = FeatureSet(self.keeps_real, self.extractor, self.device)
         self.num_real = 0
-        self.details = dict(extractor.details)
-        if weights is not None:
-            self.details |= {"path": str(weights.path), "sha256": weights.sha256}
-        self.clear()
+        self.reset()
 
-    def clear(self) -> None:
-        names, dim = self.names, self.extractor.feature_dim
-        self.generated = FeatureMoments(dim, self.device) if "fid" in names else None
-        self.score = None
-        if "is" in names:
-            self.score = InceptionScoreSums(
-                self.num_images, self.extractor.num_logits, device=self.device
-            )
-        if self.features is not None:
-            self.features.close()
+    def _describe(self, real: RealImages, context: Context) -> dict[str, Any]:
+        """Everything that the statistics of the real images depend on."""
+        return {
+            "extractor": dict(self.extractor.details),
+            "weights_sha256": context.weights[INCEPTION].sha256,
+            "data_fingerprint": real.fingerprint,
+            "split": real.split,
+            "num_images": len(real.indices),
+            "shape": list(context.generated.spec.shape),
+            "range": "uint8, grey repeated to three channels",
+        }
 
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if self.real is None and self.real_features is None:
+    def _stored(self, runtime: Runtime) -> Reference | None:
+        if runtime.is_main and self.store.is_file():
+            with contextlib.suppress(ConfigError):  # a damaged one is made again
+                return read_reference(self.store, self.extractor.feature_dim)
+        return None
+
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
+        if not self.keeps_real:
             return
         if real is None:
-            raise ValueError(f"{', '.join(self.names)}: real images are needed")
-        real = real.reference
-        self.num_real = len(real.indices)
-        start = runtime.share(self.num_real).start
-        for images, _ in real.fetch(real.share(runtime)):
-            features = self.extractor(images.to(self.device))[0]
-            if self.real is not None:
-                self.real.update(features)
-            if self.real_features is not None:
-                self.real_features.append(features, range(start, start + len(images)))
-            start += len(images)
+            raise ValueError("real images are needed")
+        self.num_real = len(real.reference.indices)
+        for images, _ in real.reference.fetch(real.reference.share(runtime)):
+            self.real.update(*self.extractor(images.to(self.device)))
 
     def reduce_real(self, runtime: Runtime) -> None:
-        if self.real is not None:
-            self.real.all_reduce(runtime)
-            if runtime.is_main and self.store is not None:
-                self._keep(*self.store)
-        _finish(self.real_features, runtime)
+        self.real.reduce(runtime, self.num_real)
+        if runtime.is_main and self.store is not None and self.real.moments is not None:
+            # A disk that refuses costs the next evaluation its time, not this one its result.
+            with contextlib.suppress(OSError, ValueError):
+                write_reference(self.store, self.statistics())
 
-    def _keep(self, path: Path, meta: Mapping[str, Any]) -> None:
-        """A disk that refuses costs the next evaluation its time, not this one its result."""
-        with contextlib.suppress(OSError, ValueError):
-            write_reference(path, self.real_statistics(meta))
+    def statistics(self) -> Reference:
+        """What FID compares the generated images with. On the main process.
 
-    def real_statistics(self, meta: Mapping[str, Any]) -> Reference:
-        """What the generated images are compared with. On the main process."""
+        Raises:
+            ValueError: fewer than two real images.
+        """
         if self.reference is not None:
             return self.reference
-        return Reference(*self.real.mean_cov(), int(self.real.count.item()), meta)
+        return Reference(*self.real.moments.mean_cov(), self.num_real, self.meta)
 
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        features, logits = self.extractor(images.to(self.device))
-        if self.generated is not None:
-            self.generated.update(features)
-        if self.score is not None:
-            self.score.update(logits, indices)
-        if self.features is not None:
-            self.features.append(features, indices)
+    def reset(self) -> None:
+        self.generated = FeatureSet(self.keeps, self.extractor, self.device)
 
-    def reduce_generated(self, runtime: Runtime) -> None:
-        for sums in (self.generated, self.score):
-            if sums is not None:
-                sums.all_reduce(runtime)
-        _finish(self.features, runtime)
+    def update(self, images: Tensor, indices: range) -> None:
+        self.generated.update(*self.extractor(images.to(self.device)))
 
-    def results(self) -> dict[str, Entry]:
-        found = {}
-        few = self.num_images <= fid.SINGULAR_BELOW
-        if self.generated is not None and self._too_few():
-            found["fid"] = entry("unreliable", None, self._too_few())
-        elif self.generated is not None:
-            real = self.real_statistics({})
-            distance = fid.frechet_distance(*self.generated.mean_cov(), real.mu, real.sigma)
-            num_real = real.num_images
-            few_real = num_real is not None and num_real <= fid.SINGULAR_BELOW
-            counts = f"{self.num_images} generated and {num_real or 'unknown'} real images"
-            found["fid"] = entry(
-                "unreliable" if few or few_real else "ok",
-                distance.value,
-                f"{counts} are too few for a covariance of {self.extractor.feature_dim} features"
-                if few or few_real
-                else None,
-                name=fid.count_name(self.num_images),
-                raw=distance.raw,
-                n=self.num_images,
-                n_real=num_real,
-                better="lower",
-                extractor=self.details,
-                reference=dict(real.meta) or None,
-            )
-        if self.score is not None:
-            mean, std = self.score.compute()
-            found["is"] = entry(
-                "unreliable" if few else "ok",
-                mean,
-                f"biased low at {self.num_images} images" if few else None,
-                std=std,
-                num_splits=self.score.num_splits,
-                n=self.num_images,
-                better="higher",
-                extractor=self.details,
-            )
-        if self.features is not None:
-            found |= self._from_features()
-        return found
-
-    def _too_few(self) -> str | None:
-        """Why there is no covariance, or None."""
-        num_real = 2 if self.reference is not None else self.num_real
-        if min(self.num_images, num_real) >= 2:
-            return None
-        return f"{self.num_images} generated and {self.num_real} real images have no covariance"
-
-    def _from_features(self) -> dict[str, Entry]:
-        """KID and precision, recall, density, coverage."""
-        found = {}
-        generated = self.features.read(self.num_images)
-        real = self.real_features.read(self.num_real)
-        counts = {"n": self.num_images, "n_real": self.num_real, "extractor": self.details}
-        if "kid" in self.names and min(self.num_images, self.num_real) < 2:
-            found["kid"] = entry("unreliable", None, "KID needs 2 images of each kind", **counts)
-        elif "kid" in self.names:
-            kid = kernel_inception_distance(generated, real)
-            few = kid.subset_size < SUBSET_SIZE
-            found["kid"] = entry(
-                "unreliable" if few else "ok",
-                kid.mean,
-                f"subsets of {kid.subset_size} images instead of {SUBSET_SIZE}" if few else None,
-                std=kid.std,
-                subset_size=kid.subset_size,
-                better="lower",
-                **counts,
-            )
-        if "prdc" in self.names and (reason := too_few(self.num_real, self.num_images)):
-            found["prdc"] = entry("unreliable", None, reason, **counts)
-        elif "prdc" in self.names:
-            scores = prdc(*(f.rows(choose_rows(len(f))) for f in (real, generated)))
-            found["prdc"] = entry(
-                "ok", scores.precision, **scores._asdict(), better="higher", **counts
-            )
-        return found
-
-
-def _finish(store: FeatureStore | None, runtime: Runtime) -> None:
-    """After this the main process may read what all have written. A collective."""
-    if store is not None:
-        store.close()
-        runtime.barrier()
+    def reduce(self, runtime: Runtime) -> None:
+        self.generated.reduce(runtime, self.num_images)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.real import RealSets
-from metrics.rows import KeptRows
-from metrics.scoring import Entry, entry
-from metrics.weights import Weights, WeightsSource, load_plain, wrong_weights
+from metrics.base import Context, Entry, Metric, Row, entry, number
+from metrics.gallery import ChosenRows
+from metrics.weights import Network, load_plain, wrong_weights
 from utils.distributed import Runtime
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
-from utils.rng import Stream, numpy_generator
+from utils.rng import Stream, fixed_subset, numpy_generator
 
-ALEXNET = WeightsSource(
-    name="LPIPS (AlexNet)",
-    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    flag="--lpips_weights",
-    file_names=("alexnet-owt-7be5be79.pth",),
-    hash_prefix="7be5be79",
-)
 NUM_PAIRS = 2000
 MIN_SIZE = 64  # pixels; AlexNet fails below 31, and values at different sizes do not compare
 PAIR_BATCH = 32
@@ -47,8 +40,18 @@ class MeanError(NamedTuple):
     sem: float | None
 
 
+class Diversity(NamedTuple):
+    """The mean distance of any two images, and of two with one label, averaged over the labels.
+
+    `intra` is None without labels, or where no label has two images.
+    """
+
+    inter: MeanError
+    intra: MeanError | None
+
+
 def load_lpips(path: Path, device: torch.device) -> Distance:
-    """LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
+    """Load LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
 
     Returns:
         distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,).
@@ -77,6 +80,17 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
     return distance
 
 
+ALEXNET = Network(
+    name="lpips",
+    title="LPIPS (AlexNet)",
+    load=load_lpips,
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    file_names=("alexnet-owt-7be5be79.pth",),
+    help="AlexNet for lpips; default: cache or download",
+    hash_prefix="7be5be79",
+)
+
+
 def lpips_input(images: Tensor) -> Tensor:
     """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], smaller side >= 64."""
     x = to_float(to_rgb(images))
@@ -88,36 +102,62 @@ def lpips_input(images: Tensor) -> Tensor:
     return x
 
 
-def draw_pairs(num_images: int, num_pairs: int, seed: int, *index: int) -> Tensor:
-    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`."""
+def distances(
+    distance: Distance, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Tensor:
+    """(N,) float64 on the CPU: the distance of each image to the one in the same row beside it.
+
+    Args:
+        pairs: uint8 (b, C, H, W) twice, batch by batch.
+    """
+    with torch.inference_mode(), full_float32(device):
+        parts = [distance(*(lpips_input(x.to(device)) for x in pair)).cpu() for pair in pairs]
+    return torch.cat(parts).double()
+
+
+def draw_pairs(num_images: int, num_pairs: int, *index: int) -> Tensor:
+    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`.
+
+    They are a function of the arguments alone; `index` is the number of the draw.
+    """
     if num_images * (num_images - 1) // 2 <= num_pairs:
         return torch.combinations(torch.arange(num_images))
-    rng = numpy_generator(seed, Stream.EVALUATION, *index)
+    rng = numpy_generator(0, Stream.EVALUATION, *index)
     first = rng.integers(num_images, size=num_pairs)
     second = (first + rng.integers(1, num_images, size=num_pairs)) % num_images
     return torch.stack([torch.from_numpy(first), torch.from_numpy(second)], dim=1)
 
 
-def pool_of(indices: Sequence[int], num_pairs: int, seed: int) -> list[int]:
-    """The images that pairs are drawn from, sorted: no more than that many pairs can use."""
-    if len(indices) <= 2 * num_pairs:
-        return list(indices)
-    order = numpy_generator(seed, Stream.EVALUATION).permutation(len(indices))
-    return sorted(indices[i] for i in order[: 2 * num_pairs])
-
-
 def mean_distance(
-    distance: Distance, images: Tensor, pairs: Tensor, device: torch.device
-) -> MeanError:
-    """Mean of `distance` over pairs of rows of uint8 (N, C, H, W)."""
-    found = []
-    with torch.inference_mode(), full_float32(device):
-        for part in pairs.split(PAIR_BATCH):
-            a, b = (lpips_input(images[part[:, side]].to(device)) for side in (0, 1))
-            found.append(distance(a, b).cpu().double())
-    values = torch.cat(found)
-    sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return MeanError(values.mean().item(), sem)
+    distance: Distance,
+    images: Tensor,
+    groups: Mapping[tuple[int, ...], Tensor],
+    device: torch.device,
+    *,
+    num_pairs: int,
+) -> MeanError | None:
+    """Average, over groups of images, the mean distance between two images of a group.
+
+    Pairs share images, so the error is a little too small where `num_pairs` is large beside the
+    number of images.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        groups: number of the draw -> rows of the images. None of them gives None.
+        num_pairs: in all groups together.
+    """
+    means, errors = [], []
+    for index, rows in groups.items():
+        pairs = rows[draw_pairs(len(rows), max(1, num_pairs // len(groups)), *index)]
+        batches = ((images[some[:, 0]], images[some[:, 1]]) for some in pairs.split(PAIR_BATCH))
+        values = distances(distance, batches, device)
+        means.append(values.mean().item())
+        if len(values) > 1:
+            errors.append(values.std().item() / math.sqrt(len(values)))
+    if not means:
+        return None
+    sem = math.hypot(*errors) / len(means) if len(errors) == len(means) else None
+    return MeanError(sum(means) / len(means), sem)
 
 
 def diversity(
@@ -127,124 +167,92 @@ def diversity(
     device: torch.device,
     *,
     num_pairs: int = NUM_PAIRS,
-    seed: int = 0,
-) -> dict[str, MeanError | None]:
-    """`lpips_inter` over any pairs, and `lpips_intra` within a label, averaged over the labels.
-
-    `lpips_intra` is None without labels, or where no label has two images. Pairs share images, so
-    standard errors are a little too small where `num_pairs` is large beside the number of images.
+) -> Diversity:
+    """Compare pairs of uint8 images (N, C, H, W), drawn with a fixed seed.
 
     Raises:
         ValueError: fewer than two images.
     """
     if len(images) < 2:
         raise ValueError(f"a distance needs at least 2 images, there are {len(images)}")
-    inter = mean_distance(distance, images, draw_pairs(len(images), num_pairs, seed, 1), device)
-    if labels is None:
-        return {"lpips_inter": inter, "lpips_intra": None}
-    classes = [rows for k in labels.unique() if len(rows := (labels == k).nonzero()[:, 0]) > 1]
-    per_class = []
-    for k, rows in enumerate(classes):
-        pairs = draw_pairs(len(rows), max(1, num_pairs // len(classes)), seed, 2, k)
-        per_class.append(mean_distance(distance, images, rows[pairs], device))
-    return {"lpips_inter": inter, "lpips_intra": _average(per_class)}
+    everything = {(1,): torch.arange(len(images))}
+    classes = [] if labels is None else [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+    by_class = {(2, k): rows for k, rows in enumerate(r for r in classes if len(r) > 1)}
+    return Diversity(
+        *(
+            mean_distance(distance, images, groups, device, num_pairs=num_pairs)
+            for groups in (everything, by_class)
+        )
+    )
 
 
-def _average(parts: list[MeanError]) -> MeanError | None:
-    if not parts:
-        return None
-    errors = [part.sem for part in parts if part.sem is not None]
-    sem = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
-    return MeanError(sum(part.mean for part in parts) / len(parts), sem)
-
-
-class LpipsScorer:
-    """LPIPS diversity (see `metrics.scoring.Scorer`).
+class Lpips(ChosenRows, Metric):
+    """LPIPS diversity of the generated images, beside that of the real ones, if there are any.
 
     Processes send the images that pairs are drawn from (4000 at most) to the main one, which alone
     computes distances: seconds on a GPU, a minute on a CPU.
-
-    Args:
-        num_images: generated images over all processes.
-        labels: of all of them by global index, or None.
-        shape: (C, H, W) of one image.
     """
 
-    names = ("lpips",)
+    better = "near the real value"
+    network = ALEXNET
 
-    def __init__(
-        self,
-        distance: Distance,
-        device: torch.device,
-        *,
-        num_images: int,
-        labels: Sequence[int] | None,
-        shape: tuple[int, int, int],
-        num_pairs: int = NUM_PAIRS,
-        seed: int = 0,
-        weights: Weights | None = None,
-    ) -> None:
-        self.distance = distance
-        self.device = device
-        self.num_images = num_images
-        self.num_pairs = num_pairs
-        self.seed = seed
-        pool = pool_of(range(num_images), num_pairs, seed)
-        self.images = KeptRows(pool, shape, torch.uint8)
-        self.labels = None if labels is None else torch.tensor(labels)[pool]
-        self.real: dict[str, MeanError | None] = {}
-        size = list(lpips_input(torch.zeros(1, *shape, dtype=torch.uint8)).shape[-2:])
-        self.details: dict[str, Any] = {"net": "alex", "size": size}
-        if weights is not None:
-            self.details |= {"path": str(weights.path), "sha256": weights.sha256}
+    def __init__(self, context: Context) -> None:
+        generated = context.generated
+        super().__init__(fixed_subset(generated.num_images, 2 * NUM_PAIRS))
+        self.distance: Distance = context.networks[ALEXNET]
+        self.device = context.runtime.device
+        self.num_images = generated.num_images
+        labels = generated.labels
+        self.labels = None if labels is None else torch.tensor(labels)[self.chosen]
+        self.real: Diversity | None = None
+        size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
+        self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
 
-    def clear(self) -> None:
-        self.images.clear()
-
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or not runtime.is_main:
             return
-        real = real.reference
-        pool = pool_of(real.indices, self.num_pairs, self.seed)
-        labels = real.labels[pool] if real.num_classes and self.labels is not None else None
-        self.real = self._diversity(real.load(pool), labels)
+        images = real.reference
+        pool = [images.indices[i] for i in fixed_subset(len(images.indices), 2 * NUM_PAIRS)]
+        labels = images.labels[pool] if images.num_classes and self.labels is not None else None
+        self.real = diversity(self.distance, images.load(pool), labels, self.device)
 
-    def reduce_real(self, runtime: Runtime) -> None:
-        pass
-
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        self.images.put(images, indices)
-
-    def reduce_generated(self, runtime: Runtime) -> None:
-        self.images.all_reduce(runtime)
-
-    def results(self) -> dict[str, Entry]:
-        generated = self._diversity(self.images.values, self.labels)
-        inter, real = generated["lpips_inter"], self.real.get("lpips_inter")
-        details: dict[str, Any] = {}
-        for name, found in generated.items():
-            baseline = self.real.get(name)
-            details[name] = found and {
-                "value": found.mean,
-                "sem": found.sem,
-                "real_value": baseline and baseline.mean,
-                "real_sem": baseline and baseline.sem,
+    def compute(self) -> Entry:
+        generated = diversity(self.distance, self.values, self.labels, self.device)
+        parts = {}
+        for name, part in generated._asdict().items():
+            real = getattr(self.real, name, None)
+            parts[f"lpips_{name}"] = part and {
+                "value": part.mean,
+                "sem": part.sem,
+                "real_value": real and real.mean,
+                "real_sem": real and real.sem,
             }
-        return {
-            "lpips": entry(
-                "ok",
-                inter.mean,
-                sem=inter.sem,
-                real_value=real and real.mean,
-                **details,
-                n=self.num_images,
-                num_pairs=min(self.num_pairs, self.num_images * (self.num_images - 1) // 2),
-                better="near the real value",
-                extractor=self.details,
-            )
-        }
-
-    def _diversity(self, images: Tensor, labels: Tensor | None) -> dict[str, MeanError | None]:
-        return diversity(
-            self.distance, images, labels, self.device, num_pairs=self.num_pairs, seed=self.seed
+        inter = parts["lpips_inter"]
+        return entry(
+            "ok",
+            inter["value"],
+            sem=inter["sem"],
+            real_value=inter["real_value"],
+            **parts,
+            n=self.num_images,
+            num_pairs=min(NUM_PAIRS, self.num_images * (self.num_images - 1) // 2),
+            better=self.better,
+            extractor=self.details,
         )
+
+    @classmethod
+    def rows(cls, name: str, result: Entry) -> list[Row]:
+        intra = result.get("lpips_intra")
+        more = [("lpips_intra", number(intra["value"]), _note(intra))] if intra else []
+        return [*super().rows("lpips_inter", result), *more]
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return _note(result["lpips_inter"])
+
+
+def _note(part: Mapping[str, Any]) -> str:
+    notes = [] if part["sem"] is None else [f"+- {number(part['sem'])}"]
+    if part["real_value"] is not None:
+        notes.append(f"real {number(part['real_value'])}")
+    return ", ".join(notes)

@@ -6,8 +6,8 @@ with real images that are not in the set searched (Meehan et al. 2020, arXiv:200
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,38 +15,33 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
-from metrics.lpips_score import PAIR_BATCH, Distance, lpips_input
-from metrics.rows import KeptRows
-from metrics.scoring import Entry, entry
+from metrics.base import Context, Entry, Metric, entry
+from metrics.gallery import ChosenRows
+from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
+from reporting.pages import Picture
 from utils.distributed import Runtime
-from utils.images import to_array
-from utils.precision import full_float32
-from utils.rng import Stream, numpy_generator
+from utils.images import make_grid, to_array
+from utils.rng import EvaluationDraw, fixed_subset
 
 NUM_CHECKED = 1000
 MIN_CHECKED = 100
 NUM_NEIGHBOURS = 10
 NUM_PAIRS = 8
+PAIRS_PER_ROW = 4  # in the picture: of a generated image and its neighbours
 CLOSE_PERCENTILE = 1  # of held-out distances
 CONFIDENCE = 0.99
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # at most; 64 MB in float64
 RERANK_ROWS = 100
+LEFT_OUT = "train, each image left out of its own search"
 NEVER = torch.iinfo(torch.int64).max
 
 
-class Neighbours(NamedTuple):
-    """The k nearest train images of each query, nearest first; of equal ones the first."""
-
-    squared: Tensor  # (Q, k) int64 squared distance in 8-bit steps, exact
-    positions: Tensor  # (Q, k) int64 place of the train image in the stream
-
-
 class Distances(NamedTuple):
-    """Of images to their k nearest train images, nearest first."""
+    """The distances of images to their k nearest train images, nearest first."""
 
     pixels: np.ndarray  # (n, k) root mean square over pixels in [0, 1]
-    positions: Tensor  # (n, k) int64 places in `real.indices`
+    positions: Tensor  # (n, k) int64 places in `train.indices`
     lpips: Tensor | None  # (n, k) float64, of the same train images
 
 
@@ -58,21 +53,23 @@ def nearest_images(
     num_neighbours: int,
     left_out: Tensor,
     device: torch.device,
-    block_rows: int | None = None,
-) -> Neighbours:
-    """Exact search by matrix products: float64 holds every integer that occurs in them.
+) -> tuple[Tensor, Tensor]:
+    """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
     Args:
         queries: uint8 (Q, C, H, W).
-        train: batches of uint8 (b, C, H, W), `num_train` images in all; few are held at a time.
+        train: batches of uint8 (b, C, H, W), `num_train` images in all.
         left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
-        block_rows: images per block; changes no result.
+
+    Returns:
+        of the k nearest train images of each query, nearest first and of equal ones the first:
+        the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
     """
-    rows = block_rows or max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
+    rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
     best = torch.full((len(queries), num_neighbours), NEVER, device=device)
     start = 0
-    for block in _regroup(train, rows):
+    for block in itertools.chain.from_iterable(batch.split(rows) for batch in train):
         b = block.to(device).flatten(1).double()  # (rows, C * H * W)
         positions = torch.arange(start, start + len(b), device=device)
         for first in range(0, len(queries), rows):
@@ -86,45 +83,25 @@ def nearest_images(
         start += len(b)
     assert start == num_train, f"{start} train images came, not {num_train}"
     best = best.cpu()
-    return Neighbours(best // num_train, best % num_train)
-
-
-def _regroup(batches: Iterable[Tensor], num_rows: int) -> Iterator[Tensor]:
-    """The same rows in order, `num_rows` at a time or fewer."""
-    held: list[Tensor] = []
-    for batch in batches:
-        held.append(batch)
-        if sum(map(len, held)) >= num_rows:
-            yield from torch.cat(held).split(num_rows)
-            held = []
-    if held:
-        yield from torch.cat(held).split(num_rows)
+    return best // num_train, best % num_train
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
     """How probable `hits` or more of `count` generated images are if they are like the real ones.
 
-    All distances then come in random order, and the number of generated ones ahead of the
-    (hits_real + 1)-th real one is negative hypergeometric. A binomial tail at p = 0.01 would take
-    the threshold for exact, though a finite baseline gave it, and raise too many alarms.
+    All distances then come in random order, and `hits` generated ones lie ahead of the
+    (hits_real + 1)-th real one just if at most `hits_real` real ones are among the first
+    hits + hits_real. A binomial tail at p = 0.01 would take the threshold for exact, though a
+    finite baseline gave it, and raise too many alarms.
     """
-    if hits_real == count_real:
-        return 1.0
-    after = count_real - hits_real - 1
-    total = _log_comb(count + count_real, count)
-    logs = (
-        _log_comb(hits_real + x, x) + _log_comb(after + count - x, after) - total
-        for x in range(hits, count + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    from scipy.stats import hypergeom
 
-
-def _log_comb(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    tail = hypergeom.cdf(hits_real, count + count_real, count_real, hits + hits_real)
+    return min(1.0, float(tail))
 
 
 def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
-    """Distances to the k nearest train images, ascending: generated (n, k), held out (m, k).
+    """Compare distances to the k nearest train images, ascending: (n, k) and held out (m, k).
 
     Close is what is no farther than the 1st percentile of held-out images: about 0.01 of images
     like those, all of the copies. More than 0.01 of the held-out images are close only where that
@@ -144,7 +121,7 @@ def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
 
 def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     first, ratio = distances[:, 0], None
-    if distances.shape[1] > 1:
+    if distances.shape[1] > 1:  # nearest to second nearest; 1 where both are 0
         second = distances[:, 1]
         ratios = np.divide(first, second, out=np.ones_like(first), where=second > 0)
         ratio = float(np.median(ratios))
@@ -152,160 +129,141 @@ def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     return {
         "share_close": hits / len(first),
         "num_copies": int((first == 0).sum()),
-        "median_ratio": ratio,  # nearest to second nearest; 1 where both are 0
+        "median_ratio": ratio,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
 
-def choose(num_items: int, limit: int, seed: int, key: int) -> Tensor:
-    """int64, sorted: `limit` of `num_items`, or all; a function of the arguments alone."""
-    order = numpy_generator(seed, Stream.EVALUATION, key).permutation(num_items)
-    return torch.from_numpy(order[:limit]).sort().values
-
-
-class MemorizationScorer:
-    """Nearest train images of generated ones (see `metrics.scoring.Scorer`).
+class Memorization(ChosenRows, Metric):
+    """The share of generated images that are as close to a train image as few held-out ones are.
 
     Processes send the images that are checked to the main one, which alone searches the train
     images: one pass for the held-out images and one for each set of generated ones. Without test
     images, train images take their place, each left out of its own search, so that copies of them
     are still found.
 
-    Args:
-        num_images: generated images over all processes; `num_checked` of them are checked.
-        shape: (C, H, W) of one image.
-        distance: LPIPS; also compare by it, over the ten nearest in pixels. That takes twenty
-            distances for each checked image: seconds on a GPU, minutes on a CPU.
+    Where LPIPS is there for another metric, it compares the ten nearest in pixels again. That takes
+    twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
 
     Attributes:
-        pairs: after `results`, pictures of the closest pairs as uint8 (H, W) or (H, W, 3): the
-            generated image, the train image nearest in pixels, and by `distance` if there is one.
+        closest: after `compute`, the closest generated images, and the train images nearest to them
+            in pixels, and by LPIPS if it is there: uint8 (n, C, H, W) each.
     """
 
-    names = ("memorization",)
+    better = "lower"
+    real_images = True
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        num_images: int,
-        shape: tuple[int, int, int],
-        seed: int = 0,
-        num_checked: int = NUM_CHECKED,
-        distance: Distance | None = None,
-    ) -> None:
-        self.device = device
+    def __init__(self, context: Context) -> None:
+        draw = EvaluationDraw.CHECKED_FOR_COPIES
+        super().__init__(fixed_subset(context.generated.num_images, NUM_CHECKED, draw))
+        self.device = context.runtime.device
+        self.distance: Distance | None = context.networks.get(ALEXNET)
+        self.train: RealImages | None = None
         self.test: RealImages | None = None
-        self.seed = seed
-        self.num_checked = num_checked
-        self.distance = distance
-        self.images = KeptRows(choose(num_images, num_checked, seed, 5), shape, torch.uint8)
-        self.real: RealImages | None = None
         self.held_out: Distances | None = None
-        self.clear()
 
-    def clear(self) -> None:
-        self.images.clear()
-        self.pairs: list[tuple[np.ndarray, ...]] = []
-
-    def see_real(self, real: RealSets | None, runtime: Runtime) -> None:
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
-        self.real, self.test = real.train, real.test
+        self.train, self.test = real.train, real.test
         if runtime.is_main:
-            source = self.real if self.test is None else self.test
-            chosen = choose(len(source.indices), self.num_checked, self.seed, 6)
+            source = self.test or self.train
+            draw = EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
+            chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
             self.held_out = self._search(
                 _load(source, chosen), chosen if self.test is None else torch.full_like(chosen, -1)
             )
 
-    def reduce_real(self, runtime: Runtime) -> None:
-        pass
+    def reset(self) -> None:
+        super().reset()
+        self.closest: list[Tensor] = []
 
-    def see_generated(self, images: Tensor, labels: list[int] | None, indices: range) -> None:
-        self.images.put(images, indices)
+    def compute(self) -> Entry:
+        held_out, images, checked = self.held_out, self.values, self.chosen
+        searched = self._search(images, torch.full_like(checked, -1))
+        compared, by_lpips = compare(searched.pixels, held_out.pixels), None
+        rows = searched.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
+        nearest = [searched.positions[rows, 0]]
+        if searched.lpips is not None:
+            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (searched, held_out)))
+            nearest.append(searched.positions[rows, searched.lpips[rows].argmin(1)])
+        self.closest = [images[rows], *(_load(self.train, positions) for positions in nearest)]
+        doubts = self._doubts()
+        return entry(
+            "unreliable" if doubts else "ok",
+            compared["generated"]["share_close"],
+            "; ".join(doubts) or None,
+            **compared,
+            lpips=by_lpips,
+            closest=[
+                {
+                    "index": int(checked[row]),
+                    "train_index": self.train.indices[place],
+                    "distance": float(searched.pixels[row, 0]),
+                }
+                for row, place in zip(rows, nearest[0].tolist(), strict=True)
+            ],
+            baseline=self.test.split if self.test else LEFT_OUT,
+            n_checked=len(images),
+            n_held_out=len(held_out.pixels),
+            n_train=len(self.train.indices),
+            better=self.better,
+        )
 
-    def reduce_generated(self, runtime: Runtime) -> None:
-        self.images.all_reduce(runtime)
+    def pictures(self) -> dict[str, Picture]:
+        if not self.closest:
+            return {}
+        width = len(self.closest)
+        images = torch.stack(self.closest, 1).flatten(0, 1)  # each image before its neighbours
+        lines = torch.arange(len(images)).split(width * PAIRS_PER_ROW)
+        grid = make_grid(images, [line.tolist() for line in lines])
+        columns = ("generated", "nearest train image", "nearest by LPIPS")[:width]
+        caption = "In turn: " + ", ".join(columns)
+        return {"neighbours": Picture(to_array(grid), "Closest to the train images", caption)}
 
-    def results(self) -> dict[str, Entry]:
-        real, held_out = self.real, self.held_out
-        images, checked = self.images.values, self.images.chosen
-        found = self._search(images, torch.full_like(checked, -1))
-        compared, by_lpips = compare(found.pixels, held_out.pixels), None
-        closest = found.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
-        near = [found.positions[closest, 0]]
-        if found.lpips is not None:
-            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (found, held_out)))
-            near.append(found.positions[closest, found.lpips[closest].argmin(1)])
-        shown = [images[closest], *(_load(real, positions) for positions in near)]
-        self.pairs = [tuple(map(to_array, images)) for images in zip(*shown, strict=True)]
-        reasons = self._doubts()
-        return {
-            "memorization": entry(
-                "unreliable" if reasons else "ok",
-                compared["generated"]["share_close"],
-                "; ".join(reasons) or None,
-                **compared,
-                lpips=by_lpips,
-                closest=[
-                    {
-                        "index": int(checked[row]),
-                        "train_index": int(real.indices[position]),
-                        "distance": float(found.pixels[row, 0]),
-                    }
-                    for row, position in zip(closest, near[0].tolist(), strict=True)
-                ],
-                baseline="train, each image left out of its own search"
-                if self.test is None
-                else self.test.split,
-                n_checked=len(found.pixels),
-                n_held_out=len(held_out.pixels),
-                n_train=len(real.indices),
-                better="lower",
-            )
-        }
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        verdict = "more than held-out images" if result["flagged"] else "no sign of copies"
+        return f"share nearer to the train images than 99 % of held-out ones: {verdict}"
 
     def _search(self, images: Tensor, left_out: Tensor) -> Distances:
         """All train images for each image, but for the position `left_out`."""
-        num_train = len(self.real.indices)
-        found = nearest_images(
+        num_train = len(self.train.indices)
+        squared, positions = nearest_images(
             images,
-            (batch for batch, _ in self.real.fetch(self.real.indices)),
+            (batch for batch, _ in self.train.fetch(self.train.indices)),
             num_train,
             num_neighbours=min(NUM_NEIGHBOURS, num_train - (self.test is None)),
             left_out=left_out,
             # MPS has no float64.
             device=torch.device("cpu") if self.device.type == "mps" else self.device,
         )
-        pixels = (found.squared.double() / images[0].numel()).sqrt().numpy() / 255
-        lpips = None if self.distance is None else self._lpips(images, found.positions)
-        return Distances(pixels, found.positions, lpips)
-
-    def _doubts(self) -> list[str]:
-        found, num_held_out = [], len(self.held_out.pixels)
-        if len(self.images.chosen) < MIN_CHECKED:
-            found.append(f"only {len(self.images.chosen)} generated images are checked")
-        if num_held_out < MIN_CHECKED:
-            found.append(f"only {num_held_out} held-out real images to compare with")
-        if len(self.real.indices) < len(self.real.labels):
-            searched = f"{len(self.real.indices)} of {len(self.real.labels)}"
-            found.append(f"{searched} train images are searched, copies of the others are missed")
-        return found
+        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
+        lpips = None if self.distance is None else self._lpips(images, positions)
+        return Distances(pixels, positions, lpips)
 
     def _lpips(self, queries: Tensor, positions: Tensor) -> Tensor:
-        """(Q, k) float64: `distance` of each query to the train images at `positions` (Q, k)."""
-        found = []
-        for start in range(0, len(queries), RERANK_ROWS):
-            near = positions[start : start + RERANK_ROWS]
+        """(Q, k) float64: the distance of each query to the train images at `positions` (Q, k)."""
+        parts = []
+        blocks = zip(queries.split(RERANK_ROWS), positions.split(RERANK_ROWS), strict=True)
+        for block, near in blocks:
             needed, rows = near.unique(return_inverse=True)
-            a = queries[start : start + RERANK_ROWS].repeat_interleave(near.shape[1], 0)
-            b = _load(self.real, needed)[rows.flatten()]
-            with torch.inference_mode(), full_float32(self.device):
-                for pair in zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True):
-                    x, y = (lpips_input(images.to(self.device)) for images in pair)
-                    found.append(self.distance(x, y).double().cpu())
-        return torch.cat(found).view(positions.shape)
+            a = block.repeat_interleave(near.shape[1], 0)
+            b = _load(self.train, needed)[rows.flatten()]
+            pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
+            parts.append(distances(self.distance, pairs, self.device))
+        return torch.cat(parts).view(positions.shape)
+
+    def _doubts(self) -> list[str]:
+        doubts, num_held_out = [], len(self.held_out.pixels)
+        if len(self.chosen) < MIN_CHECKED:
+            doubts.append(f"only {len(self.chosen)} generated images are checked")
+        if num_held_out < MIN_CHECKED:
+            doubts.append(f"only {num_held_out} held-out real images to compare with")
+        if len(self.train.indices) < len(self.train.labels):
+            searched = f"{len(self.train.indices)} of {len(self.train.labels)}"
+            doubts.append(f"{searched} train images are searched, copies of the others are missed")
+        return doubts
 
 
 def _load(real: RealImages, positions: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.features import Features, as_features
+from metrics.base import Entry, Metric, Row, entry, number
+from metrics.inception import INCEPTION, InceptionFeatures
 from utils.precision import full_float32
-from utils.rng import Stream, numpy_generator
+from utils.rng import EvaluationDraw, fixed_subset
 
 K = 5
 MAX_ROWS = 10_000
@@ -29,7 +30,7 @@ BLOCK = 256  # rows whose distances to all others are held at a time: 20 MB at `
 SLACK = 1e-12  # share of |x|^2 + |y|^2; bounds the error of a float64 product of 2048 features
 
 
-class Prdc(NamedTuple):
+class Shares(NamedTuple):
     """All higher is better; shares in [0, 1], but density can exceed 1."""
 
     precision: float  # share of generated points inside the ball of a real one
@@ -42,18 +43,15 @@ class Prdc(NamedTuple):
 
 
 def too_few(num_real: int, num_generated: int, k: int = K) -> str | None:
-    """Why k neighbours cannot be found, or None if they can."""
+    """Say why k neighbours cannot be found, or None if they can."""
     if min(num_real, num_generated) > k:
         return None
     return f"{k} neighbours need more than {k} images: {num_real} real, {num_generated} generated"
 
 
-def choose_rows(num_rows: int, limit: int = MAX_ROWS, seed: int = 0) -> np.ndarray:
-    """Sorted int64 indices: all, or `limit` of them, drawn by `seed`."""
-    if num_rows <= limit:
-        return np.arange(num_rows)
-    order = numpy_generator(seed, Stream.EVALUATION, 7).permutation(num_rows)
-    return np.sort(order[:limit])
+def searched(num_images: int) -> np.ndarray:
+    """The sorted indices of the images that neighbours are searched among, always the same."""
+    return fixed_subset(num_images, MAX_ROWS, EvaluationDraw.NEIGHBOUR_ROWS)
 
 
 def squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
@@ -73,22 +71,15 @@ def squared_radii(points: Tensor, k: int, block: int) -> Tensor:
     return torch.cat(radii)
 
 
-def prdc(
-    real: Features | np.ndarray | Tensor,
-    generated: Features | np.ndarray | Tensor,
-    *,
-    k: int = K,
-    block: int = BLOCK,
-) -> Prdc:
-    """Compare real (N, D) with generated (M, D) features, both in memory (see `choose_rows`).
+def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> Shares:
+    """Compare real (N, D) with generated (M, D) features, see `searched` for how many.
 
     Time grows with N M D, memory with `block` max(N, M).
 
     Raises:
         ValueError: a set of k or fewer points, another D, or features that are not finite.
     """
-    sets = [as_features(x).rows(slice(None)).astype(np.float64) for x in (real, generated)]
-    x, y = (torch.from_numpy(points) for points in sets)
+    x, y = (points.to("cpu", torch.float64, copy=True) for points in (real, generated))
     if k < 1 or min(len(x), len(y)) <= k:
         raise ValueError(
             f"k={k} nearest neighbours need k >= 1 and more than k images of each kind, "
@@ -99,7 +90,7 @@ def prdc(
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features are not finite")
     centre = x.mean(0)  # far from 0 the products would cancel
-    x, y = x.sub_(centre), y.sub_(centre)  # in place: `astype` has made copies
+    x, y = x.sub_(centre), y.sub_(centre)  # in place: they are copies
     radii_x, radii_y = squared_radii(x, k, block), squared_radii(y, k, block)
     num_around = torch.zeros(len(y), dtype=torch.int64)  # real balls around each generated point
     num_recalled = num_covered = 0
@@ -109,7 +100,7 @@ def prdc(
         num_around += inside_real.sum(0)
         num_covered += int(inside_real.any(1).sum())
         num_recalled += int((squared <= radii_y).any(1).sum())
-    return Prdc(
+    return Shares(
         precision=float((num_around > 0).double().mean()),
         recall=num_recalled / len(x),
         density=float(num_around.double().mean()) / k,
@@ -118,3 +109,32 @@ def prdc(
         num_real=len(x),
         num_generated=len(y),
     )
+
+
+class Prdc(Metric):
+    """Precision, recall, density and coverage in Inception features; the value is the precision."""
+
+    better = "higher"
+    network = INCEPTION
+    real_images = True
+    collector = InceptionFeatures
+    keeps = "features"
+
+    def compute(self) -> Entry:
+        seen: InceptionFeatures = self.collected
+        counts = {"n": seen.num_images, "n_real": seen.num_real, "extractor": seen.details}
+        if reason := too_few(seen.num_real, seen.num_images):
+            return entry("unreliable", None, reason, **counts)
+        rows = (kind.rows["features"] for kind in (seen.real, seen.generated))
+        shares = prdc(*(features[searched(len(features))] for features in rows))
+        return entry("ok", shares.precision, **shares._asdict(), better=self.better, **counts)
+
+    @classmethod
+    def rows(cls, name: str, result: Entry) -> list[Row]:
+        if result["value"] is None:
+            return super().rows(name, result)
+        others = ("recall", "density", "coverage")
+        return [
+            *super().rows(f"{name} precision", result),
+            *((f"{name} {other}", number(result[other]), "") for other in others),
+        ]

@@ -6,9 +6,7 @@ the number of images and how the statistics were made, as JSON in `meta`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,14 +18,17 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.files import atomic_path
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Attributes:
-    mu, sigma: (D,) and (D, D), float64.
-    num_images: None where the file does not say.
-    meta: extractor, data set and whatever else identifies them; empty in others' files.
+    """The statistics that FID takes of one set of images.
+
+    Attributes:
+        mu, sigma: their mean (D,) and covariance (D, D), float64.
+        num_images: how many there were; None where the file does not say.
+        meta: extractor, data set and whatever else identifies them; empty in others' files.
     """
 
     mu: Tensor
@@ -37,7 +38,8 @@ class Reference:
 
 
 def read_reference(path: str | Path, dim: int) -> Reference:
-    """
+    """Read an .npz with statistics of `dim` features.
+
     Raises:
         ConfigError: the file is missing, damaged, would run code, or is of another network.
     """
@@ -61,9 +63,8 @@ def read_reference(path: str | Path, dim: int) -> Reference:
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Atomically, making the folder."""
+    """Write the statistics to an .npz, the whole file or none; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     arrays = {
         "mu": reference.mu.cpu().numpy(),
         "sigma": reference.sigma.cpu().numpy(),
@@ -71,15 +72,5 @@ def write_reference(path: Path, reference: Reference) -> None:
     }
     if reference.num_images is not None:
         arrays["num_images"] = np.array(reference.num_images)
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def reference_key(**depends_on: Any) -> str:
-    """12 hex digits that change with anything the statistics depend on."""
-    content = json.dumps(depends_on, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)

@@ -1,31 +1,43 @@
-"""Where the pretrained weights of a metric are: named file, torch-hub cache, or download."""
+"""Pretrained networks of metrics, and where their weights are: a named file, cache, or download."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import pickle
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from utils.distributed import Runtime
-from utils.errors import MissingWeightsError
+from utils.errors import MissingWeightsError, one_line
+from utils.files import file_sha256, socket_timeout
 
 DOWNLOAD_TIMEOUT = 20  # seconds without a byte; urllib alone would wait for ever behind a firewall
 
 
-class WeightsSource(NamedTuple):
-    """Pretrained weights that can be fetched, and the flag that names a local file instead."""
+@dataclass(eq=False)
+class Network:
+    """A pretrained network that metrics name as the one they need."""
 
-    name: str
+    name: str  # a word, of which `flag` is made
+    title: str  # for messages
+    load: Callable[[Path, torch.device], Any]  # (weights, device) -> whatever the metrics call
     url: str
-    flag: str
-    file_names: tuple[str, ...]  # accepted in the torch-hub cache; a download gets the first one
-    hash_prefix: str | None = None  # of the sha256, checked after a download
+    file_names: tuple[str, ...]  # accepted in torch.hub's cache; a download gets the first one
+    help: str  # of `flag`
+    hash_prefix: str | None = None  # of the weights' SHA-256, checked after a download
+
+    @property
+    def flag(self) -> str:
+        """The command-line option that names a local file."""
+        return f"--{self.name}_weights"
+
+    @property
+    def cache_path(self) -> Path:
+        """The place of a downloaded file."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.file_names[0]
 
 
 class Weights(NamedTuple):
@@ -35,45 +47,42 @@ class Weights(NamedTuple):
     sha256: str
 
 
-def cache_path(source: WeightsSource) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / source.file_names[0]
-
-
-def find_weights(source: WeightsSource, given: str | None, *, download: bool = True) -> Weights:
-    """The file `given`, else one in the torch-hub cache, else a download into that cache.
+def find_weights(network: Network, given: str | None, *, download: bool = True) -> Weights:
+    """Take the file `given`, else one in the torch-hub cache, else download one into that cache.
 
     Raises:
         MissingWeightsError: one line with the URL, the place to put the file, and the flag.
     """
-    path = Path(given) if given is not None else _cached(source)
+    folder = network.cache_path.parent
+    cached = (folder / name for name in network.file_names if (folder / name).is_file())
+    path = Path(given) if given is not None else next(cached, None)
     if path is None:
         if not download:
-            raise MissingWeightsError(_advice(source, "not on this machine; a run downloads them"))
-        path = _download(source)
+            raise _missing(network, "not on this machine; a run downloads them")
+        path = _download(network)
     elif not path.is_file():
-        raise MissingWeightsError(_advice(source, f"{source.flag} {path}: no such file"))
-    load_plain(path, source)
+        raise _missing(network, f"{network.flag} {path}: no such file")
+    load_plain(path, network)
     return Weights(path, file_sha256(path))
 
 
 def shared_weights(
-    source: WeightsSource, given: str | None, runtime: Runtime, *, download: bool = True
+    network: Network, given: str | None, runtime: Runtime, *, download: bool = True
 ) -> Weights:
-    """`find_weights` on the main process alone, its answer (or error) on every process."""
-    found: Any = None
+    """Call `find_weights` on the main process alone; every process gets its answer or its error."""
+    weights, problem = None, None
     if runtime.is_main:
         try:
-            weights = find_weights(source, given, download=download)
-            found = (str(weights.path), weights.sha256, None)
+            weights = find_weights(network, given, download=download)
         except MissingWeightsError as error:
-            found = (None, None, str(error))
-    path, sha256, problem = runtime.broadcast_object(found)
+            problem = str(error)
+    weights, problem = runtime.broadcast_object((weights, problem))
     if problem is not None:
         raise MissingWeightsError(problem)
-    return Weights(Path(path), sha256)
+    return weights
 
 
-def load_plain(path: Path, source: WeightsSource) -> dict[str, Any]:
+def load_plain(path: Path, network: Network) -> dict[str, Any]:
     """Read a state dict as tensors and plain types only: a stranger's file must not run code.
 
     Raises:
@@ -82,58 +91,32 @@ def load_plain(path: Path, source: WeightsSource) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise MissingWeightsError(
-            _advice(source, f"{path} cannot be read as plain weights ({first_line})")
-        ) from error
+        problem = f"{path} cannot be read as plain weights ({one_line(error)})"
+        raise _missing(network, problem) from error
     if not isinstance(state, dict):
-        raise MissingWeightsError(_advice(source, f"{path} does not hold a state dict"))
+        raise _missing(network, f"{path} does not hold a state dict")
     return state
 
 
-def wrong_weights(path: Path, source: WeightsSource, error: Exception) -> MissingWeightsError:
-    """For weights that were read but do not fit the network."""
-    first_line = (str(error).splitlines() or [""])[0]
-    return MissingWeightsError(_advice(source, f"{path} does not fit ({first_line})"))
+def wrong_weights(path: Path, network: Network, error: Exception) -> MissingWeightsError:
+    """The error to raise for weights that were read but do not fit the network."""
+    return _missing(network, f"{path} does not fit ({one_line(error)})")
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _cached(source: WeightsSource) -> Path | None:
-    folder = cache_path(source).parent
-    return next((folder / n for n in source.file_names if (folder / n).is_file()), None)
-
-
-def _download(source: WeightsSource) -> Path:
-    path = cache_path(source)
+def _download(network: Network) -> Path:
+    path = network.cache_path
     fetch: Callable[..., None] = torch.hub.download_url_to_file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(DOWNLOAD_TIMEOUT):
-            fetch(source.url, str(path), hash_prefix=source.hash_prefix, progress=True)
+        with socket_timeout(DOWNLOAD_TIMEOUT):
+            fetch(network.url, str(path), hash_prefix=network.hash_prefix, progress=True)
     except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors
-        raise MissingWeightsError(_advice(source, f"download failed ({error})")) from error
+        raise _missing(network, f"download failed ({error})") from error
     return path
 
 
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _advice(source: WeightsSource, problem: str) -> str:
-    return (
-        f"{source.name} weights: {problem}; get {source.url} and put it at {cache_path(source)} "
-        f"or name it with {source.flag} PATH"
+def _missing(network: Network, problem: str) -> MissingWeightsError:
+    return MissingWeightsError(
+        f"{network.title} weights: {problem}; get {network.url} and put it at "
+        f"{network.cache_path} or name it with {network.flag} PATH"
     )

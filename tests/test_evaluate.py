@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,12 +20,18 @@ from PIL import Image
 import evaluate
 import train
 from datasets import real
-from metrics import METRICS, classifier, inception, plan
-from metrics.inception import Extractor
+from generation import evaluated
+from metrics import METRICS, class_accuracy, classifier
+from metrics.base import Collector, Metric, entry
+from metrics.inception import INCEPTION, Extractor, InceptionFeatures
+from metrics.lpips_score import ALEXNET, Lpips
 from metrics.reference import read_reference
+from metrics.weights import Network
 from models.unet import UNet
+from reporting.pages import Picture
 from tests.tiny_networks import extract, pixel_distance
-from utils.errors import ConfigError, exit_code_of
+from utils.errors import ConfigError, DataError, exit_code_of
+from utils.images import to_array
 
 ABSENT = ["--inception_weights", "/absent/inception.pth", "--lpips_weights", "/absent/alex.pth"]
 FAST = ["--num_inference_steps", "2", "--device", "cpu", "--batch_size", "7"]
@@ -53,8 +61,8 @@ def run_dir(tmp_path_factory) -> Path:
 def tiny_networks(monkeypatch, tmp_path):
     """Stand-ins for both pretrained networks, behind files that are found and hashed as usual."""
 
-    monkeypatch.setattr(plan, "load_inception", lambda *_: Extractor(extract, 3, 3))
-    monkeypatch.setattr(plan, "load_lpips", lambda *_: pixel_distance)
+    monkeypatch.setattr(INCEPTION, "load", lambda *_: Extractor(extract, 3, 3))
+    monkeypatch.setattr(ALEXNET, "load", lambda *_: pixel_distance)
     path = tmp_path / "weights.pth"
     torch.save({}, path)
     return ["--inception_weights", str(path), "--lpips_weights", str(path)]
@@ -63,12 +71,11 @@ def tiny_networks(monkeypatch, tmp_path):
 @pytest.fixture
 def quick_classifier(monkeypatch):
     """Five steps of training: for tests of the plumbing, not of the classifier."""
-    monkeypatch.setattr(
-        plan, "ClassScorer", lambda *args, **kw: plan_class_scorer(*args, **kw, num_steps=5)
-    )
 
+    def short(*args, **options):
+        return dataclasses.replace(classifier.classifier_spec(*args, **options), num_steps=5)
 
-plan_class_scorer = plan.ClassScorer
+    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
 
 
 def read(path: Path) -> dict:
@@ -122,9 +129,6 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     )
     command = ["--checkpoint", str(run_dir), "--n", "20", "--metrics", "all", "--device", "cpu"]
     command += ["--cfg_scale", "1,3", "--steps", "2,3", "--output", str(tmp_path / "out")]
-    mine = tmp_path / "out/features/mine.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("not ours to delete")
     assert evaluate.main([*command, "seed=5", *tiny_networks]) == 0
     report = read(tmp_path / "out/report.json")
     rows = [(row["cfg_scale"], row["num_inference_steps"]) for row in report["sweep"]]
@@ -140,12 +144,12 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     alone = ["--cfg_scale", "3", "--steps", "2", "--output", str(tmp_path / "alone")]
     assert evaluate.main([*command, *alone, "seed=5", *tiny_networks]) == 0
     single = read(tmp_path / "alone/report.json")
-    for name, entry in single["metrics"].items():
+    for name, result in single["metrics"].items():
         expected = report["sweep"][2]["metrics"][name]
-        assert entry["value"] == pytest.approx(expected, rel=1e-6), name
+        assert result["value"] == pytest.approx(expected, rel=1e-6), name
     left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
-    assert left == [".html"] * 5 + [".json"] * 5  # neither images nor features stay behind
-    assert [path.name for path in (tmp_path / "out/features").iterdir()] == ["mine.txt"]
+    assert left == [".html"] * 5 + [".json"] * 5
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]  # nor images
 
 
 def test_repeats_have_seeds_of_their_own(run_dir, tmp_path):
@@ -165,7 +169,7 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(
     """... with another batch size, and reports what an undisturbed one does."""
     command = ["--checkpoint", str(run_dir), "--n", "23", "--metrics", OFFLINE, "--device", "cpu"]
     command += ["--steps", "2", "--cfg_scale", "1"]
-    generate, drawn = evaluate.generate, []
+    generate, drawn = evaluated.generate, []
 
     def watched(run, seeds, labels, **options):
         left = iter(seeds)
@@ -175,7 +179,7 @@ def test_an_interrupted_evaluation_draws_only_what_is_missing(
             drawn.extend(islice(left, len(images)))
             yield images
 
-    monkeypatch.setattr(evaluate, "generate", watched)
+    monkeypatch.setattr(evaluated, "generate", watched)
     limit = 14
     with pytest.raises(KeyboardInterrupt):
         evaluate.main([*command, "--batch_size", "7", "--output", str(tmp_path / "a")])
@@ -199,7 +203,7 @@ def test_kept_images_serve_another_evaluation(run_dir, tmp_path, monkeypatch):
     def refuse(*_, **__):
         yield pytest.fail("images were drawn again")
 
-    monkeypatch.setattr(evaluate, "generate", refuse)
+    monkeypatch.setattr(evaluated, "generate", refuse)
     assert evaluate.main([*command, "--metrics", "memorization"]) == 0
 
 
@@ -207,17 +211,17 @@ def test_statistics_of_real_images_are_kept_written_and_read(
     run_dir, tiny_networks, tmp_path, monkeypatch
 ):
     """The next evaluation does not look at the real images again; nor does one with a file."""
-    monkeypatch.setattr(evaluate, "FID_FEATURES", 3)  # of the stand-in network
+    monkeypatch.setattr(evaluated, "FID_FEATURES", 3)  # of the stand-in network
     for path in (run_dir / "eval").glob("reference_*.npz"):  # of other tests
         path.unlink()
     looked = []
-    see_real = inception.InceptionScorer.see_real
+    update_real = InceptionFeatures.update_real
 
     def watched(self, real, runtime):
-        see_real(self, real, runtime)
+        update_real(self, real, runtime)
         looked.append(self.num_real)
 
-    monkeypatch.setattr(inception.InceptionScorer, "see_real", watched)
+    monkeypatch.setattr(InceptionFeatures, "update_real", watched)
     command = ["--checkpoint", str(run_dir), "--n", "9", "--metrics", "fid", *FAST, *tiny_networks]
     stats, values = tmp_path / "stats.npz", []
     for extra in (["--write_reference", str(stats)], [], ["--reference", str(stats)]):
@@ -266,7 +270,7 @@ def test_strict_and_compare(run_dir, tmp_path, capsys):
     assert evaluate.main([*command, *fewer, "--compare", old]) == 0
     (row,) = read(tmp_path / "c/report.json")["comparison"]
     assert row["note"] == "not comparable, n differ"
-    with pytest.raises(evaluate.ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         evaluate.main([*command, "--compare", str(tmp_path / "absent.json")])
 
 
@@ -304,7 +308,7 @@ def test_without_any_weights_there_is_a_report_and_nothing_is_sampled(
     def refuse(*_, **__):
         yield pytest.fail("images were sampled")
 
-    monkeypatch.setattr(evaluate, "generate", refuse)
+    monkeypatch.setattr(evaluated, "generate", refuse)
     command = ["--ckpt", str(run_dir), "--n", "4", "--metrics", "fid,is,lpips"]
     assert evaluate.main([*command, "--output", str(tmp_path), *FAST, *ABSENT]) == 0
     report = read(tmp_path / "report.json")
@@ -326,7 +330,7 @@ def test_dry_run_plans_and_writes_nothing(run_dir, tmp_path, capsys):
 
 def test_missing_data_leaves_what_needs_none(run_dir, tiny_networks, tmp_path, monkeypatch):
     def absent(*_):
-        raise evaluate.DataError("no data here")
+        raise DataError("no data here")
 
     monkeypatch.setattr(real, "build_dataset", absent)
     path = tmp_path / "report.json"
@@ -343,7 +347,7 @@ def test_a_metric_that_raises_is_recorded(run_dir, tiny_networks, tmp_path, monk
     def broken(*_):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(plan.LpipsScorer, "see_generated", broken)
+    monkeypatch.setattr(Lpips, "update", broken)
     path = tmp_path / "report.json"
     command = ["--checkpoint", str(run_dir), "--n", "4", "--metrics", "is,lpips"]
     assert evaluate.main([*command, "--output", str(path), *FAST, *tiny_networks]) == 0
@@ -377,6 +381,63 @@ def test_print_config_prints_the_stored_one_with_overrides(run_dir, capsys):
     command = ["--checkpoint", str(run_dir), "--print_config", "--device", "cpu", "seed=7"]
     assert evaluate.main(command) == 0
     assert json.loads(capsys.readouterr().out)["seed"] == 7
+
+
+DOUBLER = Network(
+    name="doubler",
+    title="Doubler",
+    load=lambda path, device: lambda images: 2 * images.double(),
+    url="https://example.org/doubler.pth",
+    file_names=("doubler.pth",),
+    help="for twice",
+)
+
+
+class Twice(Metric, Collector):
+    """A metric with a network, a note and a picture."""
+
+    better = "higher"
+    network = DOUBLER
+
+    def __init__(self, context):
+        self.double = context.networks[DOUBLER]
+
+    def reset(self):
+        self.total = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, images, indices):
+        self.image = images[0]
+        self.total += torch.tensor([self.double(images).sum().item(), images.numel()])
+
+    def reduce(self, runtime):
+        runtime.all_reduce(self.total)
+
+    def compute(self):
+        return entry("ok", (self.total[0] / self.total[1]).item(), better=self.better)
+
+    def pictures(self):
+        return {"twice": Picture(to_array(self.image), "An image that was doubled")}
+
+    @classmethod
+    def note(cls, result):
+        return "twice the mean"
+
+
+def test_a_metric_is_its_class_and_a_line_of_the_table(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METRICS, "twice", Twice)
+    weights = tmp_path / "doubler.pth"
+    torch.save({}, weights)
+    command = ["--checkpoint", str(run_dir), "--n", "5", "--metrics", "twice", *FAST]
+    command += ["--output", str(tmp_path), "--save_images_dir", str(tmp_path / "png")]
+    assert evaluate.main([*command, "--doubler_weights", "/absent"]) == 0
+    reason = read(tmp_path / "report.json")["metrics"]["twice"]["reason"]
+    assert reason.startswith("Doubler weights: --doubler_weights /absent: no such file")
+    assert evaluate.main([*command, "--doubler_weights", str(weights)]) == 0
+    images = [np.asarray(Image.open(path)) for path in (tmp_path / "png").glob("*.png")]
+    value = read(tmp_path / "report.json")["metrics"]["twice"]["value"]
+    assert value == pytest.approx(2 * np.mean(images))
+    assert "twice the mean" in capsys.readouterr().out
+    assert "An image that was doubled" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -421,7 +482,7 @@ def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tm
         assert found[name]["provenance"]["world_size"] == processes
         assert ("are there already" in output) == (name == "resumed"), output
     values = {
-        name: {metric: entry["value"] for metric, entry in report["metrics"].items()}
+        name: {metric: result["value"] for metric, result in report["metrics"].items()}
         for name, report in found.items()
     }
     assert set(values["one"]) == set(METRICS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets.real import RealImages, RealSets
-from metrics.inception import Extractor, InceptionScorer, load_inception
-from metrics.scoring import Entry
-from utils.distributed import Runtime
-from utils.images import ImageSpec, to_rgb
+from metrics.base import Entry
+from metrics.inception import INCEPTION, Extractor, load_inception
+from tests.scored import CPU, real_images_of, real_sets, score
+from utils.images import to_rgb
 
-CPU = torch.device("cpu")
 ALL = ("fid", "kid", "is")
 
 
@@ -36,67 +33,11 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- several processes, played one after another
-
-
-@dataclass(frozen=True)
-class Rank(Runtime):
-    """A process that keeps what it would have summed with the others."""
-
-    reduced: list[Tensor] = field(default_factory=list)
-
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        self.reduced.append(tensor)
-        return tensor
-
-
-def cut(share: Sequence[int], sizes: Sequence[int]) -> Iterator[range]:
-    """`share`, which is a range, in batches of these sizes in turn; the last has what is left."""
-    start = share.start
-    for size in itertools.cycle(sizes):
-        if start >= share.stop:
-            return
-        yield range(start, min(start + size, share.stop))
-        start += size
-
-
-def real_sets_of(images: Tensor, sizes: Sequence[int]) -> RealSets:
-    labels = torch.zeros(len(images), dtype=torch.int64)
-
-    def fetch(indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in cut(indices, sizes):
-            yield images[part.start : part.stop], labels[part.start : part.stop]
-
-    spec = ImageSpec(*images.shape[1:], num_classes=1)
-    real = RealImages(labels, range(len(images)), fetch, spec, "data")
-    return RealSets(reference=real, train=real)
-
-
-def score(
-    extractor: Extractor,
-    generated: Tensor,
-    real: Tensor,
-    *,
-    names: tuple[str, ...] = ("fid",),
-    folder: Path | None = None,
-    world_size: int = 1,
-    sizes: Sequence[int] = (64,),
+def metrics_of(
+    extractor: Extractor, generated: Tensor, real: Tensor, *names: str, **options: int
 ) -> dict[str, Entry]:
-    """What the main one of `world_size` processes reports, each with batches of `sizes`."""
-    ranks = [Rank(CPU, rank, world_size) for rank in range(world_size)]
-    scorers = [
-        InceptionScorer(names, extractor, CPU, num_images=len(generated), features_dir=folder)
-        for _ in ranks
-    ]
-    for scorer, rank in zip(scorers, ranks, strict=True):
-        scorer.see_real(real_sets_of(real, sizes), rank)
-        for part in cut(rank.share(len(generated)), sizes):
-            scorer.see_generated(generated[part.start : part.stop], None, part)
-        scorer.reduce_real(rank)
-        scorer.reduce_generated(rank)
-    for of_all in zip(*(rank.reduced for rank in ranks), strict=True):
-        of_all[0].copy_(torch.stack(of_all).sum(0))
-    return scorers[0].results()
+    sets = real_sets(real_images_of(real, size=options.get("size", 64)))
+    return score(names, generated, real=sets, networks={INCEPTION: extractor}, **options)
 
 
 # --- torch-fidelity
@@ -199,11 +140,8 @@ def make_pair(
     return Pair(extractor, generated, real, expected)
 
 
-def check_equal(pair: Pair, folder: Path, world_size: int, sizes: Sequence[int]) -> None:
-    found = score(
-        pair.extractor, pair.generated, pair.real, names=ALL, folder=folder,
-        world_size=world_size, sizes=sizes,
-    )  # fmt: skip
+def check_equal(pair: Pair, **options: int) -> None:
+    found = metrics_of(pair.extractor, pair.generated, pair.real, *ALL, **options)
     expected = pair.expected
     assert found["fid"]["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert found["fid"]["value"] > 0.1
@@ -230,23 +168,23 @@ def pair(request, weights_path) -> Pair:
 
 
 # Of 16 processes some see none of the 12 or 9 images.
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, [64]), (3, [1, 5, 2]), (16, [3])])
-def test_all_equal_torch_fidelity_on_64_features(pair, tmp_path, world_size, sizes):
-    check_equal(pair, tmp_path, world_size, sizes)
+@pytest.mark.parametrize(("world_size", "size"), [(1, 64), (3, 4), (16, 3)])
+def test_all_equal_torch_fidelity_on_64_features(pair, world_size, size):
+    check_equal(pair, world_size=world_size, size=size)
 
 
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.timeout(900)
-def test_all_equal_torch_fidelity_on_grey_images_and_the_2048_features(weights_path, tmp_path):
+def test_all_equal_torch_fidelity_on_grey_images_and_the_2048_features(weights_path):
     pair = make_pair(weights_path, "2048", shape=(1, 28, 28), counts=(32, 24))
-    for world_size, sizes in ((1, [16]), (3, [1, 5, 2])):
-        check_equal(pair, tmp_path / str(world_size), world_size, sizes)
+    for world_size, size in ((1, 16), (3, 5)):
+        check_equal(pair, world_size=world_size, size=size)
 
 
 def test_fid_of_a_set_with_itself_is_zero_and_never_below(pair):
     """Exactly so up to the root of the rounding error; see `Frechet`."""
-    same = score(pair.extractor, pair.real, pair.real, world_size=2, sizes=[4, 3])["fid"]
+    same = metrics_of(pair.extractor, pair.real, pair.real, "fid", world_size=2, size=4)["fid"]
     assert same["value"] == max(0, same["raw"])
     assert abs(same["raw"]) < 1e-5 * pair.expected["frechet_inception_distance"]
 
@@ -277,7 +215,7 @@ def small_network(dim: int = 32) -> Extractor:
 
 
 def fid_of(generated: Tensor, real: Tensor) -> float:
-    return score(small_network(), generated, real)["fid"]["value"]
+    return metrics_of(small_network(), generated, real, "fid", size=64)["fid"]["value"]
 
 
 def test_fid_of_two_halves_of_real_digits_is_far_below_that_of_noise(digits):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.reference import Reference, read_reference, reference_key, write_reference
+from metrics.reference import Reference, read_reference, write_reference
 from utils.errors import ConfigError
 
 
@@ -54,13 +54,3 @@ def test_what_is_no_reference_is_refused_in_one_line(tmp_path, write, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_reference(path, 6)
     assert "\n" not in str(caught.value)
-
-
-def test_the_key_follows_everything():
-    keys = {
-        reference_key(sha256=a, num_images=n, data=d)
-        for a in "ab"
-        for n in (1, 2)
-        for d in ("x", "y")
-    }
-    assert len(keys) == 8

@@ -1,12 +1,14 @@
 """Images kept for a restart: whatever was drawn is not drawn again, whoever drew it."""
 
+import json
+import logging
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from metrics.samples import SampleStore, resumed, sample_key
+from generation.sample_store import SampleStore, saved
 
 SHAPE = (1, 4, 4)
 
@@ -30,25 +32,20 @@ class Sampler:
             yield torch.stack([image(i) for i in batch])
 
 
-def collect(store, share, sampler, labels=None, warnings=None):
-    warn = [].append if warnings is None else warnings.append
-    batches = list(resumed(store, share, labels, sampler, warn))
-    images = torch.cat([torch.zeros((0, *SHAPE), dtype=torch.uint8), *(b[0] for b in batches)])
-    return images, [label for batch in batches for label in batch[1] or []]
+def collect(store, share, sampler):
+    return torch.cat([torch.zeros((0, *SHAPE), dtype=torch.uint8), *store.resumed(share, sampler)])
 
 
 def test_an_interrupted_run_draws_only_what_is_missing(tmp_path):
     store = SampleStore(tmp_path / "samples", SHAPE)
-    labels = [i % 3 for i in range(23)]
     first = Sampler(limit=12)
     with pytest.raises(KeyboardInterrupt):
-        collect(store, range(23), first, labels)
+        collect(store, range(23), first)
     assert first.drawn == list(range(10))
     second = Sampler(size=4)
-    images, seen = collect(store, range(23), second, labels)
+    images = collect(store, range(23), second)
     assert second.drawn == list(range(10, 23))
     assert torch.equal(images, torch.stack([image(i) for i in range(23)]))
-    assert seen == labels
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -61,7 +58,7 @@ def test_any_number_of_processes_goes_on(tmp_path, world_size):
     samplers, parts = [], []
     for start, stop in pairwise(bounds):
         samplers.append(Sampler())
-        parts.append(collect(store, range(start, stop), samplers[-1])[0])
+        parts.append(collect(store, range(start, stop), samplers[-1]))
     assert torch.equal(torch.cat(parts), torch.stack([image(i) for i in range(23)]))
     drawn = sorted(i for sampler in samplers for i in sampler.drawn)
     assert drawn == [*range(7, 12), *range(17, 23)]
@@ -69,7 +66,7 @@ def test_any_number_of_processes_goes_on(tmp_path, world_size):
 
 def test_an_empty_share(tmp_path):
     store = SampleStore(tmp_path / "samples", SHAPE)
-    assert len(collect(store, range(5, 5), Sampler())[0]) == 0
+    assert len(collect(store, range(5, 5), Sampler())) == 0
     assert not store.folder.exists()
 
 
@@ -81,7 +78,7 @@ def test_damaged_and_foreign_files_are_drawn_again(tmp_path):
     np.save(tmp_path / "samples/images_00000010_00000015.npy", np.zeros((5, 3, 4, 4), np.uint8))
     (tmp_path / "samples/notes.txt").write_text("mine")
     sampler = Sampler()
-    images, _ = collect(store, range(15), sampler)
+    images = collect(store, range(15), sampler)
     assert sampler.drawn == list(range(5, 15))
     assert torch.equal(images, torch.stack([image(i) for i in range(15)]))
     store.remove()
@@ -91,23 +88,24 @@ def test_damaged_and_foreign_files_are_drawn_again(tmp_path):
     assert not store.folder.exists()
 
 
-def test_a_full_disk_costs_the_restart_only(tmp_path):
+def test_a_full_disk_costs_the_restart_only(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    warnings = []
-    images, _ = collect(SampleStore(blocked, SHAPE), range(8), Sampler(), warnings=warnings)
+    with caplog.at_level(logging.WARNING, "diffusion"):
+        images = collect(SampleStore(blocked, SHAPE), range(8), Sampler())
     assert len(images) == 8
-    assert len(warnings) == 1
-    assert "not kept for a restart" in warnings[0]
+    (message,) = caplog.messages
+    assert "not kept for a restart" in message
 
 
-def test_the_key_follows_every_setting():
-    settings = dict(sha256="abc", seed=0, sampling=dict(steps=50, cfg_scale=2.0))
-    others = [
-        settings | dict(seed=1),
-        settings | dict(sha256="abd"),
-        settings | dict(sampling=dict(steps=50, cfg_scale=2.5)),
-    ]
-    keys = {sample_key(s) for s in (settings, *others)}
-    assert len(keys) == 4
-    assert sample_key(dict(reversed(settings.items()))) == sample_key(settings)
+def test_images_are_saved_by_index_until_the_disk_refuses(tmp_path, caplog):
+    images, labels = torch.stack([image(i) for i in range(5)]), [2, 0, 1, 1, 0]
+    assert len(list(saved(images.split(2), tmp_path / "a", 3, labels))) == 3
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(3, 8)]
+    assert len(list(saved(images.split(2), tmp_path / "b", 0, labels))) == 3
+    assert json.loads((tmp_path / "b/labels.json").read_text())["000002.png"] == 1
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, "diffusion"):
+        assert len(list(saved(images.split(4), tmp_path / "file", 0, labels))) == 2
+    assert len(caplog.messages) == 1

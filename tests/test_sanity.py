@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from datasets.real import RealImages, RealSets
-from metrics.sanity import PixelCounts, SanityScorer, image_hash
-from metrics.scoring import Scorer, Scoring, run_scorers
-from tests.test_metrics import CPU, batches_of, random_images, real_images_of, real_sets
-from utils.distributed import Runtime
+from metrics.sanity import count_pixels, image_hash, pixel_statistics
+from tests.scored import batches_of, random_images, real_images_of, real_sets, score, scoring_of
 
 
-class Board:
-    """Where the threads of one simulated job meet."""
-
-    def __init__(self, world_size: int) -> None:
-        self.barrier = threading.Barrier(world_size, timeout=60)
-        self.slots: list[Tensor] = [torch.zeros(0)] * world_size
-
-    def reduce(self, rank: int, tensor: Tensor, op: str) -> Tensor:
-        self.slots[rank] = tensor.clone()
-        self.barrier.wait()
-        stacked = torch.stack(self.slots)
-        self.barrier.wait()
-        return tensor.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
-
-
-@dataclass(frozen=True)
-class ThreadRuntime(Runtime):
-    """A rank of a job whose processes are threads."""
-
-    board: Board = field(default_factory=lambda: Board(1))
-
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        return self.board.reduce(self.rank, tensor, op)
-
-    def patient_barrier(self) -> None:
-        self.all_reduce(torch.zeros(1))
-
-
-def score(
-    make_scorer: Callable[[], Scorer],
-    images: Tensor,
-    real: RealSets | None,
-    *,
-    world_size: int = 1,
-    size: int = 8,
-) -> dict:
-    """The one entry of a scorer over `world_size` simulated processes, without its seconds."""
-    board = Board(world_size)
-
-    def on_rank(rank: int) -> dict:
-        runtime = ThreadRuntime(CPU, rank, world_size, board=board)
-        return run_scorers(
-            [make_scorer()], real=real, batches=batches_of(images, None, runtime, size=size),
-            num_images=len(images), runtime=runtime,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(world_size) as pool:
-        found = list(pool.map(on_rank, range(world_size)))
-    assert all(entries == {} for entries in found[1:])
-    (entry,) = found[0].values()
-    del entry["seconds"]
-    json.dumps(entry, allow_nan=False)
-    return entry
-
-
-def scorer_of(images: Tensor) -> Callable[[], SanityScorer]:
-    return lambda: SanityScorer(CPU, num_images=len(images), shape=tuple(images.shape[1:]))
-
-
-def with_real(images: Tensor) -> RealImages:
-    return real_images_of(images, torch.zeros(len(images), dtype=torch.int64))
+def sanity(images, real=None, **options):
+    sets = None if real is None else real_sets(real_images_of(real))
+    return score(["sanity"], images, real=sets, **options)["sanity"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixel_statistics_are_those_of_numpy(channels):
     images = random_images(20, (channels, 5, 7))
     images[:3] = 255
-    counts = PixelCounts(channels)
-    assert counts.summary() is None
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    assert pixel_statistics(counts) is None
     for part in images.split(6):
-        counts.update(part)
-    found = counts.summary()
+        counts += count_pixels(part)
+    found = pixel_statistics(counts)
     pixels = images.numpy() / 255
     np.testing.assert_allclose(found["mean"], pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(found["std"], pixels.std((0, 2, 3)), rtol=1e-12)
@@ -104,7 +36,7 @@ def test_repeats_and_blank_images_are_counted_once():
     images[4] = images[9] = images[1]  # two repeats
     images[5] = torch.tensor([10, 200, 30]).view(3, 1, 1)  # blank, though its pixels differ
     images[6] = images[7] = 0  # blank, the second also a repeat
-    found = score(scorer_of(images), images, None)
+    found = sanity(images)
     assert found["num_repeats"] == 3
     assert found["num_blank"] == 3
     assert found["share_repeats"] == found["share_blank"] == 0.3
@@ -115,23 +47,21 @@ def test_repeats_and_blank_images_are_counted_once():
 
 def test_all_equal_and_all_different():
     different = random_images(6)
-    assert score(scorer_of(different), different, None)["value"] == 1.0
+    assert sanity(different)["value"] == 1.0
     equal = different[:1].expand(6, -1, -1, -1)
-    found = score(scorer_of(equal), equal, None)
+    found = sanity(equal)
     assert found["num_repeats"] == 5
     assert found["value"] == pytest.approx(1 / 6)
     black = torch.zeros_like(different)
-    found = score(scorer_of(black), black, None)
+    found = sanity(black)
     assert found["value"] == 0.0
     assert found["generated"] == {"at_0": 1.0, "at_255": 0.0, "mean": [0.0], "std": [0.0]}
 
 
 def test_real_images_stand_beside_the_generated_ones():
     images, real = random_images(6, seed=1), random_images(9, seed=2) // 2
-    found = score(scorer_of(images), images, real_sets(with_real(real)))
-    counts = PixelCounts(1)
-    counts.update(real)
-    assert found["real"] == counts.summary()
+    found = sanity(images, real)
+    assert found["real"] == pixel_statistics(count_pixels(real))
     assert found["n_real"] == 9
     assert found["real"]["mean"][0] < found["generated"]["mean"][0]
 
@@ -139,12 +69,12 @@ def test_real_images_stand_beside_the_generated_ones():
 def test_a_second_set_of_images_is_scored_by_itself():
     first, second = random_images(6, seed=1), random_images(6, seed=2)
     first[1] = first[0]
-    real = real_sets(with_real(random_images(9, seed=3)))
-    scoring = Scoring([scorer_of(first)()], runtime=Runtime(CPU))
-    scoring.see_real(real)
+    real = random_images(9, seed=3)
+    scoring = scoring_of(["sanity"], first, real=real_sets(real_images_of(real)))
     for images in (first, second):
-        found = scoring.score(batches_of(images, None), 6)["sanity"]
-        assert {**found, "seconds": 0} == {**score(scorer_of(images), images, real), "seconds": 0}
+        found = scoring.score(batches_of(images), 6)["sanity"]
+        del found["seconds"]
+        assert found == sanity(images, real)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -154,11 +84,8 @@ def test_any_number_of_processes_gives_the_same(world_size, count):
     images, real = random_images(count, (3, 6, 6)), random_images(11, (3, 6, 6), seed=5)
     images[-1] = images[0]  # on another rank
     images[1] = 255
-    single = score(scorer_of(images), images, real_sets(with_real(real)))
-    many = score(
-        scorer_of(images), images, real_sets(with_real(real)), world_size=world_size, size=3
-    )
-    assert many == single
+    many = sanity(images, real, world_size=world_size, size=3)
+    assert many == sanity(images, real)
     assert many["num_repeats"] == 1
 
 

@@ -10,9 +10,8 @@ import torch
 
 import evaluate
 import train
-from metrics import METRICS, plan
-from metrics.class_accuracy import ClassScorer
-from tests.test_evaluate import read
+from metrics import METRICS
+from tests.test_evaluate import quick_classifier, read  # noqa: F401
 from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, run, state_of
 from utils.checkpoint import load_checkpoint
 from utils.errors import EXIT_OK, ConfigError
@@ -21,14 +20,6 @@ EVALUATED = [
     "max_steps=50", "batch_size=64", "save_interval=1", "eval_interval=1", "eval_num_samples=12",
     "eval_metrics=class_acc,fd_domain,sanity,memorization",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def quick_classifier(monkeypatch):
-    def scorer(*args, **options):
-        return ClassScorer(*args, **options, num_steps=5)
-
-    monkeypatch.setattr(plan, "ClassScorer", scorer)
 
 
 def evaluations(name: str) -> dict[int, dict[str, float]]:
@@ -42,7 +33,7 @@ def evaluations(name: str) -> dict[int, dict[str, float]]:
     }
 
 
-def test_evaluations_change_no_bit_of_the_training(tiny, quick_classifier):
+def test_evaluations_change_no_bit_of_the_training(tiny, quick_classifier):  # noqa: F811
     torch.manual_seed(1)
     assert run(tiny, "without", "max_steps=50", "save_interval=1") == EXIT_OK
     torch.manual_seed(2)
@@ -61,7 +52,7 @@ def test_evaluations_change_no_bit_of_the_training(tiny, quick_classifier):
     assert len(list(Path("checkpoints/with/eval").glob("classifier_*.pth"))) == 1
 
 
-def test_an_interrupted_run_evaluates_as_the_whole_one(tiny, quick_classifier):
+def test_an_interrupted_run_evaluates_as_the_whole_one(tiny, quick_classifier):  # noqa: F811
     assert run(tiny, "whole", *EVALUATED) == EXIT_OK
     assert run(tiny, "parts", *EVALUATED, "max_steps=30") == EXIT_OK
     assert run(tiny, "parts", *EVALUATED, "resume_path=auto") == EXIT_OK
@@ -154,7 +145,7 @@ def test_two_processes_evaluate_as_one(tiny, script):
         assert two[name] == pytest.approx(value, rel=1e-2), name
 
 
-def test_the_table_says_which_way_is_better(tiny, quick_classifier):
+def test_the_table_says_which_way_is_better(tiny, quick_classifier):  # noqa: F811
     """The entries of a report say the same as the table that `eval_best_metric` goes by."""
     assert run(tiny, "a", *EVALUATED, "max_steps=23") == EXIT_OK
     report = read(Path("checkpoints/a/eval/epoch_0001.json"))

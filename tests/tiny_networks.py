@@ -11,8 +11,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
-from metrics import plan
-from metrics.inception import Extractor
+from metrics.inception import INCEPTION, Extractor
+from metrics.lpips_score import ALEXNET
 
 
 def extract(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +36,6 @@ def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    plan.load_inception = lambda *_: Extractor(quarters, 4, 4)
-    plan.load_lpips = lambda *_: pixel_distance
+    INCEPTION.load = lambda *_: Extractor(quarters, 4, 4)
+    ALEXNET.load = lambda *_: pixel_distance
     sys.exit(evaluate.main())
