@@ -248,6 +248,21 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("run.py", "config = dict(\n  seed=-1,\n  model_params=dict(\n    seed=1),\n)", 2),
+        ("run.py", "config = dict(\n  model_params=dict(\n    seed=1),\n  seed=-1,\n)", 4),
+        ("run.py", "config = {\n  'model_params': {\n    'seed': 1},\n  'seed': -1,\n}", 4),
+        ("run.yml", "seed: -1\nmodel_params:\n  seed: 1\n", 1),
+        ("run.yml", "model_params:\n  seed: 1\nseed: -1\n", 3),
+    ],
+)
+def test_the_line_of_a_key_is_not_that_of_a_namesake_further_inside(tmp_path, name, text, line):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/{name}:{line}: seed=-1: "):
+        load_config(write(tmp_path, text, name))
+
+
 def test_a_yaml_mapping_may_lay_its_own_keys_over_merged_ones(tmp_path):
     text = "model_params:\n  <<: {dropout: 0.1, model_channels: 32}\n  dropout: 0.2\n"
     assert load_yaml(tmp_path, text).model_params == {"dropout": 0.2, "model_channels": 32}
@@ -623,6 +638,21 @@ def test_conditions_on_each_other(tmp_path):
     steps = "num_inference_steps=30, num_timesteps=20"
     assert "num_inference_steps=30: must lie in 1..20" in fault_of(tmp_path, steps)
     load_python(tmp_path, "beta_start=0.5, beta_end=0.1, beta_schedule='cosine'")
+
+
+def test_other_weights_go_with_a_run_that_may_not_exist_yet(tmp_path):
+    """`resume_path=auto` resumes a run that was stopped, and its first start needs the weights."""
+    load_python(tmp_path, "init_from='a.pth', resume_path='auto'")
+    both = fault_of(tmp_path, "init_from='a.pth', resume_path='b.pth'")
+    assert "give one of them" in both
+
+
+@pytest.mark.parametrize("scale", [0, 1, 0.5, 2])
+def test_an_interval_of_guidance_needs_a_scale_that_guides(scale):
+    """With 0 and 1 there is one forward pass and nothing to leave out."""
+    config = Config(conditional=True, cfg_scale=scale, cfg_interval=(0.1, 0.5))
+    warning = ["cfg_interval has no effect without cfg_scale above 1"]
+    assert warnings_of(config) == (warning if scale in (0, 1) else [])
 
 
 def test_doubtful_settings_warn():

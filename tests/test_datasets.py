@@ -21,8 +21,10 @@ from datasets import (
     native_spec,
 )
 from datasets.loader import make_resident
+from datasets.real import real_sets
 from datasets.synthetic import CLASS_NAMES, draw_shapes
 from tests.image_files import assert_data_error, config, write_image
+from utils.distributed import Runtime
 from utils.images import ImageSpec, to_float, to_uint8
 
 SIZES = {"native": None, "square": (16, 16), "tall": (12, 8)}
@@ -228,6 +230,23 @@ def test_digits_split_is_disjoint_stratified_and_complete():
     together = torch.cat([train.images, test.images])[:, 0]
     labels = torch.cat([train.labels, test.labels])
     assert rows(together, labels) == rows(scaled, source.target)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_limit_is_one_of_the_images_to_compare_with_alone(split):
+    """Copies of train images are looked for among all of them, whatever the metrics take."""
+    sets = real_sets(
+        config(dataset="digits"), Runtime(torch.device("cpu")), 4, split=split, limit=5
+    )
+    assert sets.reference is getattr(sets, split)
+    for name in SPLITS:
+        images = getattr(sets, name)
+        assert images.split == name
+        if name == split:
+            assert len(images.indices) == 5
+            assert images.indices == sorted(set(images.indices))
+        else:
+            assert list(images.indices) == list(range(len(images.labels)))
 
 
 def test_mnist_reads_the_raw_files(tmp_path):

@@ -115,6 +115,14 @@ def test_length_of_the_padded_sequence():
     assert lengths == [361 + 5, 324 + 4, 289 + 3, 256 + 2]
 
 
+def test_padding_tokens_that_nobody_asked_for():
+    """The paper's three where they part rows or columns; a scan of one direction needs none."""
+    expected = {"cross4": 3, "row": 0, "row_bidir": 3, "zigzag8": 0}
+    num_conditions = 2
+    with torch.device("meta"):
+        assert {scan: make(scan=scan).num_prefix - num_conditions for scan in SCANS} == expected
+
+
 def test_pads_stand_after_every_row_and_column_and_leave_again():
     model = make(img_size=(4, 6), pad_tokens=2).double()
     h, w, p = 2, 3, 2

@@ -1,5 +1,6 @@
 """The runtime: shares, devices, and a process group that leaves nothing behind."""
 
+import multiprocessing
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,56 @@ def test_restarted_processes_agree_whatever_dead_ones_left_behind():
                 started[0].result()
     assert len(set(names)) == 3
     assert agree_on_name(store, 0, 1, timedelta(seconds=1))
+
+
+def of_rank(rank: int, rendezvous: str) -> dict:
+    """What a process of two has after each exchange; every rank hands in its own number."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    runtime, mine = Runtime(CPU, rank, 2, rank), torch.full((2,), rank)
+    received = runtime.broadcast(mine)
+    results = {
+        "gather_objects": runtime.gather_objects({"rank": rank}),
+        "broadcast_object": runtime.broadcast_object({"rank": rank}),
+        "broadcast": received.tolist(),
+        "in place": received is mine,
+        "sum": runtime.all_reduce(torch.tensor(rank + 1)).item(),
+        "max": runtime.all_reduce(torch.tensor(rank + 1), "max").item(),
+        "any": [runtime.any(rank == 1), runtime.any(False)],
+    }
+    dist.destroy_process_group()
+    return results
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+def test_every_rank_receives_what_is_exchanged(tmp_path):
+    """`gather` aside, no exchange is for rank 0 alone."""
+    ranks = [(rank, str(tmp_path / "rendezvous")) for rank in range(2)]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        first, second = pool.starmap_async(of_rank, ranks, chunksize=1).get(timeout=120)
+    assert first == second
+    assert first == {
+        "gather_objects": [{"rank": 0}, {"rank": 1}],
+        "broadcast_object": {"rank": 0},
+        "broadcast": [0, 0],
+        "in place": True,
+        "sum": 3,
+        "max": 2,
+        "any": [True, False],
+    }
+
+
+def test_a_single_process_exchanges_with_itself():
+    runtime, mine = Runtime(CPU), torch.ones(2)
+    assert runtime.gather_objects("mine") == ["mine"]
+    assert runtime.broadcast_object("mine") == "mine"
+    assert runtime.broadcast(mine) is mine
+    assert mine.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("num_items", "world_size"), [(10, 3), (2, 4), (0, 2), (7, 1)])

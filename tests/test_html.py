@@ -413,6 +413,18 @@ def test_repeats_are_told_and_their_mean_is_drawn(monkeypatch):
     assert text.count("report_30.json") == 2
 
 
+def test_a_sweep_in_any_order_is_drawn_from_left_to_right(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_chart", lambda *chart: drawn.append(chart))
+    rows = [
+        {"cfg_scale": scale, "num_inference_steps": 25, "metrics": {"fid": 10 * scale}}
+        for scale in (4.0, 1.0, 2.0)
+    ]
+    evaluation.sweep_charts(rows)
+    (chart,) = drawn
+    assert chart[2] == {"25 steps": [(1.0, 10.0), (2.0, 20.0), (4.0, 40.0)]}
+
+
 def test_values_that_cannot_be_drawn_cost_their_chart_and_not_the_page(monkeypatch):
     monkeypatch.setattr("reporting.charts.draw_lines", lambda *_: 1 / 0)
     page = Page(render_html(full_report(), {}))

@@ -85,6 +85,20 @@ def test_missing_label_file(tmp_path):
     assert_data_error(lambda: build_dataset(settings), tmp_path / "lables.json", "no such")
 
 
+def test_a_label_file_beside_the_images_comes_before_one_in_the_working_directory(
+    tmp_path, monkeypatch
+):
+    """The same relative path may lead to a file in both; `data_root` is where it is looked for."""
+    images, working = tmp_path / "images", tmp_path / "working"
+    settings = flat(images, {"0.png": 0, "1.png": 1, "2.png": 1})
+    working.mkdir()
+    (working / "labels.json").write_text('{"0.png": 1, "1.png": 0, "2.png": 0}')
+    monkeypatch.chdir(working)
+    assert build_dataset(settings).labels.tolist() == [0, 1, 1]
+    (images / "labels.json").unlink()
+    assert build_dataset(settings).labels.tolist() == [1, 0, 0]
+
+
 def test_a_byte_order_mark_is_no_fault(tmp_path):
     settings = flat(tmp_path)
     (tmp_path / "labels.json").write_bytes(b'\xef\xbb\xbf{"0.png": 0, "1.png": 1, "2.png": 0}')

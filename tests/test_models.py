@@ -264,6 +264,18 @@ def test_attention_is_where_it_was_asked_for():
     assert count() == 1 + 3 + 6
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+def test_a_level_is_known_by_its_shorter_side(shape):
+    def count(**params):
+        model = make(spec=ImageSpec(1, *shape, 10), channel_mult=(1, 1, 1), **params)
+        return sum(isinstance(m, AttentionBlock) for m in model.modules())
+
+    assert count(attention_resolutions=(4,)) == 1 + 1 + 2
+    assert count() == 1 + 3 + 6
+    with pytest.raises(ConfigError, match=r"\[64\] match no level; .* has the sides 16, 8, 4"):
+        count(attention_resolutions=(64,))
+
+
 def test_norm_groups_is_the_number_of_groups_of_every_norm():
     model = make(norm_groups=4)
     assert {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)} == {4}

@@ -97,6 +97,12 @@ def test_layouts_of_pictures_give_the_same(layout, digits, tmp_path, quick_class
     ]  # fmt: skip
 
 
+def test_a_folder_named_as_a_class_is_that_class_even_if_the_name_is_a_number(digits, tmp_path):
+    folder = write_folder(tmp_path, digits[0][:4], [0, 0, 0, 1], "classes")
+    assert read_pictures(folder, ("1", "0")).labels == [1, 1, 1, 0]
+    assert read_pictures(folder, ("cat", "dog")).labels == [0, 0, 0, 1]
+
+
 def test_what_has_no_labels_or_nothing_to_compare_with_says_so(digits, tmp_path, capsys):
     folder = write_folder(tmp_path / "flat", digits[0][:6], None, "flat")
     report = score(folder, tmp_path / "out", "--metrics", "class_acc,sanity", "--num_samples", "5")

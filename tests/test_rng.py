@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from utils.rng import (
+    EvaluationDraw,
     Stream,
     derive_seed,
+    fixed_subset,
     numpy_generator,
     sample_noise,
     seed_everything,
@@ -149,3 +151,16 @@ def test_noise_is_standard_normal_float32():
 def test_noise_wants_a_row_per_seed():
     with pytest.raises(ValueError, match="3 rows asked of 2"):
         sample_noise([1, 2], CPU)((3, 4))
+
+
+def test_a_fixed_subset_is_sorted_and_never_changes():
+    """What evaluations draw decides their scores, which are compared over years."""
+    for draw, expected in (
+        (EvaluationDraw.REAL_IMAGES, [189, 258, 632, 744, 816]),
+        (EvaluationDraw.NEIGHBOUR_ROWS, [106, 402, 436, 662, 749]),
+    ):
+        assert fixed_subset(1000, 5, draw).tolist() == expected
+        assert set(expected) < set(fixed_subset(1000, 50, draw).tolist())
+    for limit in (None, 7, 8):
+        assert fixed_subset(7, limit, EvaluationDraw.REAL_IMAGES).tolist() == list(range(7))
+    assert fixed_subset(7, 0).tolist() == fixed_subset(0, 3).tolist() == []

@@ -28,7 +28,7 @@ from reporting import charts
 from reporting.charts import draw_chart, draw_lines, legend_of, smoothed
 from reporting.pages import NOTHING
 from reporting.run_files import METRICS, by_name, facts_of, find_runs, parse_row, read_series
-from reporting.runs import differing_settings, render_report
+from reporting.runs import MAX_SIDE, differing_settings, read_picture, render_report
 from tests.conftest import ROOT, TINY_CONFIG
 from tests.test_html import EVIL, assert_self_contained, find_chromium, open_in_chromium
 from tests.test_train import assert_same_training, run, state_of
@@ -525,6 +525,15 @@ def test_previews_are_few_small_and_torn_ones_are_named(tmp_path):
     assert "epoch_0030.png cannot be read" in page.text
     assert {image["width"] for image in page.all("img")} == {"467"}
     assert "at 1/3 of its size" in page.text
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE, 2 * MAX_SIDE), (2 * MAX_SIDE, MAX_SIDE)])
+def test_the_longer_side_of_a_preview_is_what_is_limited(tmp_path, size):
+    path = tmp_path / "epoch_0001.png"
+    Image.new("RGB", size).save(path)
+    picture = read_picture(path, "epoch 1")
+    assert picture.image.shape == (size[1] // 2, size[0] // 2, 3)
+    assert picture.caption == "at 1/2 of its size"
 
 
 def test_differing_settings():
