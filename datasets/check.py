@@ -86,10 +86,8 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[str, Any]:
     """Sizes, classes, broken images and copies of a split, as plain JSON types.
 
-    Every image is decoded as training does it.
-
-    Args:
-        train: digest -> name of the train images; that split itself adds them.
+    Every image is decoded as training does it. `train` has the name of each train image by the
+    digest of its pixels; the train split itself puts them there.
     """
     entry = DATASETS[config.dataset]
     if entry.in_files is None:
@@ -104,10 +102,9 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         if entry.in_files is None:
             size, image = images.spec.shape[1:], images[index][0]
         else:
-            path = listing.path(index)
-            size = read_size(path)
+            size = read_size(listing.path(index))
             spec = ImageSpec(config.image_channels or 3, *(wanted_size or size), 0)
-            image = decode_image(path, spec)
+            image = decode_image(listing.path(index), spec)
         pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
         return size, hashlib.blake2b(pixels, digest_size=16).digest()
 

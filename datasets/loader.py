@@ -104,10 +104,10 @@ def make_resident(
 def image_batches(
     dataset: ImageDataset, indices: Sequence[int] | Tensor, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order; the last may be short.
+    """Yield (images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order.
 
-    On the CPU, or where a resident data set holds its images. Raises a DataError when an image
-    cannot be read.
+    The last batch may be short. The tensors are on the CPU, or on the device of a resident data
+    set. Raises a DataError when an image cannot be read.
     """
     order = np.asarray(indices, dtype=np.int64)
     parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
@@ -117,7 +117,7 @@ def image_batches(
 def global_indices(
     num_images: int, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:
-    """int64 (batch_size,) image indices of every step from `start_step` on, without end."""
+    """Yield the int64 (batch_size,) image indices of each step from `start_step`, without end."""
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
