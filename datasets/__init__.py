@@ -10,35 +10,27 @@ from functools import partial
 from typing import NamedTuple
 
 from datasets import builtin, folder
-from datasets.base import ImageDataset, ImageSpec
-from datasets.storage import ClassSubset, Listing
+from datasets.storage import ClassSubset, ImageDataset, Listing
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import DataError
+from utils.images import ImageSpec
 
 SPLITS = ("train", "test")
 
 
 class DatasetEntry(NamedTuple):
-    """How to build a data set, and what is known of it without reading any of its files.
+    """How to build a data set, and what is known of it without reading any of its files."""
 
-    Attributes:
-        build: the images of a split, "train" or "test".
-        native: their shape before `image_size` and `image_channels`; None if the files decide it.
-        flip: whether mirror images are as good as the originals.
-        in_files: the image files of a split, not opened yet; None if images are held in memory.
-        num_classes: K as the config tells it, None if the files do. Needed where `native` is None.
-        has_test_split: whether there are test images; None if there always are.
-        check: faults of the config keys that are for this data set alone.
-    """
-
-    build: Callable[[Config, str], ImageDataset]
-    native: ImageSpec | None
-    flip: bool
+    build: Callable[[Config, str], ImageDataset]  # the images of a split, "train" or "test"
+    native: ImageSpec | None  # before `image_size` and `image_channels`; None: the files decide it
+    flip: bool  # whether mirror images are as good as the originals
+    # The image files of a split, not opened yet; None if images are held in memory.
     in_files: Callable[[Config, str], Listing] | None = None
+    # K as the config tells it, None if the files do. Needed where `native` is None.
     num_classes: Callable[[Config], int | None] | None = None
+    # Whether there are test images; None if there always are.
     has_test_split: Callable[[Config], bool] | None = None
-    check: Callable[[Config], Iterator[Problem]] | None = None
 
 
 def _torchvision(class_name: str, native: ImageSpec, *, flip: bool) -> DatasetEntry:
@@ -62,7 +54,6 @@ DATASETS: dict[str, DatasetEntry] = {
         in_files=folder.list_images,
         num_classes=folder.number_of_classes,
         has_test_split=folder.has_test_folder,
-        check=folder.check_custom,
     ),
 }
 ALIASES = {
@@ -79,11 +70,9 @@ ALIASES = {
 def build_dataset(config: Config, split: str = "train") -> ImageDataset:
     """The images of `split` ("train" or "test") in the size and channels the config asks for.
 
-    Data sets of torchvision are downloaded if they are not under `data_root`.
-
-    Raises:
-        DataError: unknown name or split, or data that is missing, broken or labelled wrongly, or
-            has no image of one of `classes`.
+    Data sets of torchvision are downloaded if they are not under `data_root`. Raises a DataError
+    for an unknown name or split, and if images are missing, broken or labelled wrongly, or there
+    is none of one of `classes`.
     """
     if config.dataset not in DATASETS:
         raise DataError(_unknown(config.dataset))
@@ -100,17 +89,13 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
 
 
 def has_test_split(config: Config) -> bool:
-    """Whether `build_dataset(config, "test")` can work.
-
-    Raises:
-        DataError: the folders of a `custom` data set cannot be read or have no clear meaning.
-    """
+    """Whether there is a test split; raises a DataError if the folders have no clear meaning."""
     has_split = DATASETS[config.dataset].has_test_split
     return has_split is None or has_split(config)
 
 
 def native_spec(config: Config) -> ImageSpec | None:
-    """The spec with `image_size` and `image_channels` applied, as far as no file need be read.
+    """The shape and classes that the config asks for, before any file is read.
 
     None if the size or number of classes can only be told from the files, and for an unknown name.
     """
@@ -132,43 +117,32 @@ def default_flip(config: Config) -> bool:
 
 
 def check_config(config: Config) -> Iterator[Problem]:
-    """Faults of the data keys that can be seen without reading data."""
-    if config.dataset not in DATASETS:
-        yield Problem(("dataset",), _unknown(config.dataset))
+    """Yield the faults of the data keys that can be seen without reading data."""
+    name, entry = config.dataset, DATASETS.get(config.dataset)
+    if entry is None:
+        yield Problem(("dataset",), _unknown(name))
         return
-    entry, num_classes = DATASETS[config.dataset], _num_classes(config)
-    if config.on_bad_image == "skip" and entry.in_files is None:
-        of_files = ", ".join(name for name, other in DATASETS.items() if other.in_files)
-        yield Problem(
-            ("on_bad_image", "dataset"),
-            f"on_bad_image='skip' is for data sets of image files ({of_files}), not "
-            f"{config.dataset!r}",
-        )
-    if entry.check is not None:
-        yield from entry.check(config)
-    elif config.label_file is not None:
-        yield Problem(
-            ("label_file", "dataset"),
-            f"label_file={config.label_file!r} is for dataset='custom', not {config.dataset!r}",
-        )
-    has = "labels" if num_classes is None else f"{num_classes} classes"
+    num_classes = _num_classes(config)
+    has = f"{name} has " + ("labels" if num_classes is None else f"{num_classes} classes")
     if num_classes == 0:
         has += " (class folders or a label_file of dataset='custom' give some)"
+    faults: dict[str, str] = {}  # key -> what is wrong with its value
+    if config.on_bad_image == "skip" and entry.in_files is None:
+        of_files = ", ".join(other for other in DATASETS if DATASETS[other].in_files)
+        faults["on_bad_image"] = f" is for data sets of image files ({of_files}), not {name!r}"
+    if config.label_file is not None and entry.native is not None:
+        faults["label_file"] = f" is for dataset='custom', not {name!r}"
+    elif config.label_file is not None and config.use_subdirs:
+        faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):
-        yield Problem(
-            ("num_classes", "dataset"),
-            f"num_classes={config.num_classes}, but {config.dataset} has {has}; leave it out",
-        )
+        faults["num_classes"] = f", but {has}; leave it out"
     if config.conditional and num_classes == 0:
-        yield Problem(
-            ("conditional", "dataset"),
-            f"conditional=True needs labels, but {config.dataset} has {has}; set conditional=False",
-        )
+        faults["conditional"] = f" needs labels, but {has}; set conditional=False"
     if config.classes and num_classes is not None and max(config.classes) >= num_classes:
-        yield Problem(
-            ("classes", "dataset"),
-            f"classes={list(config.classes)}: {config.dataset} has {has}, numbered from 0",
-        )
+        faults["classes"] = f": {has}, numbered from 0"
+    given = config.model_dump(mode="json", include=set(faults))  # with lists, as they are written
+    for key, fault in faults.items():
+        yield Problem((key, "dataset"), f"{key}={given[key]!r}{fault}")
 
 
 def _num_classes(config: Config) -> int | None:

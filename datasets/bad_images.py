@@ -12,19 +12,21 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets.base import ImageSpec
 from datasets.decoding import BadImageError, decode_image, read_size, show
 from datasets.storage import Listing
+from utils.config import Config
 from utils.errors import DataError
+from utils.images import ImageSpec
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
-FILES_PER_TASK = 64
+NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
 MAX_NAMED = 10  # files named in one message
 
 T = TypeVar("T")
@@ -45,28 +47,24 @@ def map_images(
     Threads compute it. The main process shows a progress bar of that description on a terminal.
     """
 
-    def compute(start: int) -> list[T | DataError]:
-        results = []
-        for index in range(start, min(start + FILES_PER_TASK, num_images)):
-            try:
-                results.append(function(index))
-            except DataError as error:
-                results.append(error)
-        return results
+    def attempt(index: int) -> T | DataError:
+        try:
+            return function(index)
+        except DataError as error:
+            return error
 
     hidden = not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty())
-    bar = tqdm(total=num_images, desc=description, leave=False, disable=hidden)
-    with ThreadPoolExecutor(THREADS) as pool, bar:
-        for results in pool.map(compute, range(0, num_images, FILES_PER_TASK)):
-            yield from results
-            bar.update(len(results))
+    starts = range(0, num_images, NUM_QUEUED)
+    parts = (range(start, min(start + NUM_QUEUED, num_images)) for start in starts)
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = chain.from_iterable(pool.map(attempt, part) for part in parts)
+        yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
 def read_sizes(listing: Listing) -> list[tuple[int, int]]:
     """(height, width) of every image, from the files' headers.
 
-    Raises:
-        DataError: some are no images, broken or too large; at most ten of them are named.
+    Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
     results = list(map_images(lambda index: read_size(listing.path(index)), count, "reading sizes"))
@@ -76,40 +74,33 @@ def read_sizes(listing: Listing) -> list[tuple[int, int]]:
     return results
 
 
-def decoding_error(
-    path: Path, image_size: tuple[int, int] | None, channels: int
-) -> BadImageError | None:
-    """Why the image cannot be decoded to (height, width), or its own size; None if it can.
+def decoding_error(config: Config, listing: Listing, index: int) -> BadImageError | None:
+    """Why image `index` cannot be decoded as the config asks for it; None if it can.
 
-    Raises:
-        DataError: the file cannot be read at all.
+    Raises a DataError if the file cannot be read at all.
     """
+    path = listing.path(index)
     try:
-        decode_image(path, ImageSpec(channels, *(image_size or read_size(path)), 0))
+        size = config.image_size or read_size(path)
+        decode_image(path, ImageSpec(config.image_channels or 3, *size, 0))
     except BadImageError as error:
         return error
     return None
 
 
-def replace_bad_images(
-    listing: Listing, image_size: tuple[int, int] | None, channels: int
-) -> Listing:
-    """The listing where the next good image, with its own label, stands for each bad one.
+def replace_bad_images(config: Config, listing: Listing) -> Listing:
+    """The listing where, under `skip`, the next good image and its label stand for each bad one.
 
     So the number of images and the places of the good ones do not change, and with them neither
-    the order of training. One warning names what was replaced.
-
-    Raises:
-        DataError: more than `max_bad` are bad, or all images of a class, or a file cannot be read.
+    the order of training. One warning names what was replaced. Raises a DataError if more than
+    `max_bad` are bad, or all images of a class, or if a file cannot be read.
     """
+    if config.on_bad_image == "error":
+        return listing
     count = len(listing.names)
     log.info("on_bad_image=skip: decoding %d images once", count)
-    results = map_images(
-        lambda index: decoding_error(listing.path(index), image_size, channels),
-        count,
-        "looking for broken images",
-    )
-    bad = {index: error for index, error in enumerate(results) if error is not None}
+    error_of = map_images(partial(decoding_error, config, listing), count, "looking for bad images")
+    bad = {index: error for index, error in enumerate(error_of) if error is not None}
     for error in bad.values():
         if not isinstance(error, BadImageError):
             raise error
@@ -126,10 +117,8 @@ def replace_bad_images(
         if listing.labels[index] not in good_labels:
             name = listing.class_names[listing.labels[index]]
             raise DataError(f"class {show(name)} has no image that can be decoded: {error}")
-    names = _names(listing, bad)
-    log.warning(
-        "on_bad_image=skip: %s, the next good one takes the place of each: %s", fault, names
-    )
+    taken = "the next good one takes the place of each"
+    log.warning("on_bad_image=skip: %s, %s: %s", fault, taken, _names(listing, bad))
     return listing.take(next_good([index in bad for index in range(count)]))
 
 
@@ -142,10 +131,8 @@ def next_good(is_bad: Sequence[bool]) -> list[int]:
 
 def _summary(listing: Listing, errors: dict[int, DataError]) -> str:
     """The first error in full and, if there are several, the names of the files."""
-    first = str(next(iter(errors.values())))
-    return (
-        first if len(errors) == 1 else f"{first} ({len(errors)} are bad: {_names(listing, errors)})"
-    )
+    more = f" ({len(errors)} are bad: {_names(listing, errors)})" if len(errors) > 1 else ""
+    return f"{next(iter(errors.values()))}{more}"
 
 
 def _names(listing: Listing, indices: Iterable[int]) -> str:

@@ -33,19 +33,17 @@ def build_digits(config: Config, split: str) -> InMemoryDataset:
     source = load_digits()
     images = np.rint(source.images * 255 / 16).astype(np.uint8)
     labels = source.target.astype(np.int64)
-    order_in_class = np.empty_like(labels)
-    for label in range(len(DIGIT_NAMES)):
-        members = labels == label
-        order_in_class[members] = np.arange(members.sum())
-    chosen = (order_in_class % 5 == 4) == (split == "test")
-    return _in_memory(config, images[chosen], labels[chosen], DIGIT_NAMES)
+    seen = np.eye(len(DIGIT_NAMES), dtype=np.int64)[labels].cumsum(axis=0)  # of each class so far
+    is_test = seen[np.arange(len(labels)), labels] % 5 == 0
+    chosen = is_test == (split == "test")
+    pixels = fit_arrays(images[chosen], config.image_size, config.image_channels)
+    return InMemoryDataset(pixels, torch.from_numpy(labels[chosen]), DIGIT_NAMES)
 
 
 def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDataset:
     """MNIST, FashionMNIST, CIFAR10 or CIFAR100, by its class in torchvision.
 
-    Raises:
-        DataError: the files are missing or damaged, and cannot be downloaded.
+    Raises a DataError if the files are missing or damaged, and cannot be downloaded.
     """
     import torchvision.datasets
 
@@ -65,23 +63,22 @@ def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDa
             source = dataset_class(config.data_root, train=train, download=True)
     images, labels = np.asarray(source.data), np.asarray(source.targets)
     class_names = [name.partition(" - ")[0] for name in source.classes]  # MNIST has "7 - seven"
-    if len(images) != len(labels) or labels.max(initial=0) >= len(class_names):
+    largest = labels.max(initial=0)
+    if len(images) != len(labels) or largest >= len(class_names):
         raise DataError(
-            f"{show(folder)}: {len(images)} images with {len(labels)} labels up to "
-            f"{labels.max(initial=0)} is not {config.dataset}; delete the folder and start again"
+            f"{show(folder)}: {len(images)} images with {len(labels)} labels up to {largest} is "
+            f"not {config.dataset}; delete the folder and start again"
         )
-    return _in_memory(config, images, labels, class_names)
+    pixels = fit_arrays(images, config.image_size, config.image_channels)
+    return InMemoryDataset(pixels, torch.from_numpy(labels), class_names)
 
 
 def list_celeba(config: Config, split: str) -> Listing:
     """The files of aligned CelebA, sorted and unlabelled.
 
     Needs `img_align_celeba/` and `list_eval_partition.txt` only. The lines of the latter are such
-    as `000001.jpg 0`: 0 train, 1 valid, 2 test.
-
-    Raises:
-        DataError: the files are missing and cannot be downloaded, or the list has a line of
-            another form, or no image of the split.
+    as `000001.jpg 0`: 0 train, 1 valid, 2 test. Raises a DataError if the files are missing and
+    cannot be downloaded, or the list has a line of another form, or no image of the split.
     """
     folder = Path(config.data_root) / "celeba"
     images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
@@ -110,25 +107,18 @@ def list_celeba(config: Config, split: str) -> Listing:
 def build_celeba(config: Config, split: str) -> ImageFileDataset:
     """Aligned CelebA; of 178x218 pixels the centred 178x178, where `image_size` is square.
 
-    Raises:
-        DataError: see `list_celeba` and `replace_bad_images`.
+    Raises as `list_celeba` and `replace_bad_images` do.
     """
-    listing = list_celeba(config, split)
-    height, width = config.image_size or CELEBA_SIZE
-    channels = config.image_channels or 3
-    if config.on_bad_image == "skip":
-        listing = replace_bad_images(listing, (height, width), channels)
-    return ImageFileDataset(listing, height=height, width=width, channels=channels)
+    listing = replace_bad_images(config, list_celeba(config, split))
+    size = config.image_size or CELEBA_SIZE
+    return ImageFileDataset(listing, config.image_channels or 3, *size)
 
 
 @contextlib.contextmanager
 def _download(dataset: str, folder: Path, files: Sequence[str]) -> Iterator[None]:
-    """Turn any failure inside into one line that says where to put which files.
+    """Turn any failure inside into a DataError, one line that says where to put which files.
 
     Folders that the failed download made, and left empty, are removed.
-
-    Raises:
-        DataError: the block raised.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -143,10 +133,3 @@ def _download(dataset: str, folder: Path, files: Sequence[str]) -> Iterator[None
             f"them failed ({type(error).__name__}: {one_line(error)}); put there: "
             f"{', '.join(files)}"
         ) from error
-
-
-def _in_memory(
-    config: Config, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
-) -> InMemoryDataset:
-    fitted = fit_arrays(images, config.image_size, config.image_channels)
-    return InMemoryDataset(fitted, torch.from_numpy(labels), class_names)

@@ -14,21 +14,19 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from datasets import DATASETS, build_dataset, check_config, has_test_split, native_spec
+from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images
-from datasets.base import ImageSpec
 from datasets.decoding import decode_image, read_size, show
 from datasets.storage import Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
 from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of
+from utils.images import ImageSpec
 from utils.logs import setup_logging
 
 NUM_SHOWN = 10  # sizes, copies, largest and smallest classes in the text; JSON has all
@@ -53,75 +51,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_device(args.device)  # not used, but a wrong name is an error here as everywhere
     splits: dict[str, Any] = {}
     report = {"dataset": config.dataset, "data_root": show(config.data_root), "splits": splits}
-    code, verdict = EXIT_OK, "ready to train"
+    code, report["verdict"] = EXIT_OK, "ready to train"
     try:
         print(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
         train: dict[bytes, str] = {}
-        for split in ("train", "test") if has_test_split(config) else ("train",):
+        for split in SPLITS if has_test_split(config) else ("train",):
             splits[split] = examine_split(config, split, train)
             print("\n".join(split_lines(split, splits[split])), flush=True)
         num_bad = sum(len(facts["bad"]) for facts in splits.values())
         if num_bad and config.on_bad_image == "error":
             code = EXIT_FAILURE
-            verdict = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
+            report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
                 build_dataset(config, split)
-        print(_line("verdict", verdict))
+        print(_line("verdict", report["verdict"]))
     except DataError as error:
-        verdict = str(error)
+        report["verdict"] = str(error)
         raise
     finally:
         if args.json and not args.dry_run:
-            write_json(args.json, report | {"verdict": verdict})
+            write_json(args.json, report)
     return code
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write the report; raises a UserError if the file cannot be written."""
     try:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def open_split(
-    config: Config, split: str
-) -> tuple[Listing, Callable[[int], tuple[tuple[int, int], Tensor]]]:
-    """The images of a split, and what decodes one of them by its index as training does.
-
-    That gives the (height, width) of the file and the pixels, uint8 (C, H, W).
-    """
-    list_files = DATASETS[config.dataset].in_files
-    if list_files is None:
-        images = build_dataset(config, split)
-        names = [f"image {i}" for i in range(len(images))]
-        listing = Listing(Path(config.data_root), names, images.labels.tolist(), images.class_names)
-        return listing, lambda index: (images.spec.shape[1:], images[index][0])
-    listing, spec = list_files(config, split), native_spec(config)
-    image_size = config.image_size if spec is None else spec.shape[1:]
-
-    def decode(index: int) -> tuple[tuple[int, int], Tensor]:
-        size = read_size(listing.path(index))
-        wanted = ImageSpec(config.image_channels or 3, *(image_size or size), 0)
-        return size, decode_image(listing.path(index), wanted)
-
-    return listing, decode
-
-
 def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[str, Any]:
     """Sizes, classes, broken images and copies of a split, as plain JSON types.
 
-    Args:
-        train: digest -> name of the train images; that split itself adds them.
+    Every image is decoded as training does it. `train` has the name of each train image by the
+    digest of its pixels; the train split itself puts them there.
     """
-    listing, decode = open_split(config, split)
+    entry = DATASETS[config.dataset]
+    if entry.in_files is None:
+        images = build_dataset(config, split)
+        names = [f"image {i}" for i in range(len(images))]
+        listing = Listing(Path(config.data_root), names, images.labels.tolist(), images.class_names)
+    else:
+        listing = entry.in_files(config, split)
+    wanted_size = config.image_size or (entry.native and entry.native.shape[1:])
 
     def examine(index: int) -> tuple[tuple[int, int], bytes]:
-        size, image = decode(index)
+        if entry.in_files is None:
+            size, image = images.spec.shape[1:], images[index][0]
+        else:
+            size = read_size(listing.path(index))
+            spec = ImageSpec(config.image_channels or 3, *(wanted_size or size), 0)
+            image = decode_image(listing.path(index), spec)
         pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
         return size, hashlib.blake2b(pixels, digest_size=16).digest()
 

@@ -14,13 +14,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from datasets.base import ImageSpec
 from utils.errors import DataError, one_line
+from utils.images import ImageSpec
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
+SIZE_LIMIT = f"at most {MAX_PIXELS // 10**6} million pixels and {MAX_FILE_BYTES // 2**20} MiB"
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -40,16 +41,14 @@ def show(path: Path | str) -> str:
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file of this name is taken for an image. What it holds is seen on reading it."""
+    """Whether a file of this name is taken for an image."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
-    Raises:
-        BadImageError: it is not a PNG, JPEG, WebP or BMP image, or too large.
-        DataError: the file cannot be read.
+    Raises what `decode_image` does, but sees no fault in the pixels.
     """
     with _opened(path) as image:
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
@@ -61,11 +60,8 @@ def read_size(path: Path) -> tuple[int, int]:
 def decode_image(path: Path, spec: ImageSpec) -> Tensor:
     """The image as uint8 (C, H, W) of the shape in `spec`; see `fit_image`.
 
-    Of an animation, this is the first frame.
-
-    Raises:
-        BadImageError: the file is broken, truncated, of another format or too large.
-        DataError: the file cannot be read.
+    Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
+    truncated, too large or no PNG, JPEG, WebP or BMP image, a DataError if it cannot be read.
     """
     with _opened(path) as image:
         image.load()
@@ -75,41 +71,33 @@ def decode_image(path: Path, spec: ImageSpec) -> Tensor:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its pixels not. What the body raises is explained too."""
+    kind, size = BadImageError, ""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
             raise DataError(f"{show(path)}: not a regular file; remove it")
+        size = f"{status.st_size} bytes"
         if status.st_size > MAX_FILE_BYTES:
-            raise _too_large(path, f"{status.st_size} bytes")
+            raise Image.DecompressionBombError(size)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise _too_large(path, f"{image.width} x {image.height}")
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             yield image
     except DataError:
         raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path, one_line(error)) from error
-    except UnidentifiedImageError as error:
-        raise BadImageError(
-            f"{show(path)}: not a readable PNG, JPEG, WebP or BMP image "
-            f"({status.st_size} bytes); replace or remove it"
-        ) from error
-    except MemoryError as error:
-        raise DataError(f"{show(path)}: not enough memory to decode it") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
-        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no errno
-            reason = error.strerror or one_line(error)
-            raise DataError(f"{show(path)}: cannot be read: {reason}") from error
-        raise BadImageError(
-            f"{show(path)}: broken image ({one_line(error)}); replace or remove it"
-        ) from error
-
-
-def _too_large(path: Path, size: str) -> BadImageError:
-    return BadImageError(
-        f"{show(path)}: image too large ({size}); at most {MAX_PIXELS // 10**6} million pixels "
-        f"and {MAX_FILE_BYTES // 2**20} MiB are allowed; shrink or remove it"
-    )
+        reason = one_line(error)
+        if isinstance(error, Image.DecompressionBombError):
+            fault = f"image too large ({reason}); {SIZE_LIMIT}; shrink or remove it"
+        elif isinstance(error, UnidentifiedImageError):
+            fault = f"not a readable PNG, JPEG, WebP or BMP image ({size}); replace or remove it"
+        elif isinstance(error, MemoryError):
+            kind, fault = DataError, "not enough memory to decode it"
+        elif isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no errno
+            kind, fault = DataError, f"cannot be read: {error.strerror or reason}"
+        else:
+            fault = f"broken image ({reason}); replace or remove it"
+        raise kind(f"{show(path)}: {fault}") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -151,17 +139,15 @@ def fit_image(image: Image.Image, height: int, width: int, channels: int) -> np.
 def fit_arrays(images: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> Tensor:
     """uint8 (N, H, W) grey or (N, H, W, 3) RGB -> uint8 (N, C, H', W'), as `fit_image` does it.
 
-    Args:
-        size: (H', W'); None keeps the images' own.
-        channels: 1 or 3; None keeps the images' own. Grey is repeated to make RGB.
+    `size` is (H', W') and `channels` C, 1 or 3; None keeps the images' own. Grey is repeated to
+    make RGB.
     """
     grey = images.ndim == 3
     height, width = size or images.shape[1:3]
     channels = channels or (1 if grey else 3)
     if (height, width) == images.shape[1:3] and (grey or channels == 3):
-        stacked = images[:, None] if grey else images.transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(stacked)).repeat(
-            1, channels // stacked.shape[1], 1, 1
-        )
+        stacked = torch.from_numpy(np.ascontiguousarray(images))
+        stacked = stacked[:, None] if grey else stacked.permute(0, 3, 1, 2)
+        return stacked.repeat(1, channels // stacked.shape[1], 1, 1)
     fitted = [fit_image(Image.fromarray(image), height, width, channels) for image in images]
     return torch.from_numpy(np.stack(fitted))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,15 @@ from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size, show
 from datasets.label_file import read_label_file
 from datasets.storage import ImageFileDataset, Listing, require_classes
-from utils.config import Config, Problem
+from utils.config import Config
 from utils.errors import DataError
 
 TEST_FOLDERS = ("test", "val")  # in order of preference
 BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "digits")
+# What is wrong with a label_file beside use_subdirs=True
+BESIDE_SUBDIRS = (
+    "goes with use_subdirs=False; with use_subdirs=True the folder names are the labels"
+)
 
 
 class Children(NamedTuple):
@@ -34,34 +38,24 @@ class Children(NamedTuple):
 
     folders: list[str]
     images: list[str]  # by their extension
-    others: list[str]
+    others: list[str]  # not sorted
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
     """The images under `data_root`. Only the header of each file is read.
 
-    With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`.
-
-    Raises:
-        DataError: one line that names the file or folder, what is wrong with it and how to fix it.
+    With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
+    DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
-    listing = list_images(config, split)
-    channels = config.image_channels or 3
-    if config.on_bad_image == "skip":
-        listing = replace_bad_images(listing, config.image_size, channels)
+    listing = replace_bad_images(config, list_images(config, split))
     sizes = read_sizes(listing)
-    height, width = config.image_size or _common_size(config, split, listing, sizes)
-    return ImageFileDataset(listing, height=height, width=width, channels=channels)
+    size = config.image_size or _common_size(config, split, listing, sizes)
+    return ImageFileDataset(listing, config.image_channels or 3, *size)
 
 
 def has_test_folder(config: Config) -> bool:
-    """Whether `data_root` is cut into train/ and test/ (or val/).
-
-    Raises:
-        DataError: a folder cannot be read or has no clear meaning.
-    """
-    root = Path(config.data_root)
-    return root.is_dir() and "test" in _split_folders(config, root)
+    """Whether `data_root` is cut into train/ and test/ (or val/); raises as `build_custom` does."""
+    return Path(config.data_root).is_dir() and "test" in _split_folders(config)
 
 
 def number_of_classes(config: Config) -> int | None:
@@ -70,28 +64,23 @@ def number_of_classes(config: Config) -> int | None:
     return config.num_classes or None if labelled else 0
 
 
-def check_custom(config: Config) -> Iterator[Problem]:
-    """Faults of the keys for own images that can be seen without reading a file."""
-    if config.use_subdirs and config.label_file is not None:
-        yield Problem(
-            ("label_file", "use_subdirs"),
-            f"label_file={config.label_file!r} goes with use_subdirs=False; with use_subdirs=True "
-            "the folder names are the labels",
-        )
-
-
 def list_images(config: Config, split: str) -> Listing:
     """The images of `split` with their labels, sorted by the bytes of their names.
 
     With `classes` only their images are listed, so no file of another class is ever opened.
-
-    Raises:
-        DataError: see `build_custom`.
+    Raises as `build_custom` does.
     """
     root = Path(config.data_root)
     if not root.is_dir():
-        raise DataError(_no_folder(config, root))
-    folders = _split_folders(config, root)
+        names = f"{config.experiment_name} {root.name}".lower().replace("-", "").replace("_", "")
+        builtin = next((name for name in BUILTIN_HINTS if name in names), None)
+        hint = f"; {builtin} is built in: dataset={builtin!r} needs no folder" if builtin else ""
+        fault = "is a file, not a folder" if root.exists() else "no such folder"
+        raise DataError(
+            f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
+            f"the folder of your images{hint}"
+        )
+    folders = _split_folders(config)
     if split not in folders:
         raise DataError(
             f"{show(root)}: dataset='custom' has no {split} split; make the folders "
@@ -107,25 +96,11 @@ def list_images(config: Config, split: str) -> Listing:
     return listing.take([i for i, label in enumerate(listing.labels) if label in config.classes])
 
 
-def _no_folder(config: Config, root: Path) -> str:
-    wanted = f"{config.experiment_name} {root.name}".lower().replace("-", "").replace("_", "")
-    builtin = next((name for name in BUILTIN_HINTS if name in wanted), None)
-    hint = f"; {builtin} is built in: dataset={builtin!r} needs no folder" if builtin else ""
-    fault = "is a file, not a folder" if root.exists() else "no such folder"
-    return (
-        f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to the "
-        f"folder of your images{hint}"
-    )
-
-
 def children_of(folder: Path, *, deep: bool = False) -> Children:
-    """What lies in a folder.
+    """What lies in a folder; if `deep`, the files at any depth as `a/b.png`, and no folders.
 
-    Args:
-        deep: the files at any depth, as paths relative to `folder` with `/`, and no folders.
-
-    Raises:
-        DataError: a folder cannot be read, or one within is a link, which might lead in circles.
+    Raises a DataError if a folder cannot be read, or one passed through is a link, which might
+    lead in circles.
     """
 
     def refuse(error: OSError) -> None:
@@ -137,28 +112,28 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
         if not deep:
             children.folders.extend(sorted(folders, key=os.fsencode))
             folders.clear()
+        for inner in (os.path.join(path, name) for name in folders):
+            if os.path.islink(inner):
+                raise DataError(
+                    f"{show(inner)}: a link to a folder, not followed this deep; put the folder "
+                    "itself there, or remove the link"
+                )
         inside = Path(path).relative_to(folder)
         for name in files:
             if not name.startswith("."):
                 kind = children.images if has_image_suffix(name) else children.others
                 kind.append((inside / name).as_posix())
-        if linked := [name for name in folders if (Path(path) / name).is_symlink()]:
-            raise DataError(
-                f"{show(Path(path) / linked[0])}: a link to a folder, not followed this deep; put "
-                "the folder itself there, or remove the link"
-            )
     children.images.sort(key=os.fsencode)
     return children
 
 
-def _split_folders(config: Config, root: Path) -> dict[str, Path]:
-    """Folder of each split: train/ and test/ (or val/) inside `root`, else `root` for "train".
+def _split_folders(config: Config) -> dict[str, Path]:
+    """Folder of each split: train/ and test/ (or val/) in `data_root`, else itself for "train".
 
     They count as splits if train/ holds what `use_subdirs` asks for: class folders, or images.
-
-    Raises:
-        DataError: the folders look like splits of images without classes.
+    Raises a DataError if they look like splits of images without classes.
     """
+    root = Path(config.data_root)
     whole = children_of(root)
     if config.label_file is not None or "train" not in whole.folders or whole.images:
         return {"train": root}
@@ -177,7 +152,7 @@ def _split_folders(config: Config, root: Path) -> dict[str, Path]:
 
 
 def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
-    """The images of a split: in the class folders of `folder`, or directly in it.
+    """The images in the class folders of `folder`, or directly in it.
 
     Args:
         train: the folder whose class folders have the labels 0, 1, ...
@@ -185,25 +160,24 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
     root = Path(config.data_root)
     children = children_of(folder)
     inside = {name: children_of(folder / name, deep=True) for name in children.folders}
-    filled = [name for name in inside if inside[name].images]
+    filled = [f"{name}/" for name in inside if inside[name].images]
+    class_names = children_of(train).folders if config.use_subdirs else []
     wanted, unwanted = children.folders, children.images
+    needs = "a folder per class"
     if not config.use_subdirs:
-        wanted, unwanted = children.images, filled
+        wanted, unwanted, needs = children.images, filled, "the images directly in this folder"
     if unwanted or not wanted:
-        needs = "a folder per class" if config.use_subdirs else "the images directly in this folder"
         raise DataError(
             f"{show(folder)}: use_subdirs={config.use_subdirs} needs {needs}, but it holds "
             f"{_seen(children, filled)}; put all images there, or set "
             f"use_subdirs={not config.use_subdirs}"
         )
-    class_names = children_of(train).folders if config.use_subdirs else []
     if config.num_classes not in (None, len(class_names)):
         shown = show(", ".join(class_names[:5]) + (", ..." if class_names[5:] else ""))
-        classes = f"{len(class_names)} class folders ({shown})"
+        kind = f"class folders ({shown})" if class_names else "labels without label_file"
         raise DataError(
-            f"{show(root)}: num_classes={config.num_classes}, but there are "
-            f"{classes if class_names else 'no labels without label_file'}; set "
-            f"num_classes={len(class_names)} or leave it out"
+            f"{show(root)}: num_classes={config.num_classes}, but there are {len(class_names)} "
+            f"{kind}; set num_classes={len(class_names)} or leave it out"
         )
     prefix = "" if folder == root else f"{folder.name}/"  # train/1.png is not test/1.png
     if not config.use_subdirs:
@@ -211,30 +185,24 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
         return Listing(root, names, [0] * len(names), ())
     names, labels = [], []
     for class_name, files in inside.items():
-        path = show(folder / class_name)
+        fault = (
+            None if files.images else f"a class folder with {_seen(files)}; add some, or remove it"
+        )
         if class_name not in class_names:
-            raise DataError(
-                f"{path}: no such class folder in {show(train)}; add it there or remove this one"
-            )
-        if not files.images:
-            raise DataError(f"{path}: a class folder with {_seen(files)}; add some, or remove it")
+            fault = f"no such class folder in {show(train)}; add it there or remove this one"
+        if fault:
+            raise DataError(f"{show(folder / class_name)}: {fault}")
         names += [f"{prefix}{class_name}/{name}" for name in files.images]
         labels += [class_names.index(class_name)] * len(files.images)
     return Listing(root, names, labels, tuple(class_names))
 
 
 def _seen(children: Children, filled: Sequence[str] = ()) -> str:
-    """Where the images of a folder are, or what is there instead.
-
-    Args:
-        filled: its subfolders with images.
-    """
-    places = []
-    if children.images:
-        first = show(children.images[0])
-        places.append(f"{len(children.images)} image(s) directly in it (first: {first})")
-    if filled:
-        places.append(f"images in {len(filled)} subfolder(s) (first: {show(filled[0])}/)")
+    """Where the images of a folder are, `filled` subfolders too, or what is there instead."""
+    kinds = {"image(s) directly in it": children.images, "subfolder(s) with images": filled}
+    places = [
+        f"{len(names)} {kind} (first: {show(names[0])})" for kind, names in kinds.items() if names
+    ]
     if places:
         return " and ".join(places)
     suffixes = Counter(Path(name).suffix.lower() or "without extension" for name in children.others)
@@ -245,7 +213,7 @@ def _seen(children: Children, filled: Sequence[str] = ()) -> str:
 def _list_labelled(config: Config, root: Path) -> Listing:
     """The images of a label file, whose classes are called by their numbers."""
     if config.use_subdirs:
-        raise DataError(next(check_custom(config)).message)
+        raise DataError(f"label_file={config.label_file!r} {BESIDE_SUBDIRS}")
     path = root / config.label_file
     if not path.is_file() and Path(config.label_file).is_file():
         path = Path(config.label_file)
@@ -257,30 +225,29 @@ def _list_labelled(config: Config, root: Path) -> Listing:
             "label); add a label or remove the file"
         )
     names = sorted(labels, key=os.fsencode)
-    class_names = tuple(str(label) for label in range(max(labels.values()) + 1))
+    class_names = tuple(map(str, range(max(labels.values()) + 1)))
     return Listing(root, names, [labels[name] for name in names], class_names)
 
 
 def _common_size(
     config: Config, split: str, listing: Listing, sizes: list[tuple[int, int]]
 ) -> tuple[int, int]:
-    """(height, width) of the first train image that is used. All others must have it.
+    """(height, width) of the first train image that is used.
 
-    Raises:
-        DataError: naming the first image of another size.
+    Raises a DataError that names the first image of another size.
     """
-    train = listing if split == "train" else list_images(config, "train")
-    paths = map(train.path, range(len(train.names)))
-    if config.on_bad_image == "skip":
-        channels = config.image_channels or 3
-        paths = (path for path in paths if decoding_error(path, None, channels) is None)
-    first = next(paths, train.path(0))
-    size = read_size(first)
+    train, first = listing, 0
+    if split != "train":
+        train = list_images(config, "train")
+        if config.on_bad_image == "skip":
+            count = len(train.names)
+            first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
+    size = read_size(train.path(first))
     for name, other in zip(listing.names, sizes, strict=True):
         if other != size:
             raise DataError(
                 f"{show(listing.root / name)}: is {other[0]} x {other[1]} (height x width), but "
-                f"{show(first)} is {size[0]} x {size[1]}; set image_size to bring all images "
-                "to one size"
+                f"{show(train.path(first))} is {size[0]} x {size[1]}; set image_size to bring all "
+                "images to one size"
             )
     return size

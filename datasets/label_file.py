@@ -6,7 +6,6 @@ it costs more than a line of text.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -22,13 +21,12 @@ MAX_SHOWN = 80  # characters of a name or label in a message
 def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
     """The label of each image, by its file name relative to `root`.
 
+    Raises a DataError if the file cannot be read, an entry is not a file below root with a label
+    in [0, K), or a label in [0, K) has no image.
+
     Args:
         root: folder of the images; nothing outside it may be named, not by a symlink either.
         num_classes: K where the config says so; default: the largest label + 1.
-
-    Raises:
-        DataError: the file cannot be read, or an entry is not `file below root: label in [0, K)`,
-            or a label in [0, K) has no image.
     """
     resolved_root = os.path.realpath(root)
     labels: dict[str, int] = {}
@@ -44,7 +42,7 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
         labels[name] = label
     used = set(labels.values())
     expected = max(used) + 1 if num_classes is None else num_classes
-    missing = next(label for label in itertools.count() if label not in used)
+    missing = min(set(range(len(used) + 1)) - used)
     if missing < expected:
         raise DataError(
             f"{show(path)}: no image has label {missing}, but labels must be 0 to "
@@ -55,14 +53,14 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
 
 
 def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
+    """The file's keys and values as pairs, because a dict would hide a key given twice."""
     try:
         if not path.is_file():
             raise ValueError("no such label_file; give it relative to data_root, or in full")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
-        # As pairs, because a dict would hide a key given twice. An array becomes a list.
-        pairs = json.loads(text, object_pairs_hook=tuple)
+        pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason})") from error

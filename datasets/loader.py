@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.base import ImageDataset
-from datasets.storage import InMemoryDataset
+from datasets.storage import ImageDataset, InMemoryDataset
 from utils.errors import DataError
 from utils.images import to_float
 from utils.rng import Stream, numpy_generator
@@ -45,11 +43,12 @@ def batches(
     num_workers: int,
     start_step: int = 0,
 ) -> Iterator[Batch]:
-    """Endless batches; what step k yields depends on (seed, k) and the data, and on nothing else.
+    """Yield batches without end; what step k yields depends on (seed, k) and the images alone.
 
     Sample n = step * batch_size + j is image `pos` of the order of `epoch`, where
     `epoch, pos = divmod(n, N)`: batches run across the ends of epochs, so all have the same size
-    and no image is left out. Whether row j is mirrored is drawn for the whole global batch.
+    and no image is left out. Whether row j is mirrored is drawn for the whole global batch. Raises
+    a DataError when an image cannot be read.
 
     Args:
         dataset: made resident before, see `make_resident`, where its images are to be in memory.
@@ -57,29 +56,18 @@ def batches(
         rows: this rank's rows of the global batch, such as `runtime.share(batch_size)`.
         num_workers: processes that decode images which are not in memory.
         start_step: step of the first batch.
-
-    Raises:
-        DataError: while the batches are drawn, an image cannot be read.
     """
     rows = slice(rows.start, rows.stop, rows.step)
-    indices = (
-        index[rows]
-        for index in global_indices(
-            len(dataset), batch_size=batch_size, seed=seed, start_step=start_step
-        )
-    )
+    steps = global_indices(len(dataset), batch_size=batch_size, seed=seed, start_step=start_step)
+    indices = (index[rows] for index in steps)
     loaded = _load(dataset, indices, num_workers, pin_memory=device.type == "cuda")
-
-    def generate() -> Iterator[Batch]:
-        for step, (images, labels) in enumerate(loaded, start=start_step):
-            images = images.to(device, non_blocking=True)
-            if horizontal_flip:
-                flip = numpy_generator(seed, Stream.FLIP, step).random(batch_size) < 0.5
-                mask = torch.from_numpy(flip[rows]).to(device, non_blocking=True)
-                images = torch.where(mask[:, None, None, None], images.flip(3), images)
-            yield Batch(to_float(images), labels.to(device, non_blocking=True))
-
-    return generate()
+    for step, (images, labels) in enumerate(loaded, start=start_step):
+        images = images.to(device, non_blocking=True)
+        if horizontal_flip:
+            flip = numpy_generator(seed, Stream.FLIP, step).random(batch_size) < 0.5
+            mask = torch.from_numpy(flip[rows]).to(device, non_blocking=True)
+            images = torch.where(mask[:, None, None, None], images.flip(3), images)
+        yield Batch(to_float(images), labels.to(device, non_blocking=True))
 
 
 def make_resident(
@@ -91,47 +79,35 @@ def make_resident(
 ) -> ImageDataset:
     """The data set with all its images decoded, as uint8 on `device`.
 
+    Raises a DataError if an image cannot be read.
+
     Args:
         resident: True always, False never, None if the images take at most `RESIDENT_LIMIT`.
             Where they are not to be resident the data set is returned as it is.
-
-    Raises:
-        DataError: an image cannot be read.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    if resident is None:
-        resident = math.prod(shape) <= RESIDENT_LIMIT
-    if not resident:
+    if resident is False or (resident is None and math.prod(shape) > RESIDENT_LIMIT):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
     else:
         images = torch.empty(shape, dtype=torch.uint8, device=device)
-        start = 0
-        everything = range(len(dataset))
-        for part, _ in image_batches(
-            dataset, everything, DECODE_BATCH_SIZE, num_workers=num_workers
-        ):
-            images[start : start + len(part)] = part
-            start += len(part)
-    return InMemoryDataset(
-        images, dataset.labels, dataset.class_names, fingerprint=dataset.fingerprint
-    )
+        parts = image_batches(
+            dataset, range(len(dataset)), DECODE_BATCH_SIZE, num_workers=num_workers
+        )
+        for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
+            place.copy_(part)
+    labels, class_names = dataset.labels, dataset.class_names
+    return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
 
 
 def image_batches(
-    dataset: ImageDataset,
-    indices: Sequence[int] | Tensor,
-    batch_size: int,
-    *,
-    num_workers: int = 0,
+    dataset: ImageDataset, indices: Sequence[int] | Tensor, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order; the last may be short.
+    """Yield (images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order.
 
-    On the CPU, or where a resident data set holds its images.
-
-    Raises:
-        DataError: an image cannot be read.
+    The last batch may be short. The tensors are on the CPU, or on the device of a resident data
+    set. Raises a DataError when an image cannot be read.
     """
     order = np.asarray(indices, dtype=np.int64)
     parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
@@ -141,7 +117,7 @@ def image_batches(
 def global_indices(
     num_images: int, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:
-    """int64 (batch_size,) image indices of every step from `start_step` on, without end."""
+    """Yield the int64 (batch_size,) image indices of each step from `start_step`, without end."""
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -159,26 +135,18 @@ def global_indices(
 def _load(
     dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The uint8 images and labels of each index array, in order."""
+    """Yield the uint8 images and the labels of each index array, in order."""
     if isinstance(dataset, InMemoryDataset):
-        return _load_from_memory(dataset, indices)
-    return _load_from_workers(dataset, indices, num_workers, pin_memory=pin_memory)
-
-
-def _load_from_memory(
-    dataset: InMemoryDataset, indices: Iterable[np.ndarray]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    images = dataset.images
-    labels = dataset.labels.to(images.device)
-    for index in indices:
-        chosen = torch.from_numpy(index).to(images.device, non_blocking=True)
-        yield images.index_select(0, chosen), labels.index_select(0, chosen)
-
-
-def _load_from_workers(
-    dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+        images = dataset.images
+        labels = dataset.labels.to(images.device)
+        for index in indices:
+            chosen = torch.from_numpy(index).to(images.device, non_blocking=True)
+            yield images.index_select(0, chosen), labels.index_select(0, chosen)
+        return
     num_workers = min(num_workers, os.cpu_count() or 1)
+    # Forked workers start at once and share the file list. They use Pillow and numpy only, never
+    # the accelerator, which a forked process could not.
+    start_method = "fork" if sys.platform.startswith("linux") else "spawn"
     loader = DataLoader(
         _Rows(dataset),
         sampler=indices,
@@ -186,7 +154,7 @@ def _load_from_workers(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_survive_signals,
-        multiprocessing_context=_worker_context() if num_workers else None,
+        multiprocessing_context=start_method if num_workers else None,
         # Otherwise the loader draws its base seed from torch's global generator.
         generator=torch.Generator(),
     )
@@ -194,15 +162,6 @@ def _load_from_workers(
         if isinstance(item, str):
             raise DataError(item)
         yield item
-
-
-def _worker_context() -> multiprocessing.context.BaseContext:
-    """fork where it is the custom (Linux): workers start at once and share the file list.
-
-    They use Pillow and numpy only, never the accelerator, which a forked process could not.
-    """
-    method = "fork" if sys.platform.startswith("linux") else "spawn"
-    return multiprocessing.get_context(method)
 
 
 def _survive_signals(_worker: int) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.base import ImageDataset, ImageSpec
 from datasets.decoding import decode_image, fit_arrays, read_size, show
 from datasets.folder import build_custom, children_of
-from datasets.storage import ImageFileDataset, InMemoryDataset
+from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
 from utils.errors import DataError, one_line
+from utils.images import ImageSpec
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images or an .npz with arr_0, uint8 (N, H, W, C)"
@@ -24,24 +24,17 @@ MAX_NAMED = 20  # classes named in one message
 
 
 class Pictures(NamedTuple):
-    """Pictures that exist already.
+    """Pictures that exist already."""
 
-    Attributes:
-        data: the images. Its own labels mean nothing.
-        labels: the class of each picture, in the numbering of the data set they imitate, or None.
-        unlabelled: why there are no labels.
-    """
-
-    data: ImageDataset
-    labels: list[int] | None
-    unlabelled: str | None = None
+    data: ImageDataset  # the images; its own labels mean nothing
+    labels: list[int] | None  # the class of each, as the data set they imitate numbers them
+    unlabelled: str | None = None  # why there are no labels
 
 
 def folder_settings(path: str | Path) -> dict[str, Any]:
     """Config keys that make the images in the folder `path` a data set.
 
-    Raises:
-        DataError: there is no such folder, or it cannot be read.
+    Raises a DataError if there is no such folder, or it cannot be read.
     """
     root = Path(path)
     if not root.is_dir():
@@ -67,15 +60,13 @@ def read_pictures(
     """The pictures at `path` and their classes.
 
     In a folder of folders, these are named as the classes, or by their numbers. A flat folder may
-    have a `labels.json`, an .npz `arr_1` (N,), with class numbers.
+    have a `labels.json`, an .npz `arr_1` (N,), with class numbers. Raises a DataError if there are
+    no pictures, broken ones, or labels that are no classes.
 
     Args:
         class_names: of the data set that the pictures imitate; empty: it has none.
         image_size: (height, width) to bring files to; None: they have one size.
         image_channels: 1 or 3, for files; None: 3.
-
-    Raises:
-        DataError: no pictures, broken ones, or labels that are no classes.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -105,9 +96,6 @@ def fitted_pictures(
     """`read_pictures`, or a single image file, in the shape that a model of `spec` draws.
 
     Cropped and resized as the images of a data set are, see `decoding.fit_image`.
-
-    Raises:
-        DataError: see `read_pictures`.
     """
     path, size = Path(path), (spec.height, spec.width)
     if path.is_dir():
@@ -118,15 +106,14 @@ def fitted_pictures(
         return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
     pictures = read_pictures(path, class_names)
     images = torch.stack([pictures.data[i][0] for i in range(len(pictures.data))])
-    arrays = images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
-    return pictures._replace(data=_in_memory(fit_arrays(arrays.numpy(), size, spec.channels)))
+    arrays = images.permute(0, 2, 3, 1).squeeze(3).numpy()
+    return pictures._replace(data=_in_memory(fit_arrays(arrays, size, spec.channels)))
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:
     """An image file as a mask, bool (1, H, W): True where it is white, or at least half so.
 
-    Raises:
-        DataError: it cannot be read, or has another size than the pictures it is for.
+    Raises a DataError if it cannot be read, or has another size than the pictures it is for.
     """
     path = Path(path)
     if not path.is_file():
@@ -167,18 +154,17 @@ def _labels_in_folder(
 def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            images = stored["arr_0"]
-            labels = stored["arr_1"] if "arr_1" in stored.files else None
+            images, labels = stored["arr_0"], stored.get("arr_1")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{show(path)}: cannot be read ({one_line(error)}); {FIX}") from error
     allowed = images.ndim == 4 and images.shape[3] in (1, 3) and images.size
     if images.dtype != np.uint8 or not allowed:
         raise DataError(f"{show(path)}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")
-    dataset = _in_memory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(
             f"{show(path)}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
         )
+    dataset = _in_memory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     return dataset, None if labels is None else labels.tolist()
 
 

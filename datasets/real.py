@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,11 @@ log = logging.getLogger("diffusion")
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images by index, wherever they come from.
+    """Real images by index, wherever they come from."""
 
-    Attributes:
-        labels: (N,) int64; all 0 when unlabelled.
-        indices: those to compare with, sorted; normally all N.
-        fetch: indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
-    """
-
-    labels: Tensor
-    indices: Sequence[int]
+    labels: Tensor  # (N,) int64; all 0 when unlabelled
+    indices: Sequence[int]  # those to compare with, sorted; normally all N
+    # Indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
     fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
     spec: ImageSpec
     fingerprint: str
@@ -61,10 +57,8 @@ class RealSets(NamedTuple):
     test: RealImages | None = None  # not seen by either, if there are any
 
 
-def chosen_images(num_images: int, limit: int | None) -> Sequence[int]:
+def chosen_images(num_images: int, limit: int | None) -> list[int]:
     """The indices of all images, or of `limit` of them, always the same ones, ascending."""
-    if limit is None or limit >= num_images:
-        return range(num_images)
     return fixed_subset(num_images, limit, EvaluationDraw.REAL_IMAGES).tolist()
 
 
@@ -78,12 +72,11 @@ def real_sets(
 ) -> RealSets:
     """The train and test images. To be called on every process.
 
+    Raises a DataError if there are no train images, or none of `split`.
+
     Args:
         split: of the images to compare with.
         limit: how many of them, drawn with a fixed seed; None: all.
-
-    Raises:
-        DataError: there are no train images, or none of `split`.
     """
 
     def images_of(name: str) -> RealImages:
@@ -92,8 +85,8 @@ def real_sets(
         return RealImages(
             labels=dataset.labels.cpu(),
             indices=chosen_images(len(dataset), limit if name == split else None),
-            fetch=lambda indices: image_batches(
-                dataset, indices, batch_size, num_workers=config.num_workers
+            fetch=partial(
+                image_batches, dataset, batch_size=batch_size, num_workers=config.num_workers
             ),
             spec=dataset.spec,
             fingerprint=dataset.fingerprint,

@@ -1,4 +1,4 @@
-"""The ways to hold a data set: in memory, as files decoded when asked for, or a part of it."""
+"""What every data set is, and how one is held: in memory, as files, as a part of another."""
 
 from __future__ import annotations
 
@@ -6,52 +6,58 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
-from datasets.base import ImageDataset, ImageSpec
 from datasets.decoding import decode_image, show
 from utils.errors import DataError
+from utils.images import ImageSpec
+
+
+class ImageDataset(Protocol):
+    """A deterministic, finite sequence of labelled 8-bit images."""
+
+    spec: ImageSpec
+    labels: Tensor  # (N,) int64 in [0, K); all 0 when unlabelled
+    class_names: tuple[str, ...]  # K names; empty when unlabelled
+    fingerprint: str  # changes when the images, labels or their order change
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """image uint8 (C, H, W) in [0, 255], label in [0, K)."""
+        ...
 
 
 class InMemoryDataset:
-    """All images as one uint8 tensor, on the CPU or any other device. Satisfies `ImageDataset`."""
+    """All images as one uint8 tensor (N, C, H, W) on any device. Satisfies `ImageDataset`.
+
+    Labels are (N,) in [0, len(class_names)), and all 0 if there are no class names. The
+    fingerprint is a hash of the images and labels unless one is given.
+    """
 
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        class_names: Sequence[str],
-        *,
-        fingerprint: str | None = None,
+        self, images: Tensor, labels: Tensor, class_names: Sequence[str], *, fingerprint: str = ""
     ) -> None:
-        """
-        Args:
-            images: uint8 (N, C, H, W).
-            labels: (N,) in [0, len(class_names)); all 0 when unlabelled.
-            class_names: empty when unlabelled.
-            fingerprint: default: a hash of the images and labels.
-        """
         self.images = images
         self.labels = labels.to("cpu", torch.int64)
         self.class_names = tuple(class_names)
         self.spec = ImageSpec(*images.shape[1:], len(self.class_names))
-        self.fingerprint = fingerprint or _hash_images(images, self.labels)
+        self.fingerprint = fingerprint
+        if not fingerprint:
+            digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+            digest.update(images.cpu().contiguous().numpy())
+            digest.update(self.labels.numpy())
+            self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
-
-
-def _hash_images(images: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    digest.update(images.cpu().contiguous().numpy())
-    digest.update(labels.numpy())
-    return digest.hexdigest()
 
 
 class Listing(NamedTuple):
@@ -74,71 +80,51 @@ class Listing(NamedTuple):
 class ImageFileDataset:
     """Image files decoded each time they are asked for. Satisfies `ImageDataset`.
 
-    The fingerprint covers names, file sizes, labels and the shape, not the files' contents.
+    The fingerprint covers names, file sizes, labels and the shape, not the files' contents. The
+    constructor raises a DataError if a file does not exist.
     """
 
-    def __init__(self, listing: Listing, *, height: int, width: int, channels: int) -> None:
-        """
-        Raises:
-            DataError: a file does not exist.
-        """
-        self.root, self.names, self._labels, self.class_names = listing
-        self.labels = torch.tensor(self._labels, dtype=torch.int64)
+    def __init__(self, listing: Listing, channels: int, height: int, width: int) -> None:
+        self.listing, self.names, self.class_names = listing, listing.names, listing.class_names
+        self.labels = torch.tensor(listing.labels, dtype=torch.int64)
         self.spec = ImageSpec(channels, height, width, len(self.class_names))
-        self.fingerprint = self._hash_listing()
-
-    def _hash_listing(self) -> str:
         digest = hashlib.sha256(repr((len(self.names), self.spec)).encode())
-        for name, label in zip(self.names, self._labels, strict=True):
-            path = self.root / name
+        for name, label in zip(self.names, listing.labels, strict=True):
+            path = listing.root / name
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise DataError(f"{show(path)}: cannot be read: {error.strerror}") from error
             digest.update(os.fsencode(name) + b"\0" + f"{size} {label}\n".encode())
-        return digest.hexdigest()
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_image(self.root / self.names[index], self.spec), self._labels[index]
+        return decode_image(self.listing.path(index), self.spec), self.listing.labels[index]
 
 
-class ClassSubset:
+class ClassSubset(Subset):
     """The images of some classes, in their order; labels and number of classes stay as they are.
 
-    Satisfies `ImageDataset`.
-
-    Raises:
-        DataError: from the constructor, for a class of which there is no image.
+    Satisfies `ImageDataset`. The constructor raises a DataError if a class has no image.
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[int]) -> None:
-        num_classes = dataset.spec.num_classes
-        require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
         self.spec, self.class_names = dataset.spec, dataset.class_names
+        num_classes = self.spec.num_classes
+        require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
         wanted = torch.tensor(sorted(set(classes)))
-        self._dataset, self._indices = dataset, torch.isin(dataset.labels, wanted).nonzero()[:, 0]
-        self.labels = dataset.labels[self._indices]
-        if hasattr(dataset, "names"):
-            self.names = [dataset.names[i] for i in self._indices.tolist()]
+        indices = torch.isin(dataset.labels, wanted).nonzero()[:, 0]
+        super().__init__(dataset, indices.tolist())
+        self.labels = dataset.labels[indices]
         text = f"{dataset.fingerprint} {wanted.tolist()}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._dataset[int(self._indices[index])]
-
 
 def require_classes(classes: Iterable[int], labels: Iterable[int], num_classes: int) -> None:
-    """Make sure that each of `classes` has an image.
-
-    Raises:
-        DataError: one of them is not among `labels`.
-    """
+    """Raise a DataError if one of `classes` is not among the `labels` of the images."""
     present = set(labels)
     if absent := sorted(set(classes) - present):
         raise DataError(

@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 from datasets import (
     build_dataset,
 )
-from datasets.base import ImageSpec
 from datasets.decoding import MAX_PIXELS, decode_image, fit_arrays, read_size
 from tests.hostile_files import chunk, png
 from tests.image_files import assert_data_error, config, png_claiming, write_image
 from utils.errors import DataError
+from utils.images import ImageSpec
 
 
 def test_centre_crop_never_stretches(tmp_path):

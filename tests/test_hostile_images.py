@@ -294,7 +294,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from datasets import build_dataset
-from datasets.base import ImageSpec
+from utils.images import ImageSpec
 from datasets.decoding import decode_image, read_size
 from utils.config import Config
 from utils.errors import DataError
