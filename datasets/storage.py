@@ -119,6 +119,8 @@ class ClassSubset(Subset):
         indices = torch.isin(dataset.labels, wanted).nonzero()[:, 0]
         super().__init__(dataset, indices.tolist())
         self.labels = dataset.labels[indices]
+        if hasattr(dataset, "names"):  # of files, for messages
+            self.names = [dataset.names[i] for i in self.indices]
         text = f"{dataset.fingerprint} {wanted.tolist()}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 

@@ -34,7 +34,7 @@ def test_some_classes_of_a_folder(tmp_path):
     for name in ("a/1.png", "b/1.png", "b/2.png", "d/1.png"):
         write_image(tmp_path / name)
     dataset = build_dataset(custom(tmp_path, classes=(2, 1)))
-    assert dataset.dataset.names == ["b/1.png", "b/2.png", "d/1.png"]
+    assert dataset.names == ["b/1.png", "b/2.png", "d/1.png"]
     assert dataset.labels.tolist() == [1, 1, 2]
     assert dataset.class_names == ("a", "b", "d")
     build = lambda: build_dataset(custom(tmp_path, classes=(1, 7, 5)))  # noqa: E731
