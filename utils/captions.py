@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from itertools import groupby
@@ -39,21 +40,17 @@ WIDE_FONTS = (
 def wide_font() -> ImageFont.FreeTypeFont | None:
     """The first of `WIDE_FONTS` that is installed, or None."""
     for name in WIDE_FONTS:
-        try:
+        with contextlib.suppress(OSError):
             return ImageFont.truetype(name, FONT_SIZE)
-        except OSError:
-            continue
     return None
 
 
 def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
     """A caption for each label: the name of its class, or `class 3` if it has no name, or one with
     letters that no installed font has."""
-    names = {
-        label: name
-        for label, name in enumerate(class_names)
-        if name.strip() and (name.isascii() or wide_font() is not None)
-    }
+    names = {label: name for label, name in enumerate(class_names) if name.strip()}
+    if wide_font() is None:
+        names = {label: name for label, name in names.items() if name.isascii()}
     return [names.get(label, f"class {label}") for label in labels]
 
 

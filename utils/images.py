@@ -131,11 +131,8 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
 
 
 def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
-    """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer.
-
-    Raises:
-        ImportError: imageio-ffmpeg is not installed, see `can_write_mp4`.
-    """
+    """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer. Works only
+    where imageio-ffmpeg is installed, see `can_write_mp4`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [frames[-1]] * max(0, round(final_seconds * fps) - 1)
     film = to_rgb(torch.stack([*frames, *held]))
