@@ -29,19 +29,12 @@ KERNEL_DEVICES = ("cuda",)
 
 @dataclass(frozen=True)
 class Backend:
-    """Who computes the recurrence, and why.
+    """Who computes the recurrence, and why."""
 
-    Attributes:
-        name: `torch`, or `mamba_ssm` with its version and function.
-        reason: why this one.
-        kernel: mamba-ssm's function; None for PyTorch.
-        slow: the device could use kernels and does not.
-    """
-
-    name: str
-    reason: str = ""
-    kernel: Callable[..., Tensor] | None = None
-    slow: bool = False
+    name: str  # `torch`, or `mamba_ssm` with its version and function
+    reason: str = ""  # why this one
+    kernel: Callable[..., Tensor] | None = None  # mamba-ssm's function; None for PyTorch
+    slow: bool = False  # the device could use kernels and does not
 
     def runs_on(self, x: Tensor) -> bool:
         """Whether the kernel, and not PyTorch, computes on the device of x."""

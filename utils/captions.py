@@ -20,7 +20,7 @@ FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # of the letters, from the top of the line
 MARGIN = 4  # pixels between words and what they stand beside
-TEXT_LEVEL = 235  # grey level
+TEXT_COLOUR = "#ebebeb"  # Pillow reads it as the grey level 235, too
 # Pillow's own font has Latin letters only. These have Chinese ones, too; Linux, Windows, macOS.
 WIDE_FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -104,8 +104,7 @@ def _write(sheet: Tensor, words: list[tuple[int, int, str]], font: ImageFont.Ima
     """The sheet with each text at its left upper corner (x, y)."""
     image = Image.fromarray(to_array(sheet))
     draw = ImageDraw.Draw(image)
-    fill = TEXT_LEVEL if image.mode == "L" else (TEXT_LEVEL,) * 3
     for x, y, text in words:
-        draw.text((x, y + BASELINE), text, fill=fill, font=font, anchor="ls")
+        draw.text((x, y + BASELINE), text, fill=TEXT_COLOUR, font=font, anchor="ls")
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1)

@@ -185,10 +185,8 @@ def distributed_runtime(
 ) -> Iterator[Runtime]:
     """Join the job that torchrun's environment describes, or a job of one; leave it at the end.
 
-    Args:
-        device: a device name; None chooses. Under torchrun each process takes its own GPU.
-        gpu_ids: CUDA device of each local rank; None means device = local rank.
-        port: MASTER_PORT where the launcher has set none.
+    Under torchrun each process takes its own GPU: of `gpu_ids` the one at its local rank, or else
+    the GPU of that number. `port` is the MASTER_PORT where the launcher has set none.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     chosen = choose_device(device, gpu_ids[local_rank] if gpu_ids else local_rank)
