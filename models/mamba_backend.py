@@ -37,27 +37,23 @@ def choose_backend(
     not usable."""
     if requested == "torch":
         return Backend("torch", "as configured")
-    if device.type not in KERNEL_DEVICES:
-        reason = f"mamba-ssm needs a CUDA GPU, this is {device.type}"
+    if device.type in KERNEL_DEVICES:
+        backend = _probe(mixer, device, d_state)
     else:
-        name, kernel, reason = _probe(mixer, device, d_state)
-        if kernel is not None:
-            return Backend(name, "its kernels work here", kernel)
-    if requested == "mamba_ssm":
-        ways = ["use mamba_backend='torch', the same function"]
-        if device.type in KERNEL_DEVICES:
+        backend = Backend("torch", f"mamba-ssm needs a CUDA GPU, this is {device.type}")
+    if requested == "mamba_ssm" and backend.kernel is None:
+        ways = [backend.reason, "use mamba_backend='torch', the same function"]
+        if backend.slow:
             ways.append(INSTALL_HINT)
             if mixer == "mamba1":
                 ways.append("mixer='mamba2', another network, has kernels that need no compiler")
-        raise ConfigError(f"model_params.mamba_backend='mamba_ssm': {reason}; {'; '.join(ways)}")
-    return Backend("torch", reason, slow=device.type in KERNEL_DEVICES)
+        raise ConfigError(f"model_params.mamba_backend='mamba_ssm': {'; '.join(ways)}")
+    return backend
 
 
 @functools.cache
-def _probe(
-    mixer: str, device: torch.device, d_state: int
-) -> tuple[str, Callable[..., Tensor] | None, str]:
-    """mamba-ssm's function, as (name, function, ""); where it does not work ("", None, reason)."""
+def _probe(mixer: str, device: torch.device, d_state: int) -> Backend:
+    """mamba-ssm's function, or PyTorch where that does not work."""
     module_name, name = KERNELS[mixer]
     try:
         module = importlib.import_module(module_name)
@@ -69,11 +65,12 @@ def _probe(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 _try_out(mixer, kernel, device, d_state, tolerance)
     except Exception as error:  # a broken extension raises anything: ImportError, OSError, ...
-        return "", None, f"mamba-ssm is unusable: {type(error).__name__}: {one_line(error)}"
+        reason = f"mamba-ssm is unusable: {type(error).__name__}: {one_line(error)}"
+        return Backend("torch", reason, slow=True)
     version = "of unknown version"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("mamba_ssm")
-    return f"mamba_ssm {version} {name}", kernel, ""
+    return Backend(f"mamba_ssm {version} {name}", "its kernels work here", kernel)
 
 
 def _try_out(
