@@ -263,11 +263,12 @@ def _levels(
     factor = 2 ** (len(widths) - 1)
     if any(side % factor for side in image_size):
         message = f"image_size {image_size} cannot be halved {len(widths) - 1} times"
-        raise ValueError(f"{message}; use multiples of {factor} or a shorter channel_mult")
+        advice = f"use multiples of {factor}, or less than {len(widths)} levels in channel_mult"
+        raise ValueError(f"{message}; {advice}")
     sides = [min(image_size) // 2**number for number in range(len(widths))]
     if resolutions is None:
         resolutions = tuple(side for side in sides if side <= LARGEST_ATTENTION_SIDE)
     if unmatched := [side for side in resolutions if side not in sides]:
-        message = f"attention_resolutions {unmatched} match no level; those of image_size"
-        raise ValueError(f"{message} {image_size} have the sides {', '.join(map(str, sides))}")
+        message = f"attention_resolutions {unmatched} match no level; image_size {image_size} has"
+        raise ValueError(f"{message} levels with the sides {', '.join(map(str, sides))}")
     return [(width, side in resolutions) for width, side in zip(widths, sides, strict=True)]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError, one_line, require
-from utils.files import READ_BYTES, atomic_path
+from utils.files import atomic_path
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
+READ_BYTES = 2**20  # at a time
 CHECKSUM = b"crc32 %08x"  # the zip's comment, the last bytes of the file
 CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment stands its length
 BEST, CURRENT = "best_model.pth", "current_model.pth"

@@ -143,7 +143,7 @@ def choose_device(name: str | None, index: int = 0) -> torch.device:
     available |= {"mps": available["mps"] and not several, "cpu": True}  # gloo carries no MPS
     if name is None:
         name = next(kind for kind, there in available.items() if there)
-    if not re.fullmatch(r"(cpu|cuda|mps)(:\d\d?)?", name):
+    if not re.fullmatch(r"(cpu|cuda|mps)(:(0|[1-9]\d?))?", name):
         raise ConfigError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps")
     device = torch.device(name)
     if several and (device.type == "mps" or device.index is not None):
@@ -253,7 +253,7 @@ def keep_freed_memory() -> bool:
 
     A training step on a CPU frees and asks for the same large tensors as the one before. Given
     back, each of their pages is zeroed and mapped anew. Settings from outside (`MALLOC_...`,
-    `GLIBC_TUNABLES`) are left as they are: False where one or another C library rules.
+    `GLIBC_TUNABLES`) are left as they are; False if they, or another C library, rule.
     """
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if is_set or platform.libc_ver()[0] != "glibc":

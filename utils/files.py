@@ -14,7 +14,6 @@ from typing import Any
 from utils.errors import UserError
 
 KEY_DIGITS = 12
-READ_BYTES = 2**20  # at a time
 
 
 @contextlib.contextmanager
