@@ -38,10 +38,7 @@ def timestep_grid(num_timesteps: int, num_inference_steps: int, spacing: str) ->
 
     Args:
         spacing: `trailing` starts at T - 1 and so at pure noise; `leading` ends at 0; `linspace`
-            has both ends (the three of Lin et al. 2023, table 2).
-
-    Raises:
-        ValueError: an unknown spacing.
+            has both ends (the three of Lin et al. 2023, table 2). Others are a ValueError.
     """
     assert 1 <= num_inference_steps <= num_timesteps
     steps = torch.arange(num_inference_steps, dtype=torch.float64)

@@ -19,29 +19,28 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import layers
+from models.layers import LabelEmbedding
 from models.mamba import MIXERS, TORCH, at_least_fp32
 from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
-from utils.config_schema import BelowOne, NonNegativeFloat, PositiveInt
+from utils.config_schema import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the learned positions and padding tokens
 PAPER_PAD_TOKENS = 3
 
-# The paper's sizes, and smaller ones named by width x depth / patch size.
+# Width and depth: the paper's sizes, and smaller ones with names made of these numbers.
+_WIDTHS = {"DiM-S": (512, 25), "DiM-L": (1024, 49), "DiM-H": (1536, 49)}
+_WIDTHS |= {"384x25": (384, 25), "384x13": (384, 13), "128x5": (128, 5)}
 SIZES = {
-    "DiM-S/2": dict(patch_size=2, hidden_size=512, depth=25),
-    "DiM-L/2": dict(patch_size=2, hidden_size=1024, depth=49),
-    "DiM-H/2": dict(patch_size=2, hidden_size=1536, depth=49),
-    "384x25/2": dict(patch_size=2, hidden_size=384, depth=25),
-    "384x13/2": dict(patch_size=2, hidden_size=384, depth=13),
-    "128x5/2": dict(patch_size=2, hidden_size=128, depth=5),
+    f"{name}/2": dict(patch_size=2, hidden_size=width, depth=depth)
+    for name, (width, depth) in _WIDTHS.items()
 }
 DEFAULT = "384x13/2"
 STATE_SIZES = {"mamba1": 16, "mamba2": 64}
 
 Conditioning = Literal["adaln_single", "adaln_zero"]
-PadTokens = Annotated[PositiveInt, Field(le=3)] | Literal[0]
+PadTokens = Annotated[NonNegativeInt, Field(le=3)]
 
 log = logging.getLogger("diffusion")
 
@@ -95,7 +94,7 @@ class DiMBlock(nn.Module):
 
 
 class DiM(nn.Module):
-    """A network (x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W). Sizes that do not fit are a ValueError.
 
     Args:
         img_size: (H, W) in pixels, divisible by patch_size.
@@ -117,9 +116,6 @@ class DiM(nn.Module):
         conditioning: `adaln_single` (the paper's) or `adaln_zero` (as DiT).
         mamba_backend: `auto`, `torch` or `mamba_ssm`; who computes, not what.
         activation_checkpointing: recompute blocks in backward: less memory for one more forward.
-
-    Raises:
-        ValueError: sizes that do not fit together.
     """
 
     needs_bf16_range = True  # the recurrence exceeds what fp16 can hold
@@ -154,7 +150,10 @@ class DiM(nn.Module):
         mlp_dim = layers.mlp_width(hidden_size, mlp_ratio)
         if dropout and not mlp_dim:
             raise ValueError(f"dropout={dropout} works within MLPs, and mlp_ratio=0 has none")
-        pad_tokens = _num_pads(pad_tokens, scan)
+        if pad_tokens is None:
+            pad_tokens = 0 if scan in ("row", "zigzag8") else PAPER_PAD_TOKENS
+        if pad_tokens and scan == "zigzag8":
+            raise ValueError("scan='zigzag8' leaves no row or column to pad: use pad_tokens=0")
         self.img_size, self.patch_size = tuple(img_size), patch_size
         self.grid = layers.patch_grid(self.img_size, patch_size)
         self.num_skips = (depth - 1) // 2
@@ -165,9 +164,7 @@ class DiM(nn.Module):
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.first_conv = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
         self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
-        self.label_embedding = (
-            layers.LabelEmbedding(num_classes, hidden_size) if num_classes else None
-        )
+        self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         num_conditions = 2 if num_classes else 1
         num_positions = num_conditions + math.prod(self.grid)
         self.positions = nn.Parameter(torch.randn(num_positions, hidden_size) * INIT_STD)
@@ -175,8 +172,8 @@ class DiM(nn.Module):
         self.pads = nn.Parameter(pads) if pad_tokens else None
 
         shared = conditioning == "adaln_single"
-        rows = 6 if mlp_dim else 3
-        self.modulation = nn.Linear(hidden_size, rows * hidden_size) if shared else None
+        width = (6 if mlp_dim else 3) * hidden_size
+        self.modulation = nn.Linear(hidden_size, width) if shared else None
         self.blocks = nn.ModuleList(
             DiMBlock(
                 hidden_size,
@@ -190,11 +187,9 @@ class DiM(nn.Module):
         )
         self.last_conv = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
         self.final_norm = nn.RMSNorm(hidden_size, eps=1e-5)
-        self.final_modulation = self.final_table = None
-        if shared:
-            self.final_table = nn.Parameter(torch.randn(2 * hidden_size) / math.sqrt(hidden_size))
-        else:
-            self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.final_modulation = None if shared else nn.Linear(hidden_size, 2 * hidden_size)
+        table = torch.randn(2 * hidden_size) / math.sqrt(hidden_size) if shared else None
+        self.final_table = nn.Parameter(table) if shared else None
         self.out = nn.Linear(hidden_size, patch_size**2 * (out_channels or in_channels))
         self._init_weights()
 
@@ -232,24 +227,16 @@ class DiM(nn.Module):
         layers.zero_init(self.out)
 
     def choose_backend(self, device: torch.device) -> None:
-        """Decide, and log in one line, who computes the recurrence on `device`.
-
-        Raises:
-            ConfigError: `mamba_backend='mamba_ssm'` is asked for and does not work there.
-        """
-        self.backend = choose_backend(
-            self.mamba_backend, self.mixer_name, device, d_state=self.state_size
-        )
+        """Decide, and log in one line, who computes the recurrence on `device`; see the function
+        of the same name for what it raises."""
+        mixer = self.mixer_name
+        backend = choose_backend(self.mamba_backend, mixer, device, d_state=self.state_size)
+        self.backend = backend
         for block in self.blocks:
-            block.mixer.backend = self.backend
-        log.log(
-            logging.WARNING if self.backend.slow else logging.INFO,
-            "DiM:    mixer=%s backend=%s (%s)%s",
-            self.mixer_name,
-            self.backend.name,
-            self.backend.reason,
-            f"; same function, slower; {INSTALL_HINT}" if self.backend.slow else "",
-        )
+            block.mixer.backend = backend
+        level = logging.WARNING if backend.slow else logging.INFO
+        advice = f"; same function, slower; {INSTALL_HINT}" if backend.slow else ""
+        log.log(level, f"DiM:    mixer={mixer} backend={backend.name} ({backend.reason}){advice}")
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that a pull towards zero would give another meaning."""
@@ -306,16 +293,3 @@ class DiM(nn.Module):
     def _move(self, x: Tensor, step: int) -> Tensor:
         """Bring tokens from the order of block `step - 1` into that of block `step`."""
         return x.index_select(1, self.permutations[step]) if self.moves_tokens[step] else x
-
-
-def _num_pads(pad_tokens: int | None, scan: Scan) -> int:
-    """How many padding tokens end each row and column: those asked for, or else the default.
-
-    Raises:
-        ValueError: the scan has no place for them.
-    """
-    if pad_tokens is None:
-        return 0 if scan in ("row", "zigzag8") else PAPER_PAD_TOKENS
-    if pad_tokens and scan == "zigzag8":
-        raise ValueError("scan='zigzag8' leaves no row or column to pad: use pad_tokens=0")
-    return pad_tokens

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import layers
+from models.layers import LabelEmbedding
 from utils.config_schema import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
@@ -61,7 +62,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """A network (x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W). Sizes that do not fit are a ValueError.
 
     Args:
         img_size: (H, W) in pixels, divisible by patch_size.
@@ -73,9 +74,6 @@ class DiT(nn.Module):
         mlp_ratio: hidden width of the MLPs over hidden_size.
         dropout: probability after attention and within the MLPs.
         activation_checkpointing: recompute blocks in backward: less memory for one more forward.
-
-    Raises:
-        ValueError: sizes that do not fit together.
     """
 
     computing_params = ("activation_checkpointing",)  # they say how it is computed, not what
@@ -97,9 +95,8 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        args = dict(
-            patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads
-        )
+        args = dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth)
+        args["num_heads"] = num_heads
         patch_size, hidden_size, depth, num_heads = layers.from_size(size, SIZES, DEFAULT, args)
         if hidden_size % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
@@ -114,9 +111,7 @@ class DiT(nn.Module):
         positions = layers.sincos_positions(self.grid, hidden_size)
         self.register_buffer("positions", positions, persistent=False)
         self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
-        self.label_embedding = (
-            layers.LabelEmbedding(num_classes, hidden_size) if num_classes else None
-        )
+        self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(depth)
         )

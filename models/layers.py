@@ -16,10 +16,8 @@ MAX_PERIOD = 10_000.0
 def timestep_features(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal features (B, dim) float32 of t (B,), for an even dim (Vaswani et al. 2017)."""
     half = dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(MAX_PERIOD) / half)
-    )
-    angles = t.float()[:, None] * frequencies
+    numbers = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(numbers * (-math.log(MAX_PERIOD) / half))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -57,33 +55,25 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """How many patches lie along the height and along the width.
-
-    Raises:
-        ValueError: the patches do not tile the image.
-    """
+    """How many patches lie along the height and along the width. Raises a ValueError if they do
+    not tile the image."""
     height, width = image_size
     if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"patch_size={patch_size} does not divide the image size {image_size}; choose a "
-            "divisor of both sides, or another image_size"
-        )
+        message = f"patch_size={patch_size} does not divide the image size {image_size}"
+        raise ValueError(f"{message}; choose a divisor of both sides, or another image_size")
     return height // patch_size, width // patch_size
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed sinusoidal positions (h * w, dim): half of dim tells the row, the other the column."""
-    rows = timestep_features(torch.arange(grid[0]), dim // 2)
-    columns = timestep_features(torch.arange(grid[1]), dim // 2)
     h, w = grid
-    pairs = (rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1))
-    return torch.cat(pairs, dim=2).flatten(0, 1)
+    rows, columns = (timestep_features(torch.arange(side), dim // 2) for side in grid)
+    return torch.cat([rows.repeat_interleave(w, 0), columns.repeat(h, 1)], dim=1)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Put patches (B, h * w, p * p * C) together to images (B, C, h * p, w * p)."""
-    h, w = grid
-    p = patch_size
+    (h, w), p = grid, patch_size
     image = patches.unflatten(2, (p, p, -1)).unflatten(1, (h, w))  # (B, h, w, p, p, C)
     return image.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, h * p, w * p)
 
@@ -118,10 +108,8 @@ class MLP(nn.Module):
 def check_image_size(x: Tensor, image_size: tuple[int, int]) -> None:
     """Raise a ValueError unless images x (B, C, H, W) have the size (H, W) that a model is for."""
     if tuple(x.shape[2:]) != image_size:
-        raise ValueError(
-            f"this model is for images of {image_size[0]}x{image_size[1]} pixels, got "
-            f"{x.shape[2]}x{x.shape[3]}"
-        )
+        needed, given = "x".join(map(str, image_size)), "x".join(map(str, x.shape[2:]))
+        raise ValueError(f"this model is for images of {needed} pixels, got {given}")
 
 
 def from_size(
@@ -131,26 +119,18 @@ def from_size(
     given: Mapping[str, int | None],
 ) -> list[int]:
     """The values of the arguments `given`, in their order: all those of a named size, or else each
-    one as it was given, or that of the default size where it is None.
-
-    Raises:
-        ValueError: an argument is given beside a `size` that sets it.
-    """
-    clashing = [name for name, value in given.items() if value is not None]
+    one as it was given, or that of the default size where it is None. Raises a ValueError for an
+    argument beside a `size` that sets it."""
+    clashing = ", ".join(name for name, value in given.items() if value is not None)
     if size is not None and clashing:
-        raise ValueError(
-            f"size={size!r} already sets {', '.join(clashing)}; leave out one or the other"
-        )
+        raise ValueError(f"size={size!r} already sets {clashing}; leave out one or the other")
     table = sizes[size or default]
     return [table[name] if value is None else value for name, value in given.items()]
 
 
 def mlp_width(hidden_size: int, mlp_ratio: float) -> int:
-    """The hidden width of an MLP: `mlp_ratio` times `hidden_size`, 0 for no MLP.
-
-    Raises:
-        ValueError: the ratio is above 0 and the width is not.
-    """
+    """The hidden width of an MLP: `mlp_ratio` times `hidden_size`; 0, for no MLP, only if the ratio
+    is 0, else a ValueError is raised."""
     width = int(hidden_size * mlp_ratio)
     if mlp_ratio and not width:
         raise ValueError(f"mlp_ratio={mlp_ratio} of {hidden_size} channels is less than one")

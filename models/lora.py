@@ -22,13 +22,8 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None = None) -> Non
 
     Adapters go to linear layers and convolutions, but not to depthwise ones, nor to those whose
     weight their owner reads itself (its `reads_weights` names them). The label table is trained as
-    it is: a new class needs a row of its own.
-
-    Args:
-        alpha: default: rank.
-
-    Raises:
-        UserError: peft is not installed.
+    it is: a new class needs a row of its own. `alpha` is by default `rank`. Raises a UserError if
+    peft is not installed.
     """
     require("peft")
     from peft import LoraConfig, inject_adapter_in_model
@@ -43,10 +38,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None = None) -> Non
 
 def merged_weights(weights: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
     """The state dict of a plain model, from that of a model with adapters, which are added in.
-
-    Args:
-        alpha: the one that `add_adapters` was given.
-    """
+    `alpha` is the one that `add_adapters` was given."""
     merged = {}
     for name, value in weights.items():
         layer, is_base, leaf = name.partition(BASE)

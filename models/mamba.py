@@ -29,19 +29,12 @@ KERNEL_DEVICES = ("cuda",)
 
 @dataclass(frozen=True)
 class Backend:
-    """Who computes the recurrence, and why.
+    """Who computes the recurrence, and why."""
 
-    Attributes:
-        name: `torch`, or `mamba_ssm` with its version and function.
-        reason: why this one.
-        kernel: mamba-ssm's function; None for PyTorch.
-        slow: the device could use kernels and does not.
-    """
-
-    name: str
-    reason: str = ""
-    kernel: Callable[..., Tensor] | None = None
-    slow: bool = False
+    name: str  # `torch`, or `mamba_ssm` with its version and function
+    reason: str = ""  # why this one
+    kernel: Callable[..., Tensor] | None = None  # mamba-ssm's function; None for PyTorch
+    slow: bool = False  # the device could use kernels and does not
 
     def runs_on(self, x: Tensor) -> bool:
         """Whether the kernel, and not PyTorch, computes on the device of x."""
@@ -52,11 +45,7 @@ TORCH = Backend("torch")
 
 
 class Mamba(nn.Module):
-    """Mamba's mixer (Gu and Dao 2023): a decay for every channel and state.
-
-    Raises:
-        ValueError: from the constructor, for sizes that do not fit together.
-    """
+    """Mamba's mixer (Gu and Dao 2023): a decay for every channel and state."""
 
     reads_weights = ("dt_proj",)  # no adapter may stand between
 
@@ -87,27 +76,21 @@ class Mamba(nn.Module):
         A = -torch.exp(at_least_fp32(self.A_log))
         bias = at_least_fp32(self.dt_proj.bias)  # added after the product, which may be in bf16
         if self.backend.runs_on(x):
-            y = self._kernel(u, dt, A, B, C, z, bias)
+            u, dt, B, C = (tensor.to(z.dtype).transpose(1, 2) for tensor in (u, dt, B, C))
+            options = dict(z=z.transpose(1, 2), delta_bias=bias, delta_softplus=True)
+            D = at_least_fp32(self.D)
+            y = self.backend.kernel(u, dt, A, B, C, D, **options).transpose(1, 2)
         else:
             dt = F.softplus(at_least_fp32(dt) + bias)
             y, _ = selective_scan(u, dt, A, B, C, self.D)
             y = y * F.silu(z)
         return self.out_proj(y)
 
-    def _kernel(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, bias: Tensor
-    ) -> Tensor:
-        u, dt, B, C = (tensor.to(z.dtype).transpose(1, 2) for tensor in (u, dt, B, C))
-        D, z = at_least_fp32(self.D), z.transpose(1, 2)
-        y = self.backend.kernel(u, dt, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True)
-        return y.transpose(1, 2)
-
 
 class Mamba2(nn.Module):
     """Mamba-2's mixer (Dao and Gu 2024): one decay per head, gated RMSNorm before the output.
 
-    Raises:
-        ValueError: from the constructor, for a width that is no whole number of heads.
+    The constructor raises a ValueError for a width that is no whole number of heads.
     """
 
     def __init__(
@@ -148,21 +131,14 @@ class Mamba2(nn.Module):
         A = -torch.exp(at_least_fp32(self.A_log))
         bias = at_least_fp32(self.dt_bias)
         if self.backend.runs_on(x):
-            y = self._kernel(u, dt, A, B, C, z, bias)
+            u, B, C = (tensor.to(z.dtype) for tensor in (u, B, C))
+            options = dict(D=at_least_fp32(self.D), dt_bias=bias, dt_softplus=True)
+            y = self.backend.kernel(u, dt, A, B, C, chunk_size=KERNEL_CHUNK, **options)
         else:
             dt = F.softplus(at_least_fp32(dt) + bias)
             y, _ = chunked_scan(u, dt, A, B, C, self.D)
         y = y.flatten(2)
         return self.out_proj(self.norm(at_least_fp32(y * F.silu(z))))
-
-    def _kernel(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, bias: Tensor
-    ) -> Tensor:
-        u, B, C = (tensor.to(z.dtype) for tensor in (u, B, C))
-        D = at_least_fp32(self.D)
-        return self.backend.kernel(
-            u, dt, A, B, C, chunk_size=KERNEL_CHUNK, D=D, dt_bias=bias, dt_softplus=True
-        )
 
 
 MIXERS: dict[str, type[nn.Module]] = {"mamba1": Mamba, "mamba2": Mamba2}

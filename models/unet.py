@@ -17,26 +17,19 @@ MAX_GROUPS = 32
 MIN_CHANNELS_PER_GROUP = 4
 LARGEST_ATTENTION_SIDE = 16  # default: attend at levels whose shorter side is at most this
 
-
 Norm = Callable[[int], nn.GroupNorm]
 
 
 def group_norm(channels: int, num_groups: int | None = None) -> nn.GroupNorm:
-    """A group norm of `num_groups` groups, by default at most 32 of at least 4 channels each.
-
-    Raises:
-        ValueError: `num_groups` does not divide the channels.
-    """
-    if num_groups is not None:
-        if channels % num_groups:
-            raise ValueError(
-                f"norm_groups={num_groups} does not divide a level's {channels} channels"
-            )
-        return nn.GroupNorm(num_groups, channels)
-    groups = min(MAX_GROUPS, max(1, channels // MIN_CHANNELS_PER_GROUP))
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels)
+    """A group norm of `num_groups` groups, which must divide the channels, else a ValueError is
+    raised; by default the largest fitting number of at most 32 with at least 4 channels each."""
+    if num_groups is None:
+        num_groups = min(MAX_GROUPS, max(1, channels // MIN_CHANNELS_PER_GROUP))
+        while channels % num_groups:
+            num_groups -= 1
+    if channels % num_groups:
+        raise ValueError(f"norm_groups={num_groups} does not divide a level's {channels} channels")
+    return nn.GroupNorm(num_groups, channels)
 
 
 class ResBlock(nn.Module):
@@ -81,10 +74,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.num_heads = max(1, channels // num_head_channels)
         if channels % self.num_heads:
-            raise ValueError(
-                f"num_head_channels={num_head_channels} does not divide a level's {channels} "
-                "channels"
-            )
+            message = f"num_head_channels={num_head_channels} does not divide a level's"
+            raise ValueError(f"{message} {channels} channels")
         self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
@@ -132,17 +123,16 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, with attention after it where wanted."""
 
-    def __init__(self, block: ResBlock, attention: AttentionBlock | None) -> None:
+    def __init__(self, block: ResBlock, attention: AttentionBlock | nn.Identity) -> None:
         super().__init__()
-        self.block = block
-        self.attention = nn.Identity() if attention is None else attention
+        self.block, self.attention = block, attention
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.attention(self.block(x, emb))
 
 
 class UNet(nn.Module):
-    """A network (x_t, t, y) -> (B, out_channels, H, W).
+    """A network (x_t, t, y) -> (B, out_channels, H, W). Sizes that do not fit are a ValueError.
 
     Args:
         image_size: (H, W) in pixels, divisible by 2 ** (levels - 1).
@@ -160,9 +150,6 @@ class UNet(nn.Module):
         use_scale_shift_norm: condition by scale and shift (ADM) instead of by addition (DDPM).
         class_conditioning: `embedding` adds the class to the timestep embedding; `concat`
             broadcasts an embedding of `class_emb_size` as extra input channels.
-
-    Raises:
-        ValueError: sizes that do not fit together.
     """
 
     def __init__(
@@ -206,7 +193,7 @@ class UNet(nn.Module):
 
         def stage(channels_in: int, channels_out: int, attends: bool) -> Stage:
             block = residual(channels_in, channels_out)
-            return Stage(block, attention(channels_out) if attends else None)
+            return Stage(block, attention(channels_out) if attends else nn.Identity())
 
         channels = widths[0]
         first_channels = in_channels + (class_emb_size if concat else 0)
@@ -238,11 +225,10 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        if x.shape[2] % self.side_factor or x.shape[3] % self.side_factor:
-            raise ValueError(
-                f"this model needs sides divisible by {self.side_factor}, got "
-                f"{x.shape[2]}x{x.shape[3]}"
-            )
+        height, width = x.shape[2:]
+        if height % self.side_factor or width % self.side_factor:
+            needed = f"this model needs sides divisible by {self.side_factor}"
+            raise ValueError(f"{needed}, got {height}x{width}")
         emb = self.time_embedding(t)  # (B, D)
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(y)
@@ -269,29 +255,20 @@ class UNet(nn.Module):
 def _levels(
     image_size: tuple[int, int], widths: list[int], resolutions: tuple[int, ...] | None
 ) -> list[tuple[int, bool]]:
-    """The channels of each level, from the largest image to the smallest, and whether it attends.
-
-    Args:
-        widths: the channels of each level.
-        resolutions: the sides of the levels with attention; None: all sides of at most 16.
-
-    Raises:
-        ValueError: the image cannot be halved so often, or a resolution is that of no level.
-    """
+    """The channels of each level, from the largest image to the smallest, and whether it attends:
+    if its shorter side is one of `resolutions`, or, where they are None, at most 16. Raises a
+    ValueError if the image cannot be halved so often, or a resolution is that of no level."""
     if not widths:
         raise ValueError("channel_mult=() has no levels")
     factor = 2 ** (len(widths) - 1)
     if any(side % factor for side in image_size):
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {len(widths) - 1} times; use multiples of "
-            f"{factor} or a shorter channel_mult than the {len(widths)} levels given"
-        )
+        message = f"image_size {image_size} cannot be halved {len(widths) - 1} times"
+        advice = f"use multiples of {factor}, or less than {len(widths)} levels in channel_mult"
+        raise ValueError(f"{message}; {advice}")
     sides = [min(image_size) // 2**number for number in range(len(widths))]
     if resolutions is None:
         resolutions = tuple(side for side in sides if side <= LARGEST_ATTENTION_SIDE)
     if unmatched := [side for side in resolutions if side not in sides]:
-        raise ValueError(
-            f"attention_resolutions {unmatched} match no level; image_size {image_size} with "
-            f"{len(widths)} levels has the sides {', '.join(map(str, sides))}"
-        )
+        message = f"attention_resolutions {unmatched} match no level; image_size {image_size} has"
+        raise ValueError(f"{message} levels with the sides {', '.join(map(str, sides))}")
     return [(width, side in resolutions) for width, side in zip(widths, sides, strict=True)]

@@ -1,1 +1,1 @@
-"""Bottom layer: config, distributed runtime, randomness, checkpoints, trainer, tracking, images."""
+"""Bottom layer, which knows nothing of diffusion or training: config, files, randomness, images."""

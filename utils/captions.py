@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from itertools import groupby
@@ -19,7 +20,7 @@ FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # of the letters, from the top of the line
 MARGIN = 4  # pixels between words and what they stand beside
-TEXT_LEVEL = 235  # grey level
+TEXT_COLOUR = "#ebebeb"  # Pillow reads it as the grey level 235, too
 # Pillow's own font has Latin letters only. These have Chinese ones, too; Linux, Windows, macOS.
 WIDE_FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -39,21 +40,17 @@ WIDE_FONTS = (
 def wide_font() -> ImageFont.FreeTypeFont | None:
     """The first of `WIDE_FONTS` that is installed, or None."""
     for name in WIDE_FONTS:
-        try:
+        with contextlib.suppress(OSError):
             return ImageFont.truetype(name, FONT_SIZE)
-        except OSError:
-            continue
     return None
 
 
 def class_captions(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
     """A caption for each label: the name of its class, or `class 3` if it has no name, or one with
     letters that no installed font has."""
-    names = {
-        label: name
-        for label, name in enumerate(class_names)
-        if name.strip() and (name.isascii() or wide_font() is not None)
-    }
+    names = {label: name for label, name in enumerate(class_names) if name.strip()}
+    if wide_font() is None:
+        names = {label: name for label, name in names.items() if name.isascii()}
     return [names.get(label, f"class {label}") for label in labels]
 
 
@@ -107,8 +104,7 @@ def _write(sheet: Tensor, words: list[tuple[int, int, str]], font: ImageFont.Ima
     """The sheet with each text at its left upper corner (x, y)."""
     image = Image.fromarray(to_array(sheet))
     draw = ImageDraw.Draw(image)
-    fill = TEXT_LEVEL if image.mode == "L" else (TEXT_LEVEL,) * 3
     for x, y, text in words:
-        draw.text((x, y + BASELINE), text, fill=fill, font=font, anchor="ls")
+        draw.text((x, y + BASELINE), text, fill=TEXT_COLOUR, font=font, anchor="ls")
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError, one_line, require
-from utils.files import READ_BYTES, atomic_path
+from utils.files import atomic_path
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
+READ_BYTES = 2**20  # at a time
 CHECKSUM = b"crc32 %08x"  # the zip's comment, the last bytes of the file
 CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment stands its length
 BEST, CURRENT = "best_model.pth", "current_model.pth"
@@ -38,10 +39,7 @@ def epoch_name(epoch: int) -> str:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that `path` is at every moment the old file or the whole new one, on disk.
-
-    Raises:
-        OSError, RuntimeError (of torch.save, for a full disk): `path` is as it was.
-    """
+    After an OSError, or a RuntimeError of torch.save for a full disk, `path` is as it was."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         summing = _SummingFile(file)
         torch.save(state, summing)
@@ -66,10 +64,7 @@ class _SummingFile:
 
 def _ending(crc32: int) -> bytes:
     """The checksum as a comment of the zip that torch.save has written, with the comment's length.
-
-    The zip's own checksums leave out its directory and padding: there are bits in it that no other
-    check notices, and that hide a tensor.
-    """
+    The zip's own checksums leave out its directory and padding, whose bits can hide a tensor."""
     return CHECKSUM_BYTES.to_bytes(COUNT_BYTES, "little") + CHECKSUM % crc32
 
 
@@ -104,23 +99,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_any(path: Path) -> dict[str, Any]:
-    """Read a checkpoint or an exported `.safetensors` file; the file's name tells which it is.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
-        UserError: safetensors is needed and not installed.
-    """
+    """Read a checkpoint or an exported `.safetensors` file; the file's name tells which it is."""
     return load_weights(path) if path.suffix == WEIGHTS_SUFFIX else load_checkpoint(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint; tensors arrive on the CPU.
+    """Read and verify a checkpoint; tensors arrive on the CPU. Raises a CheckpointError if the file
+    is missing, damaged, or not one of ours.
 
     The checksum of the file (of old files, those in the zip) is checked first, because `torch.load`
     does not notice flipped bits, and `weights_only=True` keeps a file from running code.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -129,8 +117,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         damaged = None if is_whole else _damaged_member(path)
         state = torch.load(path, map_location="cpu", weights_only=True) if not damaged else {}
     except Exception as error:
-        reason = one_line(error)
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        message = f"{path}: cannot be read as a checkpoint ({one_line(error)})"
+        raise CheckpointError(message) from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
     check_state(path, state)
@@ -140,16 +128,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Read and verify what `exporting.safetensors.save_weights` wrote.
-
-    Returns:
-        a part of what `load_checkpoint` gives: `ema_model_state_dict` or `model_state_dict`,
-        `config`, `spec`, `step`, `epoch` and `format_version`.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or not written by `save_weights`.
-        UserError: safetensors is not installed.
-    """
+    """Read and verify what `exporting.safetensors.save_weights` wrote: that part of what
+    `load_checkpoint` gives that `WEIGHTS_FACTS` lists, with `ema_model_state_dict` or
+    `model_state_dict`. Raises a CheckpointError if the file is missing, damaged, or not written by
+    `save_weights`, a UserError if safetensors is not installed."""
     require("safetensors")
     from safetensors import safe_open
 
@@ -180,22 +162,16 @@ def checksum_of_weights(weights: Mapping[str, Tensor], facts: Mapping[str, str])
 
 
 def check_state(path: Path, state: Any) -> None:
-    """Make sure that what was read from `path` has the parts of a checkpoint.
-
-    Raises:
-        CheckpointError: a part is missing or of another type, or the format is a newer one.
-    """
-    missing = [key for key in KEY_TYPES if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, lacks {missing}")
-    wrong = [key for key, kind in KEY_TYPES.items() if not isinstance(state[key], kind)]
-    if wrong or len(state["spec"]) != 4:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, odd {wrong or ['spec']}")
-    if state["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {state['format_version']} is newer than the {FORMAT_VERSION} "
-            "this version reads; update the project"
-        )
+    """Raise a CheckpointError unless what was read from `path` has the parts of a checkpoint, of
+    the right types, in no newer format."""
+    parts = state if isinstance(state, dict) else {}
+    wrong = [key for key, kind in KEY_TYPES.items() if not isinstance(parts.get(key), kind)]
+    if wrong or len(parts["spec"]) != 4:
+        message = f"lacks, or has with another type, {', '.join(wrong or ['spec'])}"
+        raise CheckpointError(f"{path}: not a checkpoint of this project, {message}")
+    if (version := parts["format_version"]) > FORMAT_VERSION:
+        message = f"format {version} is newer than the {FORMAT_VERSION} this version reads"
+        raise CheckpointError(f"{path}: {message}; update the project")
 
 
 def _damaged_member(path: Path) -> str | None:
@@ -210,11 +186,8 @@ def _damaged_member(path: Path) -> str | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint file, given itself or its run directory (best, else current).
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """A checkpoint file, given itself or its run directory (best, else current). Raises a
+    CheckpointError if there is none."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint or run directory")
@@ -227,13 +200,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps.
+    """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps, as its
+    path, its state, and a line for each damaged file passed over; None without checkpoints.
 
-    Returns:
-        path, its state, and a line for each damaged file passed over; None without checkpoints.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is readable. (Never restart silently.)
+    Raises a CheckpointError if there are checkpoints, but none is readable: nothing may start anew
+    silently.
     """
     current, skipped = run_dir / CURRENT, []
     newest: tuple[Path, dict[str, Any]] | None = None

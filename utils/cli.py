@@ -21,10 +21,7 @@ def new_parser(
     description: str, make: Callable[..., argparse.ArgumentParser] = Parser
 ) -> argparse.ArgumentParser:
     """A parser with the options that every script has; `parse_args` below reads the command line.
-
-    Args:
-        make: makes the parser. That of a subcommand is made by the parser above it.
-    """
+    The parser of a subcommand is made (`make`) by the parser above it."""
     parser = make(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,12 +54,8 @@ def add_sampling_options(
     sweep: bool = False,
     needs_checkpoint: bool = True,
 ) -> None:
-    """The options of every script that samples: which weights, and how to sample from them.
-
-    Args:
-        samplers: the names of all samplers.
-        sweep: let the number of steps and cfg_scale be lists of values.
-    """
+    """The options of every script that samples: which weights, and how to sample from them, with
+    one of `samplers`. In a `sweep` the number of steps and cfg_scale may be lists of values."""
     add = parser.add_argument
     steps, scale = (parse_int_list, parse_float_list) if sweep else (int, float)
     several = "; a list such as %s makes a sweep" if sweep else "%.0s"

@@ -56,11 +56,7 @@ def did_you_mean(word: str, allowed: Iterable[str], aliases: Mapping[str, str] =
 def load_config(
     path: str | Path, overrides: Iterable[str] = (), *, checks: Iterable[Check] = ()
 ) -> Config:
-    """Read a config file, lay `key=value` overrides over it and check the result.
-
-    Raises:
-        ConfigError: there are faults; it has a line for each.
-    """
+    """Read a config file, lay `key=value` overrides over it and check it, as `validate` does."""
     raw = read_config_file(Path(path))
     raw.values.setdefault("experiment_name", Path(path).stem)
     return validate(raw, checks=checks, problems=apply_overrides(raw, overrides))
@@ -113,11 +109,8 @@ def validate(
     raw: RawConfig, *, checks: Iterable[Check] = (), problems: Iterable[str] = ()
 ) -> Config:
     """Turn raw values into a Config. `checks` look at all values that are valid on their own.
-
-    Raises:
-        ConfigError: there are faults, `problems` or others; it has a line for each.
-    """
-    messages = list(problems)
+    Faults, `problems` and others, become one ConfigError with a line for each."""
+    faults: list[Problem] = []
     bad_keys: set[str] = set()
     try:
         config = Config.model_validate(raw.values)
@@ -125,22 +118,18 @@ def validate(
         for fault in error.errors():
             key = str(fault["loc"][0])
             bad_keys.add(key)
-            messages.append(_placed(raw, (key,), _describe(key, raw.values.get(key), fault)))
+            faults.append(Problem((key,), _describe(key, raw.values.get(key), fault)))
         good_values = {k: v for k, v in raw.values.items() if str(k) not in bad_keys}
         config = Config.model_validate(good_values)
     for check in (check_values, *checks):
-        for problem in check(config):
-            if not bad_keys.intersection(problem.keys):
-                messages.append(_placed(raw, *problem))
+        faults += [problem for problem in check(config) if bad_keys.isdisjoint(problem.keys)]
+    messages = list(problems)
+    for keys, message in faults:
+        places = [raw.sources[key] for key in keys if key in raw.sources]
+        messages.append(": ".join([*places[:1], message]))
     if messages:
         raise ConfigError("\n       ".join(dict.fromkeys(messages)))
     return config
-
-
-def _placed(raw: RawConfig, keys: tuple[str, ...], message: str) -> str:
-    """The message, behind the place where the first of `keys` was written."""
-    places = [f"{raw.sources[key]}: " for key in keys if key in raw.sources]
-    return (places[0] if places else "") + message
 
 
 def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:

@@ -27,10 +27,7 @@ class RawConfig:
 
 def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
     """The mapping that a file defines, laid over that of its `_base_`; `chain` led to this file.
-
-    Raises:
-        ConfigError: the file or its base is missing, or defines no such mapping.
-    """
+    Raises a ConfigError if the file or its base is missing, or defines no such mapping."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file{_similar_file(path)}")
     if path.resolve() in chain:
@@ -67,11 +64,8 @@ def merge(base: RawConfig, top: RawConfig) -> None:
 
 
 def _lines_of(mappings: Iterable[Mapping], path: Path) -> dict[str, int]:
-    """The line of each key: the one in the first of the mappings that have it.
-
-    Raises:
-        ConfigError: a mapping gives a key twice.
-    """
+    """The line of each key: the one in the first of the mappings that have it. Raises a ConfigError
+    if a mapping gives a key twice."""
     lines: dict[str, int] = {}
     for keys in mappings:
         for number, (key, line) in enumerate(keys):
@@ -84,8 +78,7 @@ def _lines_of(mappings: Iterable[Mapping], path: Path) -> dict[str, int]:
 def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     """Run the file in a namespace of its own and take its `config`."""
     try:
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source, filename=str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         code = compile(tree, str(path), "exec")
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""

@@ -62,6 +62,7 @@ BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 Factor = Annotated[Float, Field(gt=0, le=1)]
 Beta = Annotated[Float, Field(gt=0, lt=1)]
 Side = Annotated[Int, Field(ge=1, le=2**14)]
+Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
 ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
 Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_sequence)]
@@ -160,9 +161,7 @@ class Config(BaseModel):
     """hold all images in device memory as uint8; default: if they take at most 1 GiB"""
 
     # --- diffusion
-    num_timesteps: Annotated[Int, Field(ge=2, le=10**6)] = key(
-        1000, resume="meaning", also="timesteps T"
-    )
+    num_timesteps: Timesteps = key(1000, resume="meaning", also="timesteps T")
     """T of training"""
     beta_start: Beta = key(1e-4, resume="meaning", needs=RAMP)
     """first beta"""

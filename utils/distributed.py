@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -59,16 +60,13 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one. Goes over gloo: no GPU synchronisation."""
-        if self.world_size == 1:
-            return flag
         return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value` (plain types) on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -79,17 +77,14 @@ class Runtime:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` (plain types, CPU tensors), by rank, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
-        """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`.
-
-        Returns None on the other ranks.
-        """
+        """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`. The other
+        ranks get None."""
         if self.world_size == 1:
             return rows.cpu()
         sizes = [len(replace(self, rank=r).share(num_items)) for r in range(self.world_size)]
@@ -141,37 +136,28 @@ def _patient_group() -> Iterator[dist.ProcessGroup]:
 
 
 def choose_device(name: str | None, index: int = 0) -> torch.device:
-    """`name` if given, else cuda, mps, cpu, whichever exists first.
-
-    Raises:
-        ConfigError: the named device does not exist on this machine.
-    """
+    """`name` if given, else cuda, mps, cpu, whichever exists first; a CUDA device without a number
+    gets `index`. Raises a ConfigError if the named device does not exist on this machine."""
+    several = world_size() > 1
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available |= {"mps": available["mps"] and not several, "cpu": True}  # gloo carries no MPS
     if name is None:
-        if world_size() > 1:
-            available["mps"] = False  # gloo carries no MPS tensors
-        name = next((kind for kind, there in available.items() if there), "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps") from error
-    if device.type not in ("cpu", *available):
-        raise ConfigError(f"--device {name}: use cpu, cuda, cuda:1 or mps")
-    if not available.get(device.type, True):
+        name = next(kind for kind, there in available.items() if there)
+    if not re.fullmatch(r"(cpu|cuda|mps)(:(0|[1-9]\d?))?", name):
+        raise ConfigError(f"--device {name}: not a device; use cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
+    if several and (device.type == "mps" or device.index is not None):
+        advice = "use cuda or cpu; gpu_ids or CUDA_VISIBLE_DEVICES choose the GPUs"
+        raise ConfigError(f"--device {name}: with several processes {advice}")
+    if not available[device.type]:
         raise ConfigError(f"--device {name}: this machine has no usable {device.type}; use cpu")
-    if world_size() > 1 and (device.type == "mps" or device.index is not None):
-        raise ConfigError(
-            f"--device {name}: with several processes use cuda or cpu; gpu_ids or "
-            "CUDA_VISIBLE_DEVICES choose the GPUs"
-        )
     if device.type == "cuda":
         device = torch.device("cuda", index if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise ConfigError(
-                f"{device}: this machine has {count} CUDA device(s), numbered from 0, and each "
-                f"process needs its own; use --nproc_per_node={count} at most"
-            )
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            there = f"this machine has {count} CUDA device(s), numbered from 0"
+            advice = f"each process needs its own; use --nproc_per_node={count} at most"
+            raise ConfigError(f"{device}: {there}, and {advice}")
     return device
 
 
@@ -199,10 +185,8 @@ def distributed_runtime(
 ) -> Iterator[Runtime]:
     """Join the job that torchrun's environment describes, or a job of one; leave it at the end.
 
-    Args:
-        device: a device name; None chooses. Under torchrun each process takes its own GPU.
-        gpu_ids: CUDA device of each local rank; None means device = local rank.
-        port: MASTER_PORT where the launcher has set none.
+    Under torchrun each process takes its own GPU: of `gpu_ids` the one at its local rank, or else
+    the GPU of that number. `port` is the MASTER_PORT where the launcher has set none.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     chosen = choose_device(device, gpu_ids[local_rank] if gpu_ids else local_rank)
@@ -243,10 +227,8 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timede
 
     Processes that torchrun restarts find in its store what dead ones have left there. Whoever reads
     an address of those waits for an answer until the time-out. So rank 0 invents a name and tells
-    it to each rank in reply to a word that this rank has just invented, until all have heard it.
-
-    Raises:
-        TimeoutError: a rank did not come.
+    it to each rank in reply to a word that this rank has just invented, until all have heard it; a
+    TimeoutError tells which ranks did not come.
     """
     word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank > 0:
@@ -271,10 +253,7 @@ def keep_freed_memory() -> bool:
 
     A training step on a CPU frees and asks for the same large tensors as the one before. Given
     back, each of their pages is zeroed and mapped anew. Settings from outside (`MALLOC_...`,
-    `GLIBC_TUNABLES`) are left as they are.
-
-    Returns:
-        whether glibc was told to; False where another C library or a setting rules.
+    `GLIBC_TUNABLES`) are left as they are; False if they, or another C library, rule.
     """
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if is_set or platform.libc_ver()[0] != "glibc":

@@ -45,15 +45,11 @@ def one_line(error: object, limit: int = 200) -> str:
 
 
 def require(*packages: str) -> None:
-    """Make sure, without importing them, that optional packages are installed.
-
-    Raises:
-        UserError: a package is missing. The message says how to install all of them.
-    """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    """Make sure, without importing them, that optional packages are installed; if not, a UserError
+    says how to install all of them."""
+    missing = " ".join(name for name in packages if importlib.util.find_spec(name) is None)
     if missing:
-        names = " ".join(missing)
-        raise UserError(f"{names}: not installed; pip install {' '.join(packages)}")
+        raise UserError(f"{missing}: not installed; pip install {' '.join(packages)}")
 
 
 def exit_code_of(main: Callable[[], int]) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 from utils.errors import UserError
 
 KEY_DIGITS = 12
-READ_BYTES = 2**20  # at a time
 
 
 @contextlib.contextmanager
@@ -36,11 +35,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file so that readers see the old or the new one; makes its folder.
-
-    Raises:
-        OSError: the disk refuses; `path` is as it was.
-    """
+    """Write a UTF-8 text file so that readers see the old or the new one; makes its folder. An
+    OSError leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -58,14 +54,8 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def make_output_dir(path: str | Path, option: str) -> None:
-    """Make a folder for results before hours of work, not after.
-
-    Args:
-        option: the command-line option that named it, for the message.
-
-    Raises:
-        UserError: it cannot be made, or not be written to.
-    """
+    """Make a folder for results before hours of work, not after. A UserError tells that it cannot
+    be made or written to, and the command-line option that named it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,26 +65,19 @@ def make_output_dir(path: str | Path, option: str) -> None:
 
 
 def check_picture_folder(folder: Path, num_images: int) -> None:
-    """Make sure that writing 000000.png ... into `folder` replaces all pictures that are there.
-
-    Raises:
-        UserError: older pictures would stay among the new ones.
-    """
+    """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
     replaced = {f"{i:06d}.png" for i in range(num_images)}
     if others := sorted(path.name for path in folder.glob("*.png") if path.name not in replaced):
-        raise UserError(
-            f"--save_images: {folder} holds {len(others)} pictures ({others[0]} ...) that these "
-            f"{num_images} would not replace; choose another --output_dir, or remove them"
-        )
+        older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
+        advice = "choose another --output_dir, or remove them"
+        message = f"{older} that these {num_images} would not replace; {advice}"
+        raise UserError(f"--save_images: {message}")
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_key(depends_on: Mapping[str, Any] | Sequence[Any]) -> str:

@@ -93,12 +93,9 @@ def block_labels(num_samples: int, labels: Sequence[int]) -> list[int]:
 def make_grid(
     images: Tensor, rows: list[list[int]], *, min_cell_size: int = MIN_CELL_SIZE
 ) -> Tensor:
-    """One picture, uint8 (C, H', W'), of images uint8 (B, C, H, W).
-
-    Args:
-        rows: the indices of the images of each row, see `grid_rows`.
-        min_cell_size: pixels; images whose longer side is less are enlarged by a whole factor.
-    """
+    """One picture, uint8 (C, H', W'), of images uint8 (B, C, H, W) at the indices in `rows`, see
+    `grid_rows`. Images whose longer side has less than `min_cell_size` pixels are enlarged by a
+    whole factor."""
     channels, height, width = images.shape[1:]
     scale = max(1, math.ceil(min_cell_size / max(height, width)))
     height, width = height * scale, width * scale
@@ -131,11 +128,8 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
 
 
 def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
-    """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer.
-
-    Raises:
-        ImportError: imageio-ffmpeg is not installed, see `can_write_mp4`.
-    """
+    """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer. Works only
+    where imageio-ffmpeg is installed, see `can_write_mp4`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [frames[-1]] * max(0, round(final_seconds * fps) - 1)
     film = to_rgb(torch.stack([*frames, *held]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.files import write_text
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
@@ -26,15 +27,13 @@ def requested_labels(
     train_labels: Tensor | None = None,
 ) -> list[int]:
     """The classes, in [0, num_classes), of images 0, 1, ... `count` - 1, whatever `count` is.
+    Another mode or class is a ConfigError, and so is "train" without train images.
 
     Args:
         mode: "balanced" (one class after the other), "uniform" (drawn), "train" (drawn as often as
             in the train images) or the number of a class.
         classes: the classes to choose from; default: all.
         train_labels: int64 (N,), the classes of the train images. Only "train" needs them.
-
-    Raises:
-        ConfigError: there is no such mode or class, or there are no train images to count.
     """
     classes = range(num_classes) if classes is None else classes
     if mode == "balanced":
@@ -58,11 +57,6 @@ def requested_labels(
 
 
 def save_labels(folder: Path, labels: Sequence[int]) -> None:
-    """Write the classes of 000000.png, ... to `folder`, so that it can be trained on or evaluated.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated."""
     named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LABELS_FILE).write_text(json.dumps(named), encoding="utf-8")
+    write_text(folder / LABELS_FILE, json.dumps(named))

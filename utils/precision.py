@@ -18,10 +18,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16` for a `precision` of the config.
 
     `auto` is bf16 on CUDA GPUs with bf16 units, else fp32 (on most CPUs bf16 is emulated and two
-    to three times slower).
-
-    Raises:
-        ConfigError: fp16 on a device without it.
+    to three times slower). fp16 on a CPU is a ConfigError.
     """
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

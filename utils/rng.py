@@ -65,15 +65,9 @@ def _mix(seed: int, stream: Stream, *index: int) -> np.random.SeedSequence:
 
 
 def fixed_subset(num_items: int, limit: int | None, *index: int, seed: int = 0) -> np.ndarray:
-    """Some of `num_items`, spread at random: data sets are often sorted by class.
-
-    Args:
-        limit: how many at most; None for all.
-        index: which subset it is, see `EvaluationDraw`.
-
-    Returns:
-        sorted int64 indices, a function of the arguments alone.
-    """
+    """At most `limit` of `num_items` (None: all) as sorted int64 indices, spread at random, as data
+    sets are often sorted by class. A function of the arguments alone; `index` says which subset it
+    is, see `EvaluationDraw`."""
     if limit is None or limit >= num_items:
         return np.arange(num_items)
     return np.sort(numpy_generator(seed, Stream.EVALUATION, *index).permutation(num_items)[:limit])
@@ -87,11 +81,9 @@ def seed_everything(seed: int) -> None:
 def sample_noise(seeds: list[int], device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
     """Per-image noise: row i of every draw comes from `seeds[i]` alone.
 
-    Drawn on the CPU, so an image does not depend on batch size, process count or device type.
-
-    Returns:
-        `draw(shape)` with shape (B, ...), B = len(seeds): float32 standard normals on `device`.
-        The n-th call gives each image its n-th draw.
+    Drawn on the CPU, so an image does not depend on batch size, process count or device type. The
+    function returned gives float32 standard normals of a shape (B, ...), B = len(seeds), on
+    `device`; its n-th call gives each image its n-th draw.
     """
     generators = [numpy_generator(seed, Stream.SAMPLE) for seed in seeds]
 
