@@ -15,11 +15,8 @@ def save_weights(path: Path, run: Run) -> None:
     """Write the weights of a run to `path`, whole or not at all; `utils.checkpoint` reads them.
 
     What a checkpoint says of its weights stands in the file's metadata, each fact as JSON. Adapters
-    are a part of the weights already, so the config in the file has none.
-
-    Raises:
-        UserError: safetensors is not installed.
-        OSError: the disk refused.
+    are a part of the weights already, so the config in the file has none. Raises a UserError if
+    safetensors is not installed, and an OSError if the disk refuses.
     """
     require("safetensors")
     from safetensors.torch import save
