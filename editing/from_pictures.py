@@ -15,11 +15,12 @@ from datasets.real import chosen_images
 from diffusion import SAMPLERS
 from editing.command import Job, Pictures, spread, wrote
 from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_steps, last_timesteps
-from generation.sampling import gather_images, sampler_names, save_images, timesteps_of
+from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_picture_folder
 from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
+from utils.labels import save_labels
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
 
@@ -77,7 +78,10 @@ def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Pictures) -> l
     save_image(job.path(".png"), sheet)
     if not job.args.save_images:
         return [job.path(".png")]
-    save_images(job.path("_images"), results, inputs.labels)
+    for i, image in enumerate(results):
+        save_image(job.path("_images") / f"{i:06d}.png", image)
+    if inputs.labels is not None:
+        save_labels(job.path("_images"), inputs.labels)
     return [job.path(".png"), job.path("_images")]
 
 

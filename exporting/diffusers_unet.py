@@ -36,6 +36,7 @@ _REASONS = {
     "dit": "diffusers' DiTTransformer2DModel has timestep features of other frequencies",
     "dim": "diffusers has no Mamba backbone",
 }
+_INSTEAD = "Use --format safetensors"
 
 
 def unet2d_config(model: nn.Module, config: Config, spec: ImageSpec) -> dict[str, Any]:
@@ -46,30 +47,31 @@ def unet2d_config(model: nn.Module, config: Config, spec: ImageSpec) -> dict[str
     """
     if not isinstance(model, UNet):
         reason = _REASONS.get(config.model_type, "diffusers has no such backbone")
-        raise _no_counterpart(f"model_type={config.model_type!r}", reason)
+        raise ConfigError(f"model_type={config.model_type!r}: {reason}. {_INSTEAD}")
     if model.class_planes is not None:
-        reason = "UNet2DModel takes no class as input channels"
-        raise _no_counterpart("model_params.class_conditioning='concat'", reason)
+        setting = "model_params.class_conditioning='concat'"
+        raise ConfigError(f"{setting}: UNet2DModel takes no class as input channels. {_INSTEAD}")
     groups = itertools.groupby(model.down, lambda layer: isinstance(layer, Downsample))
     levels = [list(stages) for is_between, stages in groups if not is_between]
     widths = [level[-1].block.conv1.out_channels for level in levels]
     if model.time_embedding.num_features != widths[0]:
         reason = "UNet2DModel has as many timestep features as first-level channels; begin with 1"
-        raise _no_counterpart("model_params.channel_mult", reason)
+        raise ConfigError(f"model_params.channel_mult: {reason}. {_INSTEAD}")
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
     num_groups = sorted({norm.num_groups for norm in norms})
     if len(num_groups) > 1:
-        setting = f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels"
-        reason = f"their norms have {_listed(num_groups)} groups, UNet2DModel has one number; "
-        reason += "models trained with model_params.norm_groups=8 have it, too"
-        raise _no_counterpart(setting, reason)
+        raise ConfigError(
+            f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels: "
+            f"their norms have {_listed(num_groups)} groups, UNet2DModel has one number; models "
+            f"trained with model_params.norm_groups=8 have it, too. {_INSTEAD}"
+        )
     blocks = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     head_dims = sorted({block.qkv.in_channels // block.num_heads for block in blocks})
     if all(block.num_heads == 1 for block in blocks):
         head_dims = [None]  # a single head, as wide as its level
     if len(head_dims) > 1:
         reason = f"the heads have {_listed(head_dims)} channels, UNet2DModel has one number"
-        raise _no_counterpart("model_params.num_head_channels", reason)
+        raise ConfigError(f"model_params.num_head_channels: {reason}. {_INSTEAD}")
     attends = [isinstance(level[0].attention, AttentionBlock) for level in levels]
     return dict(
         sample_size=(spec.height, spec.width),
@@ -127,7 +129,3 @@ def module_names(num_levels: int, num_res_blocks: int) -> dict[str, list[str]]:
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _no_counterpart(setting: str, reason: str) -> ConfigError:
-    return ConfigError(f"{setting}: {reason}. Use --format safetensors")

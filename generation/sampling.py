@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from generation.run import Run
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
-from utils.images import save_image, to_uint8
-from utils.labels import save_labels
+from utils.images import to_uint8
 from utils.precision import autocast, resolve_precision
 from utils.rng import sample_noise
 
@@ -210,11 +208,3 @@ def gather_images(
 def evenly_spaced(count: int, most: int) -> list[int]:
     """0..count - 1, or if that is more than `most`, so many of them, from end to end."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
-
-
-def save_images(folder: Path, images: Tensor, labels: Labels) -> None:
-    """Write each image as 000000.png ..., and their classes beside them."""
-    for i, image in enumerate(images):
-        save_image(folder / f"{i:06d}.png", image)
-    if labels is not None:
-        save_labels(folder, labels)
