@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from exporting.diffusers_pipeline import ddim_sampling, to_pipeline, write_folder
+from exporting.diffusers_pipeline import to_pipeline, write_folder
 from exporting.safetensors import save_weights
 from generation.run import load_run_of
 from utils.checkpoint import WEIGHTS_SUFFIX
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require("safetensors")
         write = partial(save_weights, output, run)
     else:
-        sampling = ddim_sampling(run.config)
-        pipeline, difference = to_pipeline(run, sampling)
+        pipeline, sampling, difference = to_pipeline(run)
         print(f"network outputs differ by {difference:.1e} of the largest value")
         write = partial(write_folder, output, pipeline, run, sampling)
     if args.dry_run:

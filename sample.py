@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = gather_images(bar, *place)
         frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
-            for path in write_outputs(args, run, labels, images, frames):
+            for path in write_outputs(args, run, labels, [images, *frames]):
                 say(f"wrote {path}")
     return EXIT_OK
 
@@ -117,17 +117,16 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
 
 
 def write_outputs(
-    args: argparse.Namespace,
-    run: Run,
-    labels: list[int] | None,
-    images: Tensor,
-    frames: list[Tensor],
+    args: argparse.Namespace, run: Run, labels: list[int] | None, drawn: list[Tensor]
 ) -> Iterator[Path]:
-    """Write all that was asked for, and yield where; `frames` are the images after some steps."""
-    folder, name = Path(args.output_dir), args.output_name
+    """Write all that was asked for, and yield where.
+
+    What was `drawn` are the images, uint8 (N, C, H, W), and then the same after some of the steps.
+    """
+    folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
-    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in (images, *frames))
+    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in drawn)
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])

@@ -25,7 +25,7 @@ FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
 
 def interpolate(job: Job) -> Iterator[str]:
     """A path through noise, classes, or both, as a strip and a film."""
-    args, run, sampling = job.args, job.run, job.sampling()
+    args, run, device, sampling = job.args, job.run, job.runtime.device, job.sampling()
     check_deterministic(sampling)
     chains = chains_of(job)
     if args.frames < 2:
@@ -38,7 +38,6 @@ def interpolate(job: Job) -> Iterator[str]:
     stops = "; ".join(" to ".join(map(str, chain)) for chain in chains)
     yield f"{len(frames)} frames, {stops}: {sampling.describe()}"
 
-    device = job.runtime.device
     images = job.draw(len(frames), lambda rows: morph_steps(run, frames[rows], sampling, device))
     if images is None:
         return
@@ -127,7 +126,7 @@ def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] |
         with np.load(path, allow_pickle=False) as stored:
             x_T = stored["x_T"]
             steps, scale = int(stored["num_inference_steps"]), float(stored["cfg_scale"])
-            labels = stored["labels"] if "labels" in stored.files else None
+            labels = stored.get("labels")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
     if x_T.dtype != np.float32 or x_T.shape[1:] != shape or not len(x_T):
@@ -137,8 +136,7 @@ def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] |
         raise DataError(f"{path}: x_T is not finite")
     if labels is not None and (labels.shape != x_T.shape[:1] or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: labels: {labels.dtype} {labels.shape}, not {len(x_T)} integers")
-    classes = None if labels is None else labels.tolist()
-    return torch.from_numpy(x_T), classes, steps, scale
+    return torch.from_numpy(x_T), None if labels is None else labels.tolist(), steps, scale
 
 
 def grid(job: Job) -> Iterator[str]:

@@ -43,8 +43,7 @@ def inputs_of(job: Job) -> Pictures:
         own = dataset.labels.tolist()
     else:
         numbers = tuple(map(str, range(run.spec.num_classes)))
-        asks = run.config.conditional and args.labels is None
-        names = (run.class_names or numbers) if asks else ()
+        names = () if args.labels or not run.config.conditional else run.class_names or numbers
         name = args.input
         dataset, own, missing = fitted_pictures(args.input, run.spec, names)
     asked_for = len(dataset) if args.num_samples is None else args.num_samples
@@ -100,8 +99,8 @@ def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
 
 def img2img(job: Job) -> Iterator[str]:
     """Pictures, noised and drawn again."""
-    run, device, sampling = job.run, job.runtime.device, job.sampling()
-    strength = job.args.strength
+    run, device, strength = job.run, job.runtime.device, job.args.strength
+    sampling = job.sampling()
     steps = last_timesteps(timesteps_of(run, sampling), strength)
     inputs = inputs_of(job)
     count, share = len(inputs.images), f"strength {strength:g}: the last {len(steps)} steps"
@@ -147,7 +146,7 @@ def inpaint(job: Job) -> Iterator[str]:
 
 def invert(job: Job) -> Iterator[str]:
     """Pictures to the noise that gives them, and back."""
-    args, run, runtime = job.args, job.run, job.runtime
+    args, run, device = job.args, job.run, job.runtime.device
     if args.seed is not None:
         raise ConfigError("--seed: inverting draws no noise, it finds some")
     names = sampler_names(run.config, INVERSES)
@@ -163,10 +162,10 @@ def invert(job: Job) -> Iterator[str]:
 
     noise = [torch.zeros(0, *run.spec.shape)]  # makes it float32 where there are no pictures, too
     images = job.draw(
-        count,
-        lambda r: invert_steps(run, inputs.batch(r, runtime.device), times, sampling, noise),
+        count, lambda r: invert_steps(run, inputs.batch(r, device), times, sampling, noise)
     )
-    x_T = gather_images([part.float().cpu() for part in noise], count, run.spec.shape, runtime)
+    parts = [part.float().cpu() for part in noise]
+    x_T = gather_images(parts, count, run.spec.shape, job.runtime)
     if images is None:
         return
     yield from errors_of(images, inputs)

@@ -101,12 +101,12 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
         x = x_T
         for t, s in with_previous(timesteps):
             one_step = [t] if s < 0 else [t, s]
-            step = next(sampler(denoise, x, diffusion, one_step, randn_like))
-            for _ in range(times - 1 if s >= 0 else 0):
-                alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
-                x = alpha**0.5 * step.x + (1 - alpha) ** 0.5 * randn_like(step.x)  # q(x_t | x_s)
+            for repeat in range(1 if s < 0 else times):
+                if repeat:
+                    alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
+                    x = alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x)  # q(x_t | x_s)
                 step = next(sampler(denoise, x, diffusion, one_step, randn_like))
-            x = step.x
+                x = step.x
             yield step
 
     return sample
@@ -132,9 +132,9 @@ def ddim_invert(
     """
     x = x_0
     for t, s in reversed(list(with_previous(timesteps))):
-        (signal_t, noise_t), (signal_s, noise_s) = (
-            (a**0.5, (1 - a) ** 0.5) for a in map(diffusion.alpha_cumprod, (t, s))
-        )
+        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
+        signal_t, noise_t = a_t**0.5, (1 - a_t) ** 0.5
+        signal_s, noise_s = a_s**0.5, (1 - a_s) ** 0.5
         cosine = signal_t * signal_s + noise_t * noise_s
         sine = noise_t * signal_s - signal_t * noise_s
         x_t = x

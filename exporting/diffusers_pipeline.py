@@ -17,7 +17,6 @@ from diffusion.guidance import DYNAMIC_QUANTILE
 from exporting.diffusers_unet import to_unet2d, unet2d_config
 from generation.run import Run
 from generation.sampling import Sampling, sampler_names, sampling_from
-from utils.config import Config
 from utils.errors import ConfigError, UserError, require
 from utils.files import atomic_path
 
@@ -28,13 +27,14 @@ _PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 _NO_MAXIMUM = 1e9  # their cap on a dynamic threshold, which ours does not have
 
 
-def to_pipeline(run: Run, sampling: Sampling) -> tuple[Any, float]:
-    """The run as a DDIMPipeline, and by how much its network's outputs differ from ours: over the
-    largest value of ours, for noise at timesteps from end to end, without a class and with some.
+def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
+    """The run as a DDIMPipeline, the settings to sample with, and how far the networks' outputs
+    differ, over the largest of ours: for noise at timesteps from end to end, with classes and none.
 
     Raises a ConfigError if diffusers has no counterpart to the network or to the sampling, and a
     UserError if it is not installed, or its network computes something else.
     """
+    sampling = sampling_from(run.config, sampler_names(run.config, [ddim])[0])
     arguments = unet2d_config(run.model, run.config, run.spec)
     scheduler = ddim_scheduler_config(run.diffusion, sampling)
     require("diffusers", "safetensors")
@@ -54,12 +54,8 @@ def to_pipeline(run: Run, sampling: Sampling) -> tuple[Any, float]:
             f"diffusers {diffusers.__version__} gives outputs that differ by {difference:.1e} of "
             "the largest value: its UNet2DModel is not the one this project knows"
         )
-    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**scheduler)), difference
-
-
-def ddim_sampling(config: Config) -> Sampling:
-    """The config's sampling settings, with the sampler that the pipeline has."""
-    return sampling_from(config, sampler_names(config, [ddim])[0])
+    pipeline = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**scheduler))
+    return pipeline, sampling, difference
 
 
 def ddim_scheduler_config(diffusion: GaussianDiffusion, sampling: Sampling) -> dict[str, Any]:

@@ -97,10 +97,8 @@ def load_run(
         raise ConfigError("\n       ".join([belong, *changed]))
     spec = ImageSpec(*state["spec"])
     if (native := datasets.native_spec(config)) not in (None, spec):
-        raise ConfigError(
-            f"{path} draws images of {spec}, the config describes {native}; the data set and "
-            "its size belong to the checkpoint"
-        )
+        belong = "the data set and its size belong to the checkpoint"
+        raise ConfigError(f"{path} draws images of {spec}, the config describes {native}; {belong}")
     weights, ema = weights_of(path, state, use_ema=use_ema, prefer_ema=config.use_ema)
     model = models.build_model(config, spec, device)
     try:
