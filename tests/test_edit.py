@@ -513,6 +513,16 @@ def test_two_processes_draw_the_same(do, runs, script):
     assert_same(alone, saved("img2img_images"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_process_without_pictures_inverts_none(do, runs, script):
+    command = ("invert", "--checkpoint", runs / "classes", "--device", "cpu")
+    result = script("edit.py", *command, "--real_split", "test", "--num_samples", 1, processes=2)
+    assert result.returncode == EXIT_OK, result.output
+    with np.load("samples/invert.npz") as stored:
+        assert (stored["x_T"].dtype, stored["x_T"].shape) == (np.float32, (1, 1, 8, 8))
+
+
 def test_faults_are_told_without_a_traceback(runs, script):
     result = script("edit.py", "img2img", "--checkpoint", runs / "classes", "--strength", 0)
     assert result.returncode == 2
