@@ -31,7 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = new_parser(command.help, partial(parsers.add_parser, name, help=command.help))
+        text = command.run.__doc__ or ""
+        sub = new_parser(text, partial(parsers.add_parser, name, help=text))
         add_sampling_options(sub, SAMPLERS, sweep=command.sweeps)
         sub.add_argument("--batch_size", type=int, default=64, help="images sampled at a time")
         sub.add_argument("--output_dir", default="samples", help="where files go")

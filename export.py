@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from exporting.diffusers_pipeline import ddim_sampling, model_card, to_pipeline, write_folder
+from exporting.diffusers_pipeline import to_pipeline, write_folder
 from exporting.safetensors import save_weights
 from generation.run import load_run_of
 from utils.checkpoint import WEIGHTS_SUFFIX
@@ -47,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         require("safetensors")
         write = partial(save_weights, output, run)
     else:
-        sampling = ddim_sampling(run.config)
-        pipeline, difference = to_pipeline(run, sampling)
+        pipeline, sampling, difference = to_pipeline(run)
         print(f"network outputs differ by {difference:.1e} of the largest value")
-        write = partial(write_folder, output, pipeline, model_card(run, sampling, output.name))
+        write = partial(write_folder, output, pipeline, run, sampling)
     if args.dry_run:
         return EXIT_OK
     try:
@@ -64,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_output(output: Path, file_format: str) -> None:
     """Raises ConfigError unless `output` is free and of the format's kind."""
     if file_format == "safetensors" and output.suffix != WEIGHTS_SUFFIX:
-        raise ConfigError(
-            f"--output {output}: --format safetensors writes a file named *{WEIGHTS_SUFFIX}"
-        )
+        needed = f"--format safetensors writes a file named *{WEIGHTS_SUFFIX}"
+        raise ConfigError(f"--output {output}: {needed}")
     if output.exists():
         raise ConfigError(f"--output {output}: exists already; remove it, or give another name")
     if not output.parent.is_dir():

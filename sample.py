@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
-from generation.sampling import FrameRecorder, batch_rows, gather_images, generate, sampling_from
+from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
@@ -26,6 +26,8 @@ from utils.errors import EXIT_OK, ConfigError, exit_code_of
 from utils.files import check_picture_folder, make_output_dir
 from utils.labels import save_labels
 from utils.logs import setup_logging
+
+MAX_GIF_FRAMES = 60
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,11 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | None]:
-    """Seeds and labels of the images asked for.
-
-    Raises:
-        ConfigError: labels the model does not have, or no images.
-    """
+    """Seeds and labels of the images asked for; a ConfigError if the model cannot draw them."""
     default = len(args.seeds) if args.seeds else run.config.num_samples
     num_samples = default if args.num_samples is None else args.num_samples
     seed = run.config.seed if args.seed is None else args.seed
@@ -91,16 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_outputs(args, len(seeds))
 
         shows_steps = args.create_gif or args.save_intermediate
-        recorder = FrameRecorder(sampling.num_inference_steps if shows_steps else 0)
+        num_steps = sampling.num_inference_steps if shows_steps else 0
+        steps = {number: [] for number in evenly_spaced(num_steps, MAX_GIF_FRAMES)}
         options = dict(sampling=sampling, batch_size=args.batch_size, runtime=runtime)
-        batches = generate(run, seeds, labels, on_step=recorder, **options)
+        batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
         place = len(seeds), run.spec.shape, runtime
         images = gather_images(bar, *place)
-        frames = [gather_images(parts, *place) for parts in recorder.frames.values()]
+        frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
-            for path in write_outputs(args, images, labels, frames, run.class_names):
+            for path in write_outputs(args, run, labels, [images, *frames]):
                 say(f"wrote {path}")
     return EXIT_OK
 
@@ -108,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     """Raise a UserError before sampling if the files asked for cannot be written."""
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
-        raise ConfigError(
-            f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images; lower --num_samples"
-        )
+        most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
+        raise ConfigError(f"{most}; lower --num_samples")
     if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
         raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
     if args.save_images:
@@ -119,20 +117,18 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
 
 
 def write_outputs(
-    args: argparse.Namespace,
-    images: Tensor,
-    labels: list[int] | None,
-    frames: list[Tensor],
-    class_names: Sequence[str],
+    args: argparse.Namespace, run: Run, labels: list[int] | None, drawn: list[Tensor]
 ) -> Iterator[Path]:
-    """Write all that was asked for, and yield where; `frames` are the images after some steps."""
-    folder, name = Path(args.output_dir), args.output_name
-    shown = np.linspace(0, len(images) - 1, min(len(images), pictures.MAX_GRID_IMAGES))
-    shown = shown.round().astype(int).tolist()
+    """Write all that was asked for, and yield where.
+
+    What was `drawn` are the images, uint8 (N, C, H, W), and then the same after some of the steps.
+    """
+    folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
+    shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
-    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in (images, *frames))
+    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in drawn)
     if args.captions:
-        names = class_captions([labels[i] for i in shown], class_names)
+        names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
     pictures.save_image(folder / f"{name}.png", sheet)
     yield folder / f"{name}.png"

@@ -19,8 +19,7 @@ from utils.cli import parse_int_list
 class Command(NamedTuple):
     """A subcommand. One that `sweeps` takes lists of numbers of steps and of guidance scales."""
 
-    run: Callable[[Job], Iterator[str]]
-    help: str
+    run: Callable[[Job], Iterator[str]]  # its docstring is the help text
     options: dict[str, dict[str, Any]]  # names, separated by spaces -> settings of `add_argument`
     sweeps: bool = False
 
@@ -60,16 +59,10 @@ NOISE = {
 }
 
 COMMANDS = {
-    "interpolate": Command(
-        interpolate, "a path through noise, classes, or both, as a strip and a film", FILM
-    ),
-    "img2img": Command(img2img, "pictures, noised and drawn again", PICTURES | SEEDS | STRENGTH),
-    "inpaint": Command(
-        inpaint, "parts of pictures drawn anew, the rest kept as it is", PICTURES | SEEDS | HOLE
-    ),
-    "invert": Command(
-        invert, "pictures to the noise that gives them, and back", PICTURES | ITERATIONS
-    ),
-    "decode": Command(decode, "samples from the noise that invert wrote", NOISE),
-    "grid": Command(grid, "guidance against steps on one sheet", LABELS | SEEDS, sweeps=True),
+    "interpolate": Command(interpolate, FILM),
+    "img2img": Command(img2img, PICTURES | SEEDS | STRENGTH),
+    "inpaint": Command(inpaint, PICTURES | SEEDS | HOLE),
+    "invert": Command(invert, PICTURES | ITERATIONS),
+    "decode": Command(decode, NOISE),
+    "grid": Command(grid, LABELS | SEEDS, sweeps=True),
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,9 +18,20 @@ from generation.sampling import Sampling, batch_rows, gather_images, run_steps, 
 from utils.captions import class_captions
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.images import to_uint8
+from utils.images import to_float
 
-S, T = TypeVar("S"), TypeVar("T")
+
+class Pictures(NamedTuple):
+    """Pictures to start from, each with a seed and perhaps a class."""
+
+    images: Tensor  # uint8 (N, C, H, W); in a batch float32 (b, C, H, W) in [-1, 1]
+    labels: list[int] | None
+    seeds: list[int]
+
+    def batch(self, rows: slice, device: torch.device) -> Pictures:
+        """Some of them, as floats on the device."""
+        images = to_float(self.images[rows].to(device))
+        return Pictures(images, self.labels and self.labels[rows], self.seeds[rows])
 
 
 class Job(NamedTuple):
@@ -37,19 +50,18 @@ class Job(NamedTuple):
         """The path of an output file or folder, from --output_dir and --output_name."""
         return Path(self.args.output_dir, self.args.output_name + suffix)
 
-    def sampling(self) -> Sampling:
-        """The sampler and its settings that the options ask for."""
+    def sampling(self, *defaults: str | float | None) -> Sampling:
+        """The settings that the options ask for; where they say nothing, the `defaults`, which are
+        a method, a number of steps, an eta and a scale; without these, the config's."""
         args = self.args
-        steps, scale = args.num_inference_steps, args.cfg_scale
-        return sampling_from(self.run.config, args.sampling_method, steps, args.ddim_eta, scale)
+        given = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
+        pairs = zip_longest(given, defaults)
+        return sampling_from(self.run.config, *(b if a is None else a for a, b in pairs))
 
     def labels(self, own: list[int] | None, count: int, missing: str | None) -> list[int] | None:
         """The class of each of `count` images: that of --labels, else `own`, which pictures came
-        with; None if they came with none, and `missing` says why.
-
-        Raises:
-            ConfigError: there is none, the model does not have it, or their number is wrong.
-        """
+        with; None if they came with none, and `missing` says why. Raises a ConfigError if there is
+        none, the model does not have it, or their number is wrong."""
         if self.args.labels is not None:
             check_labels(self.args.labels, self.run)
             return spread(self.args.labels, count, "--labels")
@@ -69,21 +81,21 @@ class Job(NamedTuple):
 
         From a slice of 0..num_images, `steps_of` makes the steps that draw these.
         """
-        run, device = self.run, self.runtime.device
-        rows = batch_rows(num_images, self.args.batch_size, self.runtime)
-        bar = tqdm(rows, unit="batch", disable=not self.runtime.is_main)
-        parts = (to_uint8(run_steps(run, steps_of(batch), device)).cpu() for batch in bar)
-        return gather_images(parts, num_images, run.spec.shape, self.runtime)
+        run, runtime = self.run, self.runtime
+        rows = batch_rows(num_images, self.args.batch_size, runtime)
+        bar = tqdm(rows, unit="batch", disable=not runtime.is_main)
+        parts = (run_steps(run, steps_of(r), r.stop - r.start, runtime.device) for r in bar)
+        return gather_images(parts, num_images, run.spec.shape, runtime)
 
 
-def spread(values: Sequence[T], count: int, name: str) -> list[T]:
+def spread(values: Sequence[Any], count: int, name: str) -> list[Any]:
     """`count` values from as many, or from one for all; a ConfigError if it is neither."""
     if len(values) not in (1, count):
         raise ConfigError(f"{name}: {len(values)} given; give 1 for all, or {count}")
     return list(values) * (count // len(values))
 
 
-def spread_both(seeds: list[S], labels: list[T], where: str = "") -> tuple[list[S], list[T]]:
+def spread_both(seeds: list[Any], labels: list[Any], where: str = "") -> tuple[list, list]:
     """As many seeds as labels, see `spread`; `where` ends the options' names in messages."""
     count = max(len(seeds), len(labels))
     return spread(seeds, count, f"--seeds{where}"), spread(labels, count, f"--labels{where}")

@@ -5,35 +5,22 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
+from itertools import pairwise, product
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, Step
+from diffusion import SAMPLERS
 from editing.command import Job, spread_both, wrote
-from editing.mathematics import INVERSES, Waypoint, frames_along, morph_steps, steps_from
+from editing.mathematics import INVERSES, Waypoint, decode_steps, frames_along, morph_steps
 from generation.run import check_labels
-from generation.sampling import Sampling, label_denoiser, sample_steps, sampling_from
-from generation.sweep import settings_of
+from generation.sampling import Sampling, evenly_spaced, sample_steps, sampler_names, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.config import Config
 from utils.errors import ConfigError, DataError
 
 FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
-
-
-class Latents(NamedTuple):
-    """Noise that `invert` found for pictures, with the settings it was found with."""
-
-    noise: Tensor  # x_T, float32 (N, C, H, W)
-    labels: list[int] | None  # the pictures' classes; None for a model without any
-    num_inference_steps: int
-    cfg_scale: float
 
 
 def interpolate(job: Job) -> Iterator[str]:
@@ -48,14 +35,16 @@ def interpolate(job: Job) -> Iterator[str]:
     if args.format == "mp4" and not pictures.can_write_mp4():
         raise ConfigError("--format mp4 needs a package: pip install imageio-ffmpeg; or use gif")
     frames = [frame for chain in chains for frame in frames_along(chain, args.frames)]
-    stops = "; ".join(" to ".join(map(describe, chain)) for chain in chains)
+    stops = "; ".join(" to ".join(map(str, chain)) for chain in chains)
     yield f"{len(frames)} frames, {stops}: {sampling.describe()}"
 
     images = job.draw(len(frames), lambda rows: morph_steps(run, frames[rows], sampling, device))
     if images is None:
         return
     strip, film = job.path(".png"), job.path(f".{args.format}")
-    rows = strips(chains, args.frames)
+    numbers = torch.arange(len(frames)).unflatten(0, (len(chains), -1))
+    stretches = numbers.unfold(1, args.frames, args.frames - 1).flatten(0, 1)
+    rows = stretches[:, evenly_spaced(args.frames, pictures.MAX_COLUMNS)].tolist()
     left = [title(ends, run.class_names) for chain in chains for ends in pairwise(chain)]
     pictures.save_image(strip, contact_sheet(images, rows, left=left))
     moments = images.unflatten(0, (len(chains), -1)).transpose(0, 1)
@@ -84,14 +73,6 @@ def chains_of(job: Job) -> list[list[Waypoint]]:
     return chains
 
 
-def strips(chains: list[list[Waypoint]], num_frames: int) -> list[list[int]]:
-    """Rows of frames, one from each stop to the next, thinned to what a sheet is wide."""
-    last, num_stretches = num_frames - 1, len(chains[0]) - 1
-    shown = np.linspace(0, last, min(num_frames, pictures.MAX_COLUMNS)).round().astype(int)
-    firsts = [r * (num_stretches * last + 1) for r in range(len(chains))]
-    return [(first + k * last + shown).tolist() for first in firsts for k in range(num_stretches)]
-
-
 def title(ends: Sequence[Waypoint], class_names: Sequence[str]) -> str:
     """The title of the strip between two stops, such as `2 to 7, seed 3`."""
     words = "seed " + " to ".join(dict.fromkeys(str(stop.seed) for stop in ends))
@@ -99,11 +80,6 @@ def title(ends: Sequence[Waypoint], class_names: Sequence[str]) -> str:
         return words
     names = class_captions([stop.label for stop in ends], class_names)
     return f"{' to '.join(dict.fromkeys(names))}, {words}"
-
-
-def describe(stop: Waypoint) -> str:
-    """A stop in words, such as `seed 3 label 2`."""
-    return f"seed {stop.seed}" + ("" if stop.label is None else f" label {stop.label}")
 
 
 def check_deterministic(sampling: Sampling) -> None:
@@ -114,34 +90,23 @@ def check_deterministic(sampling: Sampling) -> None:
         raise ConfigError(f"{sampling.describe()}: draws noise on the way; use {others}")
 
 
-def invertible_samplers(config: Config) -> list[str]:
-    """Names of the samplers whose steps `invert` can undo; the config's own comes first."""
-    names = [name for name, sampler in SAMPLERS.items() if sampler.run in INVERSES]
-    return sorted(names, key=lambda name: name != config.sampling_method)
-
-
 def decode(job: Job) -> Iterator[str]:
-    """Samples from the noise that inverting found."""
+    """Samples from the noise that invert wrote."""
     args, run, device = job.args, job.run, job.runtime.device
     if args.seed is not None:
         raise ConfigError("--seed: the noise is that of --latents")
-    latents = read_latents(args.latents, run.spec.shape)
-    invertible, steps = invertible_samplers(run.config), args.num_inference_steps
-    method = args.sampling_method or invertible[0]
-    if steps is None and method in invertible:
-        steps = latents.num_inference_steps
-    scale = latents.cfg_scale if args.cfg_scale is None else args.cfg_scale
-    sampling = sampling_from(run.config, method, steps, args.ddim_eta or 0.0, scale)
+    noise, own, steps, scale = read_latents(args.latents, run.spec.shape)
+    names, count = sampler_names(run.config, INVERSES), len(noise)
+    if args.sampling_method not in (None, *names):
+        steps = None
+    sampling = job.sampling(names[0], steps, 0.0, scale)
     check_deterministic(sampling)
-    count, x_T = len(latents.noise), latents.noise.to(device)
-    labels = job.labels(latents.labels, count, f"{args.latents} has no labels")
+    labels = job.labels(own, count, f"{args.latents} has no labels")
     yield f"{count} images from {args.latents}: {sampling.describe()}"
 
-    def steps_of(rows: slice) -> Iterator[Step]:
-        denoise = label_denoiser(run, labels and labels[rows], sampling, device)
-        return steps_from(run, denoise, x_T[rows], sampling)
-
-    images = job.draw(count, steps_of)
+    images = job.draw(
+        count, lambda r: decode_steps(run, noise[r].to(device), labels and labels[r], sampling)
+    )
     if images is not None:
         rows, names = pictures.grid_rows(count), job.captions(labels, count)
         above = [[names[i] for i in row] for row in rows]
@@ -150,17 +115,18 @@ def decode(job: Job) -> Iterator[str]:
         yield wrote([job.path(".png")], f"the same with other --labels, or {guided}")
 
 
-def read_latents(path: str | Path, shape: tuple[int, ...]) -> Latents:
+def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] | None, int, float]:
     """Read what `invert` wrote, for a model of images of this shape.
 
-    Raises:
-        DataError: the file is of another kind, damaged, or not for images of this shape.
+    Returns the noise x_T, float32 (N, C, H, W), the pictures' classes or None, and the number of
+    steps and the scale it was found with. Raises a DataError if the file is of another kind,
+    damaged, or not for images of this shape.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             x_T = stored["x_T"]
             steps, scale = int(stored["num_inference_steps"]), float(stored["cfg_scale"])
-            labels = stored["labels"] if "labels" in stored.files else None
+            labels = stored.get("labels")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
     if x_T.dtype != np.float32 or x_T.shape[1:] != shape or not len(x_T):
@@ -170,17 +136,15 @@ def read_latents(path: str | Path, shape: tuple[int, ...]) -> Latents:
         raise DataError(f"{path}: x_T is not finite")
     if labels is not None and (labels.shape != x_T.shape[:1] or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: labels: {labels.dtype} {labels.shape}, not {len(x_T)} integers")
-    classes = None if labels is None else labels.tolist()
-    return Latents(torch.from_numpy(x_T), classes, steps, scale)
+    return torch.from_numpy(x_T), None if labels is None else labels.tolist(), steps, scale
 
 
 def grid(job: Job) -> Iterator[str]:
-    """The same images with every guidance scale, a row each, and number of steps, a column each."""
+    """Guidance, a row for each scale, against numbers of steps, a column each, on one sheet."""
     args, run, device = job.args, job.run, job.runtime.device
     scales, counts = args.cfg_scale or [None], args.num_inference_steps or [None]
-    options = dict(method=args.sampling_method, eta=args.ddim_eta)
-    settings = settings_of(run.config, 1, cfg_scales=scales, step_counts=counts, **options)
-    samplings = [setting.sampling for setting in settings]
+    method, eta, pairs = args.sampling_method, args.ddim_eta, product(scales, counts)
+    samplings = [sampling_from(run.config, method, steps, eta, scale) for scale, steps in pairs]
     if args.labels:
         check_labels(args.labels, run)
     every = list(run.classes) if run.config.conditional else [None]
@@ -202,7 +166,7 @@ def grid(job: Job) -> Iterator[str]:
             cells.append(images[0] if count == 1 else pictures.make_grid(images, row))
     if not cells:
         return
-    rows = [list(range(i, i + len(counts))) for i in range(0, len(cells), len(counts))]
+    rows = torch.arange(len(cells)).unflatten(0, (len(scales), -1)).tolist()
     above = [[f"{s.num_inference_steps} steps" for s in samplings[: len(counts)]]]
     left = [f"cfg {s.cfg_scale:g}" for s in samplings[:: len(counts)]]
     above += [[]] * (len(rows) - 1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,51 +12,44 @@ from torch import Tensor
 import datasets
 from datasets.pictures import fitted_pictures, read_mask
 from datasets.real import chosen_images
-from diffusion import SAMPLERS, Step
-from editing.command import Job, spread, wrote
-from editing.from_noise import invertible_samplers
-from editing.mathematics import box_mask, img2img_steps, inpaint_steps, invert_steps, last_timesteps
-from generation.sampling import Labels, gather_images, sampling_from, timesteps_of
+from diffusion import SAMPLERS
+from editing.command import Job, Pictures, spread, wrote
+from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_steps, last_timesteps
+from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_picture_folder
-from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image, to_float
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
 from utils.labels import save_labels
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
 
 
-class Inputs(NamedTuple):
-    """Pictures to work on, uint8 (N, C, H, W), each with a seed and perhaps a class."""
-
-    images: Tensor
-    labels: list[int] | None
-    seeds: list[int]
-    device: torch.device
-
-    def batch(self, rows: slice) -> tuple[Tensor, Labels, list[int]]:
-        """Some pictures, float (b, C, H, W) in [-1, 1] on the device, their classes and seeds."""
-        pictures = to_float(self.images[rows].to(self.device))
-        return pictures, self.labels and self.labels[rows], self.seeds[rows]
-
-
-def inputs_of(job: Job) -> Inputs:
+def inputs_of(job: Job) -> Pictures:
     """The pictures, with a class and a seed each. A single picture serves several of these.
 
-    Raises:
-        ConfigError, DataError: no pictures, too many, or numbers that do not go together.
-        UserError: the folder of --save_images holds pictures that would stay.
+    Raises a ConfigError or DataError if there are no pictures, too many, or numbers that do not go
+    together, and a UserError if the folder of --save_images holds pictures that would stay.
     """
-    args = job.args
+    args, run = job.args, job.run
     if (args.input is None) == (args.real_split is None):
         raise ConfigError("give --input or --real_split, one of them")
-    name, dataset, own, missing = _read_inputs(job)
+    if args.input is None:
+        name, missing = f"{run.config.dataset} ({args.real_split})", None
+        with job.runtime.main_first():
+            dataset = datasets.build_dataset(run.config, args.real_split)
+        if dataset.spec.shape != run.spec.shape:
+            raise DataError(f"{name}: images of {dataset.spec}, but the model draws {run.spec}")
+        own = dataset.labels.tolist()
+    else:
+        numbers = tuple(map(str, range(run.spec.num_classes)))
+        names = () if args.labels or not run.config.conditional else run.class_names or numbers
+        name = args.input
+        dataset, own, missing = fitted_pictures(args.input, run.spec, names)
     asked_for = len(dataset) if args.num_samples is None else args.num_samples
     if not 1 <= asked_for <= min(len(dataset), MAX_GRID_IMAGES):
-        raise ConfigError(
-            f"{name} holds {len(dataset)} pictures; --num_samples says how many of them to take, "
-            f"at most {MAX_GRID_IMAGES}"
-        )
+        how = f"--num_samples says how many of them to take, at most {MAX_GRID_IMAGES}"
+        raise ConfigError(f"{name} holds {len(dataset)} pictures; {how}")
     chosen = chosen_images(len(dataset), args.num_samples)
     images = torch.stack([dataset[i][0] for i in chosen])
     seeds = getattr(args, "seeds", None)  # inverting takes none
@@ -68,55 +60,54 @@ def inputs_of(job: Job) -> Inputs:
         check_picture_folder(job.path("_images"), count)
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
     seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
-    return Inputs(images.expand(count, -1, -1, -1), labels, seeds, job.runtime.device)
+    return Pictures(images.expand(count, -1, -1, -1), labels, seeds)
 
 
-def _read_inputs(job: Job) -> tuple[str, datasets.ImageDataset, Labels, str | None]:
-    """Name, pictures, labels of their own, and if there are none, why."""
-    args, run = job.args, job.run
-    if args.real_split is not None:
-        name = f"{run.config.dataset} ({args.real_split})"
-        with job.runtime.main_first():
-            dataset = datasets.build_dataset(run.config, args.real_split)
-        if dataset.spec.shape != run.spec.shape:
-            raise DataError(f"{name}: images of {dataset.spec}, but the model draws {run.spec}")
-        return name, dataset, dataset.labels.tolist(), None
-    numbers = tuple(map(str, range(run.spec.num_classes)))
-    names = (run.class_names or numbers) if run.config.conditional and args.labels is None else ()
-    return args.input, *fitted_pictures(args.input, run.spec, names)
-
-
-def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Inputs) -> list[Path]:
+def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Pictures) -> list[Path]:
     """A sheet of all kinds, one above the other, and the results, which come last, one by one."""
     count, captions = len(inputs.images), job.captions(inputs.labels, len(inputs.images))
-    rows, above, left = [], [], []
+    rows, above = [], []
     for start in range(0, count, MAX_COLUMNS):
         columns = range(start, min(start + MAX_COLUMNS, count))
-        for k, kind in enumerate(kinds):
-            rows.append([k * count + i for i in columns])
-            above.append([captions[i] for i in columns] if k == 0 else [])
-            left.append(kind)
-    sheet = contact_sheet(torch.cat(list(kinds.values())), rows, above=above, left=left)
+        rows += [[k * count + i for i in columns] for k in range(len(kinds))]
+        above += [[captions[i] for i in columns], *[[]] * (len(kinds) - 1)]
+    left = [*kinds] * (len(rows) // len(kinds))
+    *_, results = kinds.values()
+    sheet = contact_sheet(torch.cat([*kinds.values()]), rows, above=above, left=left)
     save_image(job.path(".png"), sheet)
     if not job.args.save_images:
         return [job.path(".png")]
-    for i, image in enumerate(list(kinds.values())[-1]):
+    for i, image in enumerate(results):
         save_image(job.path("_images") / f"{i:06d}.png", image)
     if inputs.labels is not None:
         save_labels(job.path("_images"), inputs.labels)
     return [job.path(".png"), job.path("_images")]
 
 
+def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
+    """Bool (1, H, W), True within `box`: x0, y0, x1, y1 in pixels from the left upper corner.
+
+    x1 and y1 are the first column and row outside it. Raises a ConfigError if there is no such box.
+    """
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        allowed = f"0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}"
+        raise ConfigError(f"box {','.join(map(str, box))}: give x0,y0,x1,y1 with {allowed}")
+    mask = torch.zeros((1, height, width), dtype=torch.bool)
+    mask[:, box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
 def img2img(job: Job) -> Iterator[str]:
     """Pictures, noised and drawn again."""
-    run, strength, sampling = job.run, job.args.strength, job.sampling()
+    run, device, strength = job.run, job.runtime.device, job.args.strength
+    sampling = job.sampling()
     steps = last_timesteps(timesteps_of(run, sampling), strength)
     inputs = inputs_of(job)
     count, share = len(inputs.images), f"strength {strength:g}: the last {len(steps)} steps"
     yield f"{count} pictures, {share} of {sampling.describe()}"
 
     images = job.draw(
-        count, lambda rows: img2img_steps(run, *inputs.batch(rows), strength, sampling)
+        count, lambda rows: img2img_steps(run, inputs.batch(rows, device), strength, sampling)
     )
     if images is not None:
         paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs)
@@ -126,7 +117,8 @@ def img2img(job: Job) -> Iterator[str]:
 
 def inpaint(job: Job) -> Iterator[str]:
     """Parts of pictures drawn anew, the rest kept as it is."""
-    args, run, sampling, times = job.args, job.run, job.sampling(), job.args.resample
+    args, run, device, sampling = job.args, job.run, job.runtime.device, job.sampling()
+    times, size = args.resample, run.spec.shape[1:]
     if (args.mask is None) == (args.box is None):
         raise ConfigError("give --mask or --box, one of them")
     if times < 1:
@@ -134,15 +126,14 @@ def inpaint(job: Job) -> Iterator[str]:
     if times > 1 and SAMPLERS[sampling.method].multistep:
         others = " or ".join(name for name, sampler in SAMPLERS.items() if not sampler.multistep)
         raise ConfigError(f"--resample: {sampling.method} remembers its last step; use {others}")
-    size, is_box = (run.spec.height, run.spec.width), args.mask is None
-    unknown = box_mask(args.box, *size) if is_box else read_mask(args.mask, *size)
+    unknown = box_mask(args.box, *size) if args.mask is None else read_mask(args.mask, *size)
     inputs = inputs_of(job)
     count, area = len(inputs.images), f"{int(unknown.sum())} of {unknown.numel()} pixels"
     again = f", each step {times} times" if times > 1 else ""
     yield f"{count} pictures, {area} to be drawn: {sampling.describe()}{again}"
 
     images = job.draw(
-        count, lambda rows: inpaint_steps(run, *inputs.batch(rows), unknown, times, sampling)
+        count, lambda r: inpaint_steps(run, inputs.batch(r, device), unknown, times, sampling)
     )
     if images is not None:
         holes = inputs.images.masked_fill(unknown, HOLE_LEVEL)
@@ -155,30 +146,26 @@ def inpaint(job: Job) -> Iterator[str]:
 
 def invert(job: Job) -> Iterator[str]:
     """Pictures to the noise that gives them, and back."""
-    args, run = job.args, job.run
+    args, run, device = job.args, job.run, job.runtime.device
     if args.seed is not None:
         raise ConfigError("--seed: inverting draws no noise, it finds some")
-    names = invertible_samplers(run.config)
-    method = args.sampling_method or names[0]
-    steps, eta = args.num_inference_steps, args.ddim_eta or 0.0
-    scale = 1.0 if args.cfg_scale is None else args.cfg_scale
-    sampling = sampling_from(run.config, method, steps, eta, scale)
-    if method not in names or not sampling.is_deterministic:
+    names = sampler_names(run.config, INVERSES)
+    sampling = job.sampling(names[0], None, 0.0, 1.0)
+    if sampling.method not in names or not sampling.is_deterministic:
         undone = " or ".join(names)
         raise ConfigError(f"invert undoes the steps of {undone} with ddim_eta 0, no others")
     if args.iterations < 1:
         raise ConfigError(f"--iterations {args.iterations}: must be at least 1")
-    inputs, noise, times = inputs_of(job), [], args.iterations
+    inputs, times = inputs_of(job), args.iterations
     count, iterations = len(inputs.images), f"{times} iterations a step"
     yield f"{count} pictures to noise, {iterations}, and back: {sampling.describe()}"
 
-    def steps_of(rows: slice) -> Iterator[Step]:
-        x_0, labels, _ = inputs.batch(rows)
-        return invert_steps(run, x_0, labels, times, sampling, noise)
-
-    images = job.draw(count, steps_of)
-    parts = [x_T.float().cpu() for x_T in noise]
-    x_T = gather_images(parts, count, run.spec.shape, job.runtime, dtype=torch.float32)
+    noise = [torch.zeros(0, *run.spec.shape)]  # makes it float32 where there are no pictures, too
+    images = job.draw(
+        count, lambda r: invert_steps(run, inputs.batch(r, device), times, sampling, noise)
+    )
+    parts = [part.float().cpu() for part in noise]
+    x_T = gather_images(parts, count, run.spec.shape, job.runtime)
     if images is None:
         return
     yield from errors_of(images, inputs)
@@ -190,7 +177,7 @@ def invert(job: Job) -> Iterator[str]:
     yield wrote(paths, f"python edit.py decode --checkpoint {args.checkpoint} --latents {path}")
 
 
-def errors_of(images: Tensor, inputs: Inputs) -> Iterator[str]:
+def errors_of(images: Tensor, inputs: Pictures) -> Iterator[str]:
     """Lines: how far each reconstruction is from its picture, as RMSE in 8-bit grey levels."""
     difference = images.double() - inputs.images.double()
     errors = difference.square().mean((1, 2, 3)).sqrt().tolist()

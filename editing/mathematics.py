@@ -18,8 +18,9 @@ from diffusion.ddim import ddim
 from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import Denoiser
 from diffusion.schedules import with_previous
+from editing.command import Pictures
 from generation.run import Run
-from generation.sampling import Labels, Sampling, label_denoiser, sampler_of, timesteps_of
+from generation.sampling import Labels, Sampling, label_denoiser, steps_from, timesteps_of
 from utils.errors import ConfigError
 from utils.rng import sample_noise
 
@@ -64,8 +65,7 @@ def blend(first: Denoiser, second: Denoiser, weight: Tensor) -> Denoiser:
 def last_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
     """The share `strength` of the sampling steps that comes last, at least one; 1 is all of them.
 
-    Raises:
-        ConfigError: a strength outside (0, 1].
+    Raises a ConfigError for a strength outside (0, 1].
     """
     if not 0 < strength <= 1:
         raise ConfigError(f"strength={strength:g}: must be above 0 and at most 1")
@@ -101,12 +101,12 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
         x = x_T
         for t, s in with_previous(timesteps):
             one_step = [t] if s < 0 else [t, s]
-            step = next(sampler(denoise, x, diffusion, one_step, randn_like))
-            for _ in range(times - 1 if s >= 0 else 0):
-                alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
-                x = alpha**0.5 * step.x + (1 - alpha) ** 0.5 * randn_like(step.x)  # q(x_t | x_s)
+            for repeat in range(1 if s < 0 else times):
+                if repeat:
+                    alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
+                    x = alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x)  # q(x_t | x_s)
                 step = next(sampler(denoise, x, diffusion, one_step, randn_like))
-            x = step.x
+                x = step.x
             yield step
 
     return sample
@@ -132,9 +132,9 @@ def ddim_invert(
     """
     x = x_0
     for t, s in reversed(list(with_previous(timesteps))):
-        (signal_t, noise_t), (signal_s, noise_s) = (
-            (a**0.5, (1 - a) ** 0.5) for a in map(diffusion.alpha_cumprod, (t, s))
-        )
+        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
+        signal_t, noise_t = a_t**0.5, (1 - a_t) ** 0.5
+        signal_s, noise_s = a_s**0.5, (1 - a_s) ** 0.5
         cosine = signal_t * signal_s + noise_t * noise_s
         sine = noise_t * signal_s - signal_t * noise_s
         x_t = x
@@ -153,6 +153,9 @@ class Waypoint(NamedTuple):
 
     seed: int
     label: int | None
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + ("" if self.label is None else f" label {self.label}")
 
 
 class Frame(NamedTuple):
@@ -176,92 +179,71 @@ def frames_along(waypoints: Sequence[Waypoint], num_frames: int) -> list[Frame]:
     return frames
 
 
-def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
-    """Bool (1, H, W), True within `box`: x0, y0, x1, y1 in pixels from the left upper corner.
-
-    Raises:
-        ConfigError: no such box; x1 and y1 are the first column and row outside it.
-    """
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-        raise ConfigError(
-            f"box {','.join(map(str, box))}: give x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and "
-            f"0 <= y0 < y1 <= {height}"
-        )
-    mask = torch.zeros((1, height, width), dtype=torch.bool)
-    mask[:, box[1] : box[3], box[0] : box[2]] = True
-    return mask
-
-
 def morph_steps(
     run: Run, frames: Sequence[Frame], sampling: Sampling, device: torch.device
 ) -> Iterator[Step]:
     """The samples at these points: noise on the great circle, predictions mixed."""
-    weight = torch.tensor([frame.weight for frame in frames], dtype=torch.float64)
+    starts, ends, weights = zip(*frames, strict=True)
+    weight = torch.tensor(weights, dtype=torch.float64)
     noise, denoisers = [], []
-    for stops in ([frame.start for frame in frames], [frame.end for frame in frames]):
-        draw = sample_noise([stop.seed for stop in stops], weight.device)
-        noise.append(draw((len(stops), *run.spec.shape)))
-        labels = None if stops[0].label is None else [stop.label for stop in stops]
+    for stops in (starts, ends):
+        seeds, labels = zip(*stops, strict=True)
+        noise.append(sample_noise(list(seeds), weight.device)((len(stops), *run.spec.shape)))
+        labels = None if None in labels else labels
         denoisers.append(label_denoiser(run, labels, sampling, device))
     denoise = denoisers[0]
-    if any(frame.start.label != frame.end.label for frame in frames):
+    if any(start.label != end.label for start, end in zip(starts, ends, strict=True)):
         denoise = blend(*denoisers, weight.float().to(device))
-    yield from steps_from(run, denoise, slerp(*noise, weight).to(device), sampling)
-
-
-def steps_from(run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling) -> Iterator[Step]:
-    """Deterministic sampling from given noise x_T (b, C, H, W)."""
-
-    def no_noise(x: Tensor) -> Tensor:
-        raise AssertionError(f"{sampling.method} drew noise")
-
-    timesteps = timesteps_of(run, sampling)
-    yield from sampler_of(sampling)(denoise, x_T, run.diffusion, timesteps, no_noise)
+    x_T = slerp(*noise, weight).to(device)
+    yield from steps_from(run, denoise, x_T, sampling, sample_noise([], device))
 
 
 def img2img_steps(
-    run: Run, x_0: Tensor, labels: Labels, seeds: Sequence[int], strength: float, sampling: Sampling
+    run: Run, pictures: Pictures, strength: float, sampling: Sampling
 ) -> Iterator[Step]:
-    """Noise the pictures x_0 as far as `strength` says, and sample from there (Meng et al. 2022,
-    SDEdit). Picture i takes its noise from seeds[i]."""
+    """Noise the pictures as far as `strength` says, with the noise of their seeds, and sample from
+    there (Meng et al. 2022, SDEdit)."""
+    x_0, labels, seeds = pictures
     timesteps = last_timesteps(timesteps_of(run, sampling), strength)
-    draw = sample_noise(list(seeds), x_0.device)
+    draw = sample_noise(seeds, x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
-    x_t = run.diffusion.q_sample(x_0, t, draw(tuple(x_0.shape)))
-    denoise, sampler = label_denoiser(run, labels, sampling, x_0.device), sampler_of(sampling)
-    yield from sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
+    x_t = run.diffusion.q_sample(x_0, t, draw(x_0.shape))
+    denoise = label_denoiser(run, labels, sampling, x_0.device)
+    yield from sampling.sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(x.shape))
 
 
 def inpaint_steps(
-    run: Run,
-    x_0: Tensor,
-    labels: Labels,
-    seeds: Sequence[int],
-    unknown: Tensor,
-    num_resamples: int,
-    sampling: Sampling,
+    run: Run, pictures: Pictures, unknown: Tensor, num_resamples: int, sampling: Sampling
 ) -> Iterator[Step]:
-    """Draw what is `unknown` (bool (1, H, W)) of the pictures x_0, as `keep_known` keeps the rest.
+    """Draw what is `unknown` (bool (1, H, W)) of the pictures, as `keep_known` keeps the rest.
 
     Where all is unknown that is a plain sample of the same seeds.
     """
-    draw = sample_noise(list(seeds), x_0.device)
-    x_T = draw(tuple(x_0.shape))
+    x_0, labels, seeds = pictures
+    draw = sample_noise(seeds, x_0.device)
+    x_T = draw(x_0.shape)
     denoise = label_denoiser(run, labels, sampling, x_0.device)
     known = keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device))
-    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
+    timesteps, sampler = timesteps_of(run, sampling), sampling.sampler
     if num_resamples > 1:
         sampler = resampling(sampler, num_resamples)
-    yield from sampler(known, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
+    yield from sampler(known, x_T, run.diffusion, timesteps, lambda x: draw(x.shape))
 
 
 def invert_steps(
-    run: Run, x_0: Tensor, labels: Labels, iterations: int, sampling: Sampling, noise: list[Tensor]
+    run: Run, pictures: Pictures, iterations: int, sampling: Sampling, noise: list[Tensor]
 ) -> Iterator[Step]:
-    """Invert the pictures x_0 to noise, append that to `noise`, and sample from it."""
+    """Invert the pictures to noise, append that to `noise`, and sample from it."""
+    x_0, labels, _ = pictures
     denoise = label_denoiser(run, labels, sampling, x_0.device)
     timesteps, undo = timesteps_of(run, sampling), INVERSES[SAMPLERS[sampling.method].run]
     for step in undo(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
         x_T = step.x
     noise.append(x_T)
-    yield from steps_from(run, denoise, x_T, sampling)
+    yield from decode_steps(run, x_T, labels, sampling)
+
+
+def decode_steps(run: Run, x_T: Tensor, labels: Labels, sampling: Sampling) -> Iterator[Step]:
+    """Sample from the noise x_T alone."""
+    denoise = label_denoiser(run, labels, sampling, x_T.device)
+    yield from steps_from(run, denoise, x_T, sampling, sample_noise([], x_T.device))

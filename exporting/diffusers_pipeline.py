@@ -9,16 +9,14 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion import SAMPLERS
 from diffusion.ddim import ddim
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.guidance import DYNAMIC_QUANTILE
 from exporting.diffusers_unet import to_unet2d, unet2d_config
 from generation.run import Run
-from generation.sampling import Sampling, sampling_from
-from utils.config import Config
+from generation.sampling import Sampling, sampler_names, sampling_from
 from utils.errors import ConfigError, UserError, require
 from utils.files import atomic_path
 
@@ -29,69 +27,48 @@ _PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 _NO_MAXIMUM = 1e9  # their cap on a dynamic threshold, which ours does not have
 
 
-def to_pipeline(run: Run, sampling: Sampling) -> tuple[Any, float]:
-    """The run as a DDIMPipeline.
+def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
+    """The run as a DDIMPipeline, the settings to sample with, and how far the networks' outputs
+    differ, over the largest of ours: for noise at timesteps from end to end, with classes and none.
 
-    Returns:
-        the pipeline, and by how much its network's outputs differ from ours, over the largest one.
-
-    Raises:
-        ConfigError: diffusers has no counterpart to the network or to the sampling.
-        UserError: diffusers is not installed, or its network computes something else.
+    Raises a ConfigError if diffusers has no counterpart to the network or to the sampling, and a
+    UserError if it is not installed, or its network computes something else.
     """
+    sampling = sampling_from(run.config, sampler_names(run.config, [ddim])[0])
     arguments = unet2d_config(run.model, run.config, run.spec)
     scheduler = ddim_scheduler_config(run.diffusion, sampling)
     require("diffusers", "safetensors")
     import diffusers
 
     unet = to_unet2d(run.model, arguments)
-    difference = relative_difference(run, unet)
+    num_classes = run.spec.num_classes if run.config.conditional else 0
+    t = torch.linspace(0, run.diffusion.num_timesteps - 1, 4).long()
+    x = torch.randn(len(t), *run.spec.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(len(t)) % (num_classes + 1) - 1 if num_classes else None  # the first is null
+    with torch.inference_mode():
+        ours: Tensor = run.model(x, t, y)
+        theirs: Tensor = unet(x, t, None if y is None else y + 1).sample
+    difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-3)).item()
     if not difference < MAX_DIFFERENCE:
         raise UserError(
             f"diffusers {diffusers.__version__} gives outputs that differ by {difference:.1e} of "
             "the largest value: its UNet2DModel is not the one this project knows"
         )
-    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**scheduler)), difference
-
-
-@torch.inference_mode()
-def relative_difference(run: Run, unet: nn.Module) -> float:
-    """How far the two networks' outputs for noise differ, over the largest value of ours.
-
-    They are asked at timesteps from end to end, without a class and with some.
-    """
-    num_classes = run.spec.num_classes if run.config.conditional else 0
-    t = torch.linspace(0, run.diffusion.num_timesteps - 1, 4).long()
-    x = torch.randn(len(t), *run.spec.shape, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(len(t)) % (num_classes + 1) - 1 if num_classes else None  # the first is null
-    ours: Tensor = run.model(x, t, y)
-    theirs: Tensor = unet(x, t, None if y is None else y + 1).sample
-    return ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-3)).item()
-
-
-def ddim_sampling(config: Config) -> Sampling:
-    """The config's sampling settings, with the sampler that the pipeline has."""
-    names = [name for name, sampler in SAMPLERS.items() if sampler.run is ddim]
-    own = config.sampling_method
-    return sampling_from(config, own if own in names else names[0])
+    pipeline = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**scheduler))
+    return pipeline, sampling, difference
 
 
 def ddim_scheduler_config(diffusion: GaussianDiffusion, sampling: Sampling) -> dict[str, Any]:
     """Arguments of the DDIMScheduler that takes the same steps.
 
     Its `step` needs `use_clipped_model_output=True`, which re-derives eps from a thresholded x_0,
-    and `eta`.
-
-    Raises:
-        ConfigError: there is none. Names the setting that prevents it.
+    and `eta`. Raises a ConfigError that names the setting if one prevents such a scheduler.
     """
     T, steps = diffusion.num_timesteps, sampling.num_inference_steps
     # Theirs steps from t to t - T // steps, wherever its next timestep lies.
     if sampling.spacing == "linspace":
-        raise ConfigError(
-            "timestep_spacing='linspace': diffusers' DDIMScheduler does not step from one of its "
-            "timesteps to the next. Use trailing or leading"
-        )
+        theirs = "diffusers' DDIMScheduler does not step from one of its timesteps to the next"
+        raise ConfigError(f"timestep_spacing='linspace': {theirs}. Use trailing or leading")
     if sampling.spacing == "trailing" and T % steps:
         raise ConfigError(
             f"num_inference_steps={steps}: with timestep_spacing='trailing', diffusers' "
@@ -112,15 +89,11 @@ def ddim_scheduler_config(diffusion: GaussianDiffusion, sampling: Sampling) -> d
     )
 
 
-def model_card(run: Run, sampling: Sampling, folder: str) -> str:
-    """The text of the folder's README.md."""
+def write_folder(output: Path, pipeline: Any, run: Run, sampling: Sampling) -> None:
+    """Write the pipeline and a README.md on its use: all of it, or nothing and an OSError."""
     text = MODEL_CARD.read_text(encoding="utf-8")
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)
-    return template.render(run=run, sampling=sampling, folder=json.dumps(folder))
-
-
-def write_folder(output: Path, pipeline: Any, card: str) -> None:
-    """Write the whole folder, or none of it and raise an OSError."""
+    card = template.render(run=run, sampling=sampling, folder=json.dumps(output.name))
     try:
         with atomic_path(output) as temporary:
             pipeline.save_pretrained(temporary)

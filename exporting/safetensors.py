@@ -7,21 +7,15 @@ from pathlib import Path
 
 from generation.run import Run
 from utils.checkpoint import FORMAT_VERSION, WEIGHTS_CHECKSUM, WEIGHTS_FACTS, checksum_of_weights
-from utils.errors import require
 from utils.files import atomic_path
 
 
 def save_weights(path: Path, run: Run) -> None:
-    """Write the weights of a run to `path`, whole or not at all; `utils.checkpoint` reads them.
+    """Write the weights of a run to `path`, whole, or raise an OSError; `load_weights` reads them.
 
     What a checkpoint says of its weights stands in the file's metadata, each fact as JSON. Adapters
     are a part of the weights already, so the config in the file has none.
-
-    Raises:
-        UserError: safetensors is not installed.
-        OSError: the disk refused.
     """
-    require("safetensors")
     from safetensors.torch import save
 
     weights = {name: tensor.cpu().contiguous() for name, tensor in run.model.state_dict().items()}

@@ -47,7 +47,7 @@ class Run:
 
     @property
     def classes(self) -> Sequence[int]:
-        """Those it was trained on, in [0, K)."""
+        """The classes it was trained on, in [0, K)."""
         return self.config.classes or range(self.spec.num_classes)
 
     def describe(self) -> str:
@@ -76,13 +76,12 @@ def load_run(
 ) -> Run:
     """Rebuild what a checkpoint (a file, also an exported one, or a run directory) holds.
 
+    Raises a CheckpointError or a ConfigError that says what is missing or does not fit.
+
     Args:
         use_ema: averaged or raw weights; None takes the averaged ones if there are any.
         config_path, overrides: settings laid over those stored in the checkpoint.
         compile: the network, see `compile_model`. (The config's own `compile` is for training.)
-
-    Raises:
-        CheckpointError, ConfigError: what is missing or does not fit.
     """
     path = resolve_checkpoint(checkpoint)
     state = load_any(path)
@@ -94,16 +93,12 @@ def load_run(
     config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
     resolve_precision(config.precision, device)
     if changed := changed_settings(state["config"], config.to_dict(), SAME_MODEL):
-        raise ConfigError(
-            f"{path}: these settings belong to the weights:\n       " + "\n       ".join(changed)
-        )
+        belong = f"{path}: these settings belong to the weights:"
+        raise ConfigError("\n       ".join([belong, *changed]))
     spec = ImageSpec(*state["spec"])
-    native = datasets.native_spec(config)
-    if native is not None and native != spec:
-        raise ConfigError(
-            f"{path} draws images of {spec}, the config describes {native}; the data set and "
-            "its size belong to the checkpoint"
-        )
+    if (native := datasets.native_spec(config)) not in (None, spec):
+        belong = "the data set and its size belong to the checkpoint"
+        raise ConfigError(f"{path} draws images of {spec}, the config describes {native}; {belong}")
     weights, ema = weights_of(path, state, use_ema=use_ema, prefer_ema=config.use_ema)
     model = models.build_model(config, spec, device)
     try:
@@ -112,21 +107,15 @@ def load_run(
         raise CheckpointError(f"{path}: does not fit the config: {one_line(error, 300)}") from error
     model.eval().requires_grad_(False)
     models.compile_model(model, compile)
-    built = diffusion.build_diffusion(config)
     names = tuple(state.get("class_names") or ())
-    return Run(model, built, spec, config, path, state["step"], state["epoch"], ema, names)
+    facts = path, state["step"], state["epoch"], ema, names
+    return Run(model, diffusion.build_diffusion(config), spec, config, *facts)
 
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
     """`load_run` of what the command line says, see `cli.add_checkpoint_options`."""
-    return load_run(
-        args.checkpoint,
-        device,
-        use_ema=args.use_ema,
-        config_path=args.config,
-        overrides=args.overrides,
-        compile=compile,
-    )
+    given = dict(use_ema=args.use_ema, config_path=args.config, overrides=args.overrides)
+    return load_run(args.checkpoint, device, compile=compile, **given)
 
 
 def check_labels(labels: Sequence[int], run: Run) -> None:

@@ -21,10 +21,9 @@ from utils.images import to_uint8
 from utils.precision import autocast, resolve_precision
 from utils.rng import sample_noise
 
-MAX_GIF_FRAMES = 60
-
 Labels = Sequence[int] | None  # a class in [0, K) for each image; None: a model without classes
-OnStep = Callable[[int, Step], None]  # called with (step number, step) after every step of a batch
+Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> noise
+Frames = dict[int, list[Tensor]]  # the number of a step -> the images after it, batch by batch
 
 log = logging.getLogger("diffusion")
 
@@ -44,8 +43,13 @@ class Sampling:
 
     @property
     def options(self) -> dict[str, float]:
-        """What this sampler takes beside what all samplers take."""
+        """The arguments of this sampler's function that others do not take."""
         return {name: getattr(self, name) for name in SAMPLERS[self.method].options}
+
+    @property
+    def sampler(self) -> Callable[..., Iterator[Step]]:
+        """The function of the sampler, its options filled in."""
+        return partial(SAMPLERS[self.method].run, **self.options)
 
     @property
     def is_deterministic(self) -> bool:
@@ -63,6 +67,12 @@ class Sampling:
         return ", ".join([self.method, steps, *options, kind])
 
 
+def sampler_names(config: Config, functions: Iterable[Callable[..., Iterator[Step]]]) -> list[str]:
+    """Names of the samplers that run one of these functions; the config's own comes first."""
+    names = [name for name, sampler in SAMPLERS.items() if sampler.run in functions]
+    return sorted(names, key=lambda name: name != config.sampling_method)
+
+
 def sampling_from(
     config: Config,
     method: str | None = None,
@@ -73,9 +83,7 @@ def sampling_from(
     """The config's sampling settings, with what the caller gives laid over them.
 
     The config's number of steps belongs to its own method: another one starts from its default.
-
-    Raises:
-        ConfigError: values that the model or the method cannot take.
+    Raises a ConfigError for values that the model or the method cannot take.
     """
     chosen = method or config.sampling_method
     if chosen not in SAMPLERS:
@@ -85,38 +93,23 @@ def sampling_from(
         steps = config.num_inference_steps
     if steps is None:
         steps = min(SAMPLERS[chosen].default_steps or config.num_timesteps, config.num_timesteps)
-    if problem := config.steps_problem(steps):
-        raise ConfigError(problem)
     scale = config.guidance_scale if cfg_scale is None else cfg_scale
     if not 0 <= scale < float("inf"):
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
-    if problem := config.guidance_problem(scale):
-        raise ConfigError(problem)
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")
-    return Sampling(
-        method=chosen,
-        num_inference_steps=steps,
-        eta=eta,
-        cfg_scale=float(scale),
-        cfg_interval=config.cfg_interval,
-        threshold=config.threshold,
-        spacing=config.timestep_spacing,
-        conditional=config.conditional,
-    )
+    if problem := config.steps_problem(steps) or config.guidance_problem(scale):
+        raise ConfigError(problem)
+    kept = config.cfg_interval, config.threshold, config.timestep_spacing, config.conditional
+    return Sampling(chosen, steps, eta, float(scale), *kept)
 
 
 def label_denoiser(run: Run, labels: Labels, sampling: Sampling, device: torch.device) -> Denoiser:
     """The run's model, asked for a class for each image."""
-    return make_denoiser(
-        run.diffusion,
-        run.model,
-        None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device),
-        cfg_scale=sampling.cfg_scale,
-        cfg_interval=sampling.cfg_interval,
-        threshold=sampling.threshold,
-    )
+    y = None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device)
+    guidance = dict(cfg_scale=sampling.cfg_scale, cfg_interval=sampling.cfg_interval)
+    return make_denoiser(run.diffusion, run.model, y, threshold=sampling.threshold, **guidance)
 
 
 def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
@@ -124,23 +117,27 @@ def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
     return timestep_grid(run.config.num_timesteps, sampling.num_inference_steps, sampling.spacing)
 
 
-def sampler_of(sampling: Sampling) -> Callable[..., Iterator[Step]]:
-    """The function of the sampler, its options filled in."""
-    return partial(SAMPLERS[sampling.method].run, **sampling.options)
+def steps_from(
+    run: Run, denoise: Denoiser, x_T: Tensor, sampling: Sampling, draw: Draw
+) -> Iterator[Step]:
+    """The sampler's steps from x_T (b, C, H, W) on, for one batch; the last one's x is the images.
+
+    `draw` gives the noise along the way, see `sample_noise`; that of no seeds refuses to give any.
+    """
+    timesteps = timesteps_of(run, sampling)
+    yield from sampling.sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(x.shape))
 
 
 def sample_steps(
     run: Run, seeds: Sequence[int], labels: Labels, sampling: Sampling, device: torch.device
 ) -> Iterator[Step]:
-    """The sampler's steps for one batch; the last one's x is the images, (b, C, H, W).
+    """The sampler's steps for one batch of new images, see `steps_from`.
 
     Each image depends on its own seed and label alone (up to floating-point rounding).
     """
-    denoise = label_denoiser(run, labels, sampling, device)
     draw = sample_noise(list(seeds), device)
     x_T = draw((len(seeds), *run.spec.shape))
-    timesteps, sampler = timesteps_of(run, sampling), sampler_of(sampling)
-    yield from sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(tuple(x.shape)))
+    yield from steps_from(run, label_denoiser(run, labels, sampling, device), x_T, sampling, draw)
 
 
 def batch_rows(num_images: int, batch_size: int, runtime: Runtime) -> list[slice]:
@@ -151,31 +148,30 @@ def batch_rows(num_images: int, batch_size: int, runtime: Runtime) -> list[slice
 
 
 def run_steps(
-    run: Run, steps: Iterator[Step], device: torch.device, on_step: OnStep | None = None
+    run: Run, steps: Iterator[Step], count: int, device: torch.device, frames: Frames | None = None
 ) -> Tensor:
-    """Take the steps of one batch in the config's precision; returns the last x, (b, C, H, W).
+    """Take the steps of one batch of `count` images in the config's precision.
 
-    Raises:
-        UserError: the device has not the memory for so large a batch.
+    Returns the images, uint8 (count, C, H, W) on the CPU; those after the steps whose numbers
+    `frames` has are appended there. Raises a UserError if the device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     try:
         with torch.inference_mode(), autocast(precision, device):
             for number, step in enumerate(steps):
-                if on_step is not None:
-                    on_step(number, step)
+                if frames and number in frames:
+                    frames[number].append(to_uint8(step.x).cpu())
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory on {device} while sampling; draw fewer images at a time: lower "
+            f"out of memory on {device} while sampling {count} images at a time; draw fewer: lower "
             "--batch_size (of previews: num_samples)"
         ) from error
-    count = len(step.x)
     if black := count - int(torch.isfinite(step.x).flatten(1).all(1).sum()):
         log.warning(
             f"{black} of {count} images are not finite and come out black: the network overflows "
             f"in {precision}; try precision=fp32, or an earlier checkpoint"
         )
-    return step.x
+    return to_uint8(step.x).cpu()
 
 
 def generate(
@@ -186,39 +182,29 @@ def generate(
     sampling: Sampling,
     batch_size: int,
     runtime: Runtime,
-    on_step: OnStep | None = None,
+    frames: Frames | None = None,
 ) -> Iterator[Tensor]:
-    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU."""
+    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU.
+
+    Images on the way are kept in `frames`, see `run_steps`.
+    """
+    device = runtime.device
     for rows in batch_rows(len(seeds), batch_size, runtime):
-        asked = None if labels is None else labels[rows]
-        steps = sample_steps(run, seeds[rows], asked, sampling, runtime.device)
-        yield to_uint8(run_steps(run, steps, runtime.device, on_step)).cpu()
+        steps = sample_steps(run, seeds[rows], labels and labels[rows], sampling, device)
+        yield run_steps(run, steps, len(seeds[rows]), device, frames)
 
 
 def gather_images(
-    parts: Iterable[Tensor],
-    num_images: int,
-    shape: tuple[int, ...],
-    runtime: Runtime,
-    *,
-    dtype: torch.dtype = torch.uint8,
+    parts: Iterable[Tensor], num_images: int, shape: tuple[int, ...], runtime: Runtime
 ) -> Tensor | None:
     """All images, (num_images, *shape) on the CPU of the main process; None on the others.
 
     `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
     """
-    rows = torch.cat([torch.zeros((0, *shape), dtype=dtype), *parts])
-    return runtime.gather(rows, num_images)
+    none = torch.zeros((0, *shape), dtype=torch.uint8)
+    return runtime.gather(torch.cat([none, *parts]), num_images)
 
 
-class FrameRecorder:
-    """An `OnStep` that keeps evenly spaced steps, for GIFs and step pictures, in `frames`: from
-    the number of a step to its batches, uint8 (b, C, H, W)."""
-
-    def __init__(self, num_steps: int) -> None:
-        kept = np.linspace(0, num_steps - 1, min(num_steps, MAX_GIF_FRAMES)).round().astype(int)
-        self.frames: dict[int, list[Tensor]] = {number: [] for number in kept.tolist()}
-
-    def __call__(self, number: int, step: Step) -> None:
-        if number in self.frames:
-            self.frames[number].append(to_uint8(step.x).cpu())
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """0..count - 1, or if that is more than `most`, so many of them, from end to end."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

@@ -17,6 +17,7 @@ import sample
 import train
 from diffusion import SAMPLERS, Sampler
 from diffusion.ddim import ddim
+from editing.command import Pictures
 from editing.mathematics import img2img_steps
 from generation.run import load_run
 from generation.sampling import sampling_from, timesteps_of
@@ -187,10 +188,10 @@ def test_noise_alone_for_a_model_without_classes(do, runs):
 def test_pictures_are_noised_as_far_as_the_strength_says(do, runs):
     run = load_run(runs / "classes", torch.device("cpu"))
     sampling = sampling_from(run.config, "ddim", 10)
-    pictures = torch.zeros(2, 1, 8, 8)
+    pictures = Pictures(torch.zeros(2, 1, 8, 8), [3, 3], [0, 1])
     for strength, count in ((1.0, 10), (0.6, 6)):
         with torch.inference_mode():
-            steps = list(img2img_steps(run, pictures, [3, 3], [0, 1], strength, sampling))
+            steps = list(img2img_steps(run, pictures, strength, sampling))
         assert [s.t for s in steps] == [*timesteps_of(run, sampling)[1:], -1][-count:]
     options = ("--real_split", "test", "--n", 5, "--seeds", "0-4", "--labels", 3, "--steps", 20)
     distances = []
@@ -510,6 +511,16 @@ def test_two_processes_draw_the_same(do, runs, script):
     )
     assert result.returncode == EXIT_OK, result.output
     assert_same(alone, saved("img2img_images"))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_process_without_pictures_inverts_none(do, runs, script):
+    command = ("invert", "--checkpoint", runs / "classes", "--device", "cpu")
+    result = script("edit.py", *command, "--real_split", "test", "--num_samples", 1, processes=2)
+    assert result.returncode == EXIT_OK, result.output
+    with np.load("samples/invert.npz") as stored:
+        assert (stored["x_T"].dtype, stored["x_T"].shape) == (np.float32, (1, 1, 8, 8))
 
 
 def test_faults_are_told_without_a_traceback(runs, script):

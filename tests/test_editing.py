@@ -13,10 +13,10 @@ from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, Prediction, timest
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.guidance import Denoiser
+from editing.from_pictures import box_mask
 from editing.mathematics import (
     Waypoint,
     blend,
-    box_mask,
     ddim_invert,
     frames_along,
     keep_known,

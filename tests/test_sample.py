@@ -226,6 +226,15 @@ def test_sampling_computes_in_the_config_s_precision():
         assert [is_autocast for is_autocast, _ in modes] == [False]
 
 
+def test_too_little_memory_says_how_many_images_were_tried(monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Toy, "forward", forward)
+    with pytest.raises(UserError, match=r"^out of memory on cpu .* 4 images at a time; draw fewer"):
+        toy_images()
+
+
 def test_empty_shares_are_fine(trained):
     run = load_run(trained, CPU)
     runtime = Runtime(CPU, rank=2, world_size=3)
