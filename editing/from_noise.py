@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from editing.command import Job, spread_both, wrote
 from editing.mathematics import INVERSES, Waypoint, frames_along, morph_steps, steps_from
 from generation.run import check_labels
 from generation.sampling import Sampling, label_denoiser, sample_steps, sampling_from
-from generation.sweep import settings_of
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.config import Config
@@ -178,9 +177,8 @@ def grid(job: Job) -> Iterator[str]:
     """The same images with every guidance scale, a row each, and number of steps, a column each."""
     args, run, device = job.args, job.run, job.runtime.device
     scales, counts = args.cfg_scale or [None], args.num_inference_steps or [None]
-    options = dict(method=args.sampling_method, eta=args.ddim_eta)
-    settings = settings_of(run.config, 1, cfg_scales=scales, step_counts=counts, **options)
-    samplings = [setting.sampling for setting in settings]
+    method, eta, pairs = args.sampling_method, args.ddim_eta, product(scales, counts)
+    samplings = [sampling_from(run.config, method, steps, eta, scale) for scale, steps in pairs]
     if args.labels:
         check_labels(args.labels, run)
     every = list(run.classes) if run.config.conditional else [None]
