@@ -33,9 +33,8 @@ log = logging.getLogger("diffusion")
 def best_score(config: Config) -> BestScore:
     """What chooses best_model.pth: `eval_best_metric`, or the training loss."""
     metric = config.eval_best_metric
-    if metric is None:
-        return BestScore(LOSS, lower_is_better=True)
-    return BestScore(metric, lower_is_better=METRICS[metric].better == "lower")
+    lower = metric is None or METRICS[metric].better == "lower"
+    return BestScore(metric or LOSS, lower_is_better=lower)
 
 
 def draw(
