@@ -85,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("give --checkpoint or --images, one of them")
     given = [name for name in ONLY_CHECKPOINT if getattr(args, name) is not None]
     if args.images is not None and given:
-        raise ConfigError(f"--{given[0]}: for images drawn from a --checkpoint; --images exist")
+        raise ConfigError(f"--{given[0]}: for images drawn from a --checkpoint, not for --images")
     counts = (args.batch_size, args.num_samples, args.num_real, args.repeats)
     if any(count is not None and count < 1 for count in counts):
         raise ConfigError("--num_samples, --num_real, --repeats, --batch_size: must be at least 1")
@@ -124,10 +124,8 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     count, processes = images.generated.num_images, runtime.world_size
     log.info("%s on %s, %d process(es)", images.name, device, processes)
     for setting in images.settings:
-        how = (
-            f"from seed {setting.seed}: {setting.sampling.describe()}" if setting else "as they are"
-        )
-        log.info("%d images %s", count, how)
+        how = setting and f"from seed {setting.seed}: {setting.sampling.describe()}"
+        log.info("%d images %s", count, how or "as they are")
     for line in evaluation.plan.lines():
         log.info("%s", line)
     log.info("report: %s", path)

@@ -85,18 +85,17 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
 
     Raises a ConfigError for settings or classes that the model does not know.
     """
-    config, (preset_count, preset_repeats) = run.config, PRESETS.get(args.preset, (None, 1))
-    count = args.num_samples or preset_count or config.eval_num_samples
-    mode, labels = args.label_mode, None
+    config, mode, labels = run.config, args.label_mode, None
+    count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
+    count, repeats = args.num_samples or count, args.repeats or repeats
     if config.conditional:
-        mode = mode or "balanced"
-        counted, num_classes = real.sets and real.sets.train.labels, run.spec.num_classes
+        mode, classes = mode or "balanced", run.classes
+        seen = real.sets and real.sets.train.labels
         labels = requested_labels(
-            mode, count, num_classes, classes=run.classes, train_labels=counted
+            mode, count, run.spec.num_classes, classes=classes, train_labels=seen
         )
     elif mode is not None:
         raise ConfigError("--label_mode: this model was trained without class labels")
-    repeats = args.repeats or preset_repeats
     first_seed = config.seed if args.seed is None else args.seed
     settings = []
     for scale, steps in product(args.cfg_scale or [None], args.num_inference_steps or [None]):

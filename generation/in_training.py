@@ -51,8 +51,7 @@ def draw(
 def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     """Draw a grid, a row per class, and save it as samples/epoch_0001.png. On every rank.
 
-    Returns:
-        the grid, uint8 (C, H, W); None on ranks other than 0.
+    The grid is returned on rank 0, uint8 (C, H, W); the other ranks get None.
     """
     config, count = run.config, run.config.num_samples
     labels = block_labels(count, run.classes) if config.conditional else None
