@@ -16,15 +16,8 @@ from pathlib import Path
 
 import datasets
 from diffusion import SAMPLERS
-from generation.evaluated import (
-    PRESETS,
-    compared_with,
-    drawn_images,
-    existing_images,
-    score_sets,
-)
+from generation.evaluated import PRESETS, compared_with, drawn_images, existing_images, score_sets
 from generation.run import CONFIG_CHECKS, Run, load_run_of
-from generation.sweep import Setting
 from metrics import METRICS, check_metric_names, networks_of
 from metrics.evaluation import Evaluation
 from metrics.report import code_version, read_report, report_path
@@ -86,25 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check what can be checked without reading anything but a report.
-
-    Raises:
-        ConfigError: unknown metrics, counts below 1, or options that exclude each other.
-    """
+    """Raise a ConfigError for what is wrong in the arguments themselves, or in the old report."""
     check_metric_names(args.metrics.split(",") if args.metrics is not None else METRICS)
     if (args.checkpoint is None) == (args.images is None):
         raise ConfigError("give --checkpoint or --images, one of them")
-    if args.images is not None:
-        given = [name for name in ONLY_CHECKPOINT if getattr(args, name) is not None]
-        if given:
-            raise ConfigError(
-                f"--{given[0]} is for images drawn from a --checkpoint; those of --images exist"
-            )
+    given = [name for name in ONLY_CHECKPOINT if getattr(args, name) is not None]
+    if args.images is not None and given:
+        raise ConfigError(f"--{given[0]}: for images drawn from a --checkpoint, not for --images")
     counts = (args.batch_size, args.num_samples, args.num_real, args.repeats)
     if any(count is not None and count < 1 for count in counts):
-        raise ConfigError(
-            "--num_samples, --num_real, --repeats and --batch_size must be at least 1"
-        )
+        raise ConfigError("--num_samples, --num_real, --repeats, --batch_size: must be at least 1")
     if args.seed is not None and args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: must be 0 or more")
     if args.compare is not None:
@@ -123,11 +107,10 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     """Plan, then score and report each set. Returns the exit code: 0 even if metrics are skipped
     or fail, unless --strict."""
     real = compared_with(args, config, run, runtime)
-    settings: list[Setting | None] = [None]
     if run is None:
-        images = existing_images(args, config, real, runtime)
+        images = existing_images(args, config, real)
     else:
-        images, settings = drawn_images(args, run, real, runtime)
+        images = drawn_images(args, run, real, runtime)
     path, device = report_path(args.output, images.home), describe_device(runtime.device)
     evaluation = Evaluation(
         check_metric_names(args.metrics.split(",") if args.metrics else config.eval_metrics),
@@ -138,13 +121,11 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         weights={n.name: getattr(args, n.flag.strip("-")) for n in networks_of(METRICS)},
         download=not args.dry_run,
     )
-    count = images.generated.num_images
-    log.info("%s on %s, %d process(es)", images.name, device, runtime.world_size)
-    for setting in settings:
-        how = "as they are"
-        if setting is not None:
-            how = f"from seed {setting.seed}: {setting.sampling.describe()}"
-        log.info("%d images %s", count, how)
+    count, processes = images.generated.num_images, runtime.world_size
+    log.info("%s on %s, %d process(es)", images.name, device, processes)
+    for setting in images.settings:
+        how = setting and f"from seed {setting.seed}: {setting.sampling.describe()}"
+        log.info("%d images %s", count, how or "as they are")
     for line in evaluation.plan.lines():
         log.info("%s", line)
     log.info("report: %s", path)
@@ -157,18 +138,9 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     evaluation.prepare()
     if args.write_reference is not None:
         evaluation.write_reference(Path(args.write_reference))
-    shared = {"command": args.command, **images.facts, "n": count, **real.facts()}
-    shared |= {"device": device, "world_size": runtime.world_size, "code": code_version()}
-    reports = score_sets(
-        evaluation,
-        images,
-        settings,
-        path=path,
-        facts=shared,
-        old=None if args.compare is None else read_report(args.compare),
-        save_images_dir=args.save_images_dir,
-        keep_samples=args.keep_samples,
-    )
+    facts = {"command": args.command, **images.facts, "n": count, **real.facts()}
+    facts |= {"device": device, "world_size": processes, "code": code_version()}
+    reports = score_sets(args, config, images, evaluation, path, facts)
     values = [entry["value"] for report in reports for entry in report["metrics"].values()]
     incomplete = runtime.broadcast_object(None in values)
     return EXIT_INCOMPLETE if args.strict and incomplete else EXIT_OK

@@ -32,7 +32,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     parser.set_defaults(command=command)
     add = parser.add_argument
     if command == REPORT:
-        add("runs", nargs="+", metavar="RUN", help="the folder of a run")
+        add("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
         add("--output", help="the page; default: report.html in the folder of the first run")
         return parser
     add("folders", nargs="*", metavar="FOLDER", help="runs, or folders that hold runs")
@@ -51,18 +51,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == REPORT:
-        write_report([Path(run) for run in args.runs], args.output)
+        write_report(args.runs, args.output)
         return EXIT_OK
     named = [*args.folders, *filter(None, [args.save_dir])]
     folders = named or [Config.model_fields["save_dir"].default]
     facts = [facts_of(folder, name) for name, folder in by_name(find_runs(folders)).items()]
-    as_json = json.dumps([of_run._asdict() for of_run in facts], indent=2)
-    print(as_json if args.json else format_table(facts) or f"no runs in {', '.join(folders)}")
+    if args.json:
+        print(json.dumps([of_run._asdict() for of_run in facts], indent=2))
+    else:
+        print(format_table(facts) if facts else f"no runs in {', '.join(folders)}")
     return EXIT_OK
 
 
 def write_report(folders: Sequence[Path], output: str | None) -> None:
-    """Write the page and say where; a `UserError` says why it cannot be written."""
+    """Write the page of these runs and say where. Raises a `UserError` if it cannot be written."""
     from reporting.runs import render_report  # Pillow and numpy, which the list does without
 
     for folder in folders:
@@ -80,13 +82,12 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:
-    """Aligned columns: names to the left, numbers to the right; an empty text without runs."""
+    """The facts of at least one run in aligned columns: names to the left, numbers to the right."""
     texts, columns = [texts_of(run) for run in runs], []
-    for head in texts[0] if texts else ():
+    for head in texts[0]:
         cells = [head, *(of_run[head] for of_run in texts)]
-        width = max(map(len, cells))
-        align = str.ljust if head in ("name", "status") else str.rjust
-        columns.append([align(cell, width) for cell in cells])
+        align, width = "<" if head in ("name", "status") else ">", max(map(len, cells))
+        columns.append([f"{cell:{align}{width}}" for cell in cells])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 

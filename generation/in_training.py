@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from datasets import default_flip
 from datasets.real import real_sets
+from generation.evaluated import Setting
 from generation.run import Run
-from generation.sampling import gather_images, generate, sampling_from
-from generation.sweep import settings_of
+from generation.sampling import Labels, gather_images, generate, sampling_from
 from metrics import METRICS, check_metric_names
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
@@ -34,38 +33,31 @@ log = logging.getLogger("diffusion")
 def best_score(config: Config) -> BestScore:
     """What chooses best_model.pth: `eval_best_metric`, or the training loss."""
     metric = config.eval_best_metric
-    if metric is None:
-        return BestScore(LOSS, lower_is_better=True)
-    return BestScore(metric, lower_is_better=METRICS[metric].better == "lower")
+    lower = metric is None or METRICS[metric].better == "lower"
+    return BestScore(metric or LOSS, lower_is_better=lower)
 
 
-@contextlib.contextmanager
-def evaluation_mode(run: Run) -> Iterator[Run]:
-    """The run with its model whole and in eval mode. On every rank."""
-    model = full_model(run.model)
-    was_training = model.training
-    model.eval()
-    try:
-        yield replace(run, model=model)
-    finally:
-        model.train(was_training)
+def draw(
+    run: Run, seeds: Sequence[int], labels: Labels, batch_size: int, runtime: Runtime
+) -> Iterator[Tensor]:
+    """Sample as the config says, see `generate`, with the model whole. On every rank.
+
+    The model stays in eval mode; the trainer puts it back.
+    """
+    whole, how = replace(run, model=full_model(run.model).eval()), sampling_from(run.config)
+    return generate(whole, seeds, labels, sampling=how, batch_size=batch_size, runtime=runtime)
 
 
 def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     """Draw a grid, a row per class, and save it as samples/epoch_0001.png. On every rank.
 
-    Returns:
-        the grid, uint8 (C, H, W); None on ranks other than 0.
+    The grid is returned on rank 0, uint8 (C, H, W); the other ranks get None.
     """
-    config, count, size = run.config, run.config.num_samples, PREVIEW_BATCH_SIZE
+    config, count = run.config, run.config.num_samples
     labels = block_labels(count, run.classes) if config.conditional else None
-    parts, error, how = [], None, sampling_from(config)
+    parts, error = [], None
     try:
-        with evaluation_mode(run) as whole:
-            batches = generate(
-                whole, range(count), labels, sampling=how, batch_size=size, runtime=runtime
-            )
-            parts += batches
+        parts += draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime)
     except Exception as failure:
         error = failure
     if runtime.any(error is not None):  # all ranks skip the gather, or none
@@ -83,8 +75,7 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
 def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Evaluation | None:
     """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
 
-    Raises:
-        ConfigError: the metric that is to choose the best model cannot run here.
+    Raises a ConfigError if the metric that is to choose the best model cannot run here.
     """
     if not config.eval_interval:
         return None
@@ -112,20 +103,15 @@ def evaluate(
     evaluation: Evaluation, run: Run, runtime: Runtime, epoch: int, step: int
 ) -> dict[str, float | None]:
     """Metric name -> value, on every rank; writes eval/epoch_0001.json and .html."""
-    generated, size = evaluation.generated, EVAL_BATCH_SIZE
-    count = generated.num_images
-    setting = settings_of(run.config, count)[0]
-    seeds = range(setting.seed, setting.seed + count)
+    config, generated = run.config, evaluation.generated
+    setting, count = Setting(sampling_from(config), config.seed), generated.num_images
+    seeds = range(config.seed, config.seed + count)
     facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
-    with evaluation_mode(run) as whole:
-        how = setting.sampling
-        images = generate(
-            whole, seeds, generated.labels, sampling=how, batch_size=size, runtime=runtime
-        )
-        report = evaluation.score(images, facts=facts)
+    images = draw(run, seeds, generated.labels, EVAL_BATCH_SIZE, runtime)
+    report = evaluation.score(images, facts=facts)
     values = None
     if report is not None:
-        path = run.config.run_dir / "eval" / f"epoch_{epoch:04d}.json"
+        path = config.run_dir / "eval" / f"epoch_{epoch:04d}.json"
         log.info("%s\nreport: %s", summary(report), path.with_suffix(".html"))
         try:
             evaluation.save(path, report)

@@ -1,112 +1,84 @@
-"""Generated images on disk: while they wait to be scored, and as pictures for the user.
-
-Files of a store hold contiguous global indices, whoever drew them: an interrupted evaluation goes
-on with any number of processes and any batch size.
-"""
+"""Generated images on disk: while they wait to be scored, and as pictures for the user."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.files import atomic_path
 from utils.images import save_image
 from utils.labels import save_labels
 
-FILE_NAME = re.compile(r"images_(\d{8})_(\d{8})\.npy")
+# A file is named by the index of its first image, and by that of its last image + 1.
+FILES = f"images_{'[0-9]' * 8}_{'[0-9]' * 8}.npy"
 
 log = logging.getLogger("diffusion")
 
 
-class SampleStore:
-    """uint8 images (C, H, W) by global index, in the files of one folder.
+def resumed(
+    folder: Path,
+    shape: tuple[int, ...],
+    share: range,
+    draw: Callable[[range], Iterable[Tensor]],
+    *,
+    show_progress: bool = False,
+) -> Iterator[Tensor]:
+    """The images of `share` in order: those in `folder` are read, the others drawn and kept there.
+
+    So an interrupted evaluation goes on, with any number of processes and any batch size. Files
+    that are torn, or hold images of another shape, are left alone and not read.
 
     Args:
-        folder: made with the first image.
-        shape: (C, H, W); files of another shape are left alone and not read.
+        shape: (C, H, W) of one image.
+        share: global indices of the images.
+        draw: makes the images of a range of indices: uint8 (b, C, H, W), batch by batch.
     """
+    stored = {}  # index of an image -> the file that holds it, and the first index in there
+    for path in sorted(folder.glob(FILES)):
+        first, stop = map(int, path.stem.split("_")[1:])
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            array = np.load(path, mmap_mode="r")
+            if array.shape == (stop - first, *shape) and array.dtype == np.uint8:
+                stored |= dict.fromkeys(range(first, stop), (path, first))
+    if there := sum(index in stored for index in share):
+        log.info("%d of %d images are there already: %s", there, len(share), folder)
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.folder = folder
-        self.shape = tuple(shape)
-
-    def resumed(self, share: range, draw: Callable[[range], Iterable[Tensor]]) -> Iterator[Tensor]:
-        """The images of `share` in order: stored ones are read, the others drawn and stored.
-
-        A disk that refuses is told about once; the images still go on.
-
-        Args:
-            draw: global indices -> their images, batch by batch.
-        """
-        writable = True
-        for indices, path in self.runs(share):
-            parts = draw(indices) if path is None else [self._read(indices, path)]
-            start = indices.start
-            for images in parts:
-                if path is None and writable:
-                    try:
-                        self._write(start, images)
-                    except OSError as error:
-                        writable = False
-                        log.warning("images are not kept for a restart: %s", error)
-                yield images
-                start += len(images)
-
-    def runs(self, share: range) -> list[tuple[range, Path | None]]:
-        """`share` cut into contiguous runs, each with the file that holds it, or None."""
-        files = self._files()
-        runs, start = [], share.start
-        while start < share.stop:
-            here = [(held, path) for held, path in files if held.start <= start < held.stop]
-            if here:
-                held, path = max(here, key=lambda item: item[0].stop)
-                stop = min(held.stop, share.stop)
+    def read_or_drawn() -> Iterator[Tensor]:
+        for file, run in groupby(share, stored.get):
+            indices = list(run)
+            if file is None:
+                yield from draw(range(indices[0], indices[-1] + 1))
             else:
-                ahead = (held.start for held, _ in files if held.start > start)
-                path, stop = None, min([*ahead, share.stop])
-            runs.append((range(start, stop), path))
-            start = stop
-        return runs
+                path, first = file
+                yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
 
-    def _files(self) -> list[tuple[range, Path]]:
-        paths = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        names = ((FILE_NAME.fullmatch(path.name), path) for path in paths)
-        held = [(range(int(m[1]), int(m[2])), path) for m, path in names if m]
-        return [(indices, path) for indices, path in held if self._fits(indices, path)]
+    def keep(start: int, images: Tensor) -> None:
+        if start not in stored:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"images_{start:08d}_{start + len(images):08d}.npy"
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, images.numpy())
 
-    def _fits(self, indices: range, path: Path) -> bool:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError):
-            return False
-        return array.shape == (len(indices), *self.shape) and array.dtype == np.uint8
+    with tqdm(total=len(share), unit="image", disable=not show_progress) as bar:
+        for images in _written(read_or_drawn(), share.start, keep, "kept for a restart"):
+            yield images
+            bar.update(len(images))
 
-    def _read(self, indices: range, path: Path) -> Tensor:
-        first = int(FILE_NAME.fullmatch(path.name)[1])
-        array = np.load(path, allow_pickle=False)
-        return torch.from_numpy(array[indices.start - first : indices.stop - first])
 
-    def _write(self, start: int, images: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"images_{start:08d}_{start + len(images):08d}.npy"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, images.numpy())
-
-    def remove(self) -> None:
-        """Remove the images, and the folder if nothing else is in it."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if FILE_NAME.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+def remove(folder: Path) -> None:
+    """Remove the images that `resumed` kept, and the folder if nothing else is in it."""
+    for path in folder.glob(FILES):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def saved(
@@ -114,22 +86,34 @@ def saved(
 ) -> Iterator[Tensor]:
     """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ...
 
-    A disk that refuses is told about once; the images still go on.
-
     Args:
         labels: the classes of all images, by global index; written to labels.json with image 0.
     """
     if labels is not None and start == 0:
         with contextlib.suppress(OSError):  # the images will say so
             save_labels(folder, labels)
-    index, writable = start, True
+
+    def save(first: int, images: Tensor) -> None:
+        for i, image in enumerate(images, first):
+            save_image(folder / f"{i:06d}.png", image)
+
+    return _written(batches, start, save, "all saved")
+
+
+def _written(
+    batches: Iterable[Tensor], start: int, write: Callable[[int, Tensor], None], how: str
+) -> Iterator[Tensor]:
+    """Pass `batches` on, each after `write(index of its first image, images)`.
+
+    A disk that refuses costs the files alone: it is told once, and the images still go on.
+    """
+    writable = True
     for images in batches:
-        for i, image in enumerate(images, index):
-            try:
-                if writable:
-                    save_image(folder / f"{i:06d}.png", image)
-            except OSError as error:
-                writable = False
-                log.warning("images from %06d.png on are not saved: %s", i, error)
+        try:
+            if writable:
+                write(start, images)
+        except OSError as error:
+            writable = False
+            log.warning("images from %06d on are not %s: %s", start, how, error)
         yield images
-        index += len(images)
+        start += len(images)

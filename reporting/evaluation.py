@@ -22,7 +22,7 @@ def render_html(report: Report, pictures: Pictures) -> str:
     """The page for a report of `metrics.report.build_report`, any part of which may be absent.
 
     Titles and descriptions of the metrics are those of report.schema.json. Pictures that do not fit
-    into `MAX_BYTES` are shrunk or left out, and the page says so, see `render_page`.
+    into `MAX_BYTES` are shrunk or left out, see `render_page`.
     """
     made, sweep = report.get("provenance") or {}, report.get("sweep") or []
     accuracy = (report.get("metrics") or {}).get("class_acc") or {}
@@ -46,12 +46,15 @@ def render_html(report: Report, pictures: Pictures) -> str:
 
 
 def classes_to_show(confusion: Sequence[Sequence[int]]) -> list[int]:
-    """Rows and columns of the confusion matrix that are shown: all, or the worst of very many."""
-    classes = list(range(len(confusion)))
-    if len(classes) > MAX_CLASSES:
-        asked = [k for k in classes if sum(confusion[k])]
-        classes = sorted(sorted(asked, key=lambda k: confusion[k][k] / sum(confusion[k]))[:WORST])
-    return classes
+    """The classes whose rows and columns of the matrix are shown: all, or the worst of many.
+
+    Rows are classes that were asked for, columns what the classifier sees, entries are counts.
+    """
+    classes = range(len(confusion))
+    if len(classes) <= MAX_CLASSES:
+        return list(classes)
+    shares = {k: confusion[k][k] / sum(confusion[k]) for k in classes if sum(confusion[k])}
+    return sorted(sorted(shares, key=shares.get)[:WORST])
 
 
 def sweep_charts(rows: Sequence[Report]) -> tuple[list[Chart | None], Legend]:
@@ -78,10 +81,10 @@ def sweep_charts(rows: Sequence[Report]) -> tuple[list[Chart | None], Legend]:
 
 def table_of(rows: Sequence[Report]) -> Table:
     """A row for each setting, with its metrics in columns."""
-    texts = []
-    for row in rows:
-        cells = {key: to_text(value) for key, value in row.items() if key != "metrics"}
-        values = {key: to_number(value) for key, value in (row.get("metrics") or {}).items()}
-        texts.append(cells | values)
+    texts = [
+        {key: to_text(value) for key, value in row.items() if key != "metrics"}
+        | {key: to_number(value) for key, value in (row.get("metrics") or {}).items()}
+        for row in rows
+    ]
     head = list(dict.fromkeys(key for cells in texts for key in cells))
     return head, [[cells.get(key, "") for key in head] for cells in texts]

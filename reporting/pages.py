@@ -26,33 +26,27 @@ Table = tuple[list[str], list[list[str]]]  # heads of the columns, and the rows
 
 
 class Picture(NamedTuple):
-    """A picture to show on a page."""
+    """A picture to show on a page. The last two fields are those of its file, see `render_page`."""
 
     image: np.ndarray  # uint8 (H, W) or (H, W, 3)
     title: str
     caption: str = ""
+    shrink: int = 1  # the sides of the file are those of the image divided by that
+    source: Markup = Markup("")  # the file as a data URI; empty if it is left out
 
 
 Pictures = Mapping[str, Picture]  # in the order to show them
 
 
-class Figure(NamedTuple):
-    """A picture as the templates show it."""
-
-    picture: Picture
-    shrink: int  # the sides of the file are divided by that
-    source: Markup  # the file as a data URI; empty if it is left out
-
-
 def render_page(
     template: str, context: Mapping[str, Any], pictures: Pictures, *, max_bytes: int
 ) -> str:
-    """Fill a template. It finds the pictures, in their order, as `figures`: name -> `Figure`.
+    """Fill a template. It finds the pictures, in their order and with their files, as `figures`.
 
     As long as the page is longer than `max_bytes`, its largest picture is halved, and left out
     after an eighth of its size; the page says so. What is too long without any picture stays so.
     """
-    figures = {name: make_figure(picture, 1) for name, picture in pictures.items()}
+    figures = {name: with_file(picture, 1) for name, picture in pictures.items()}
     page = ENVIRONMENT.get_template(template)
     while True:
         text = page.render(context, figures=figures, max_bytes=max_bytes)
@@ -60,16 +54,16 @@ def render_page(
         name = max(figures, key=lambda name: len(figures[name].source), default="")
         if len(text) <= max_bytes or not name or not figures[name].source:
             return text
-        figures[name] = make_figure(pictures[name], 2 * figures[name].shrink)
+        figures[name] = with_file(figures[name], 2 * figures[name].shrink)
 
 
-def make_figure(picture: Picture, shrink: int) -> Figure:
-    """The picture as a PNG with its sides divided by `shrink`, without it above `MAX_SHRINK`."""
+def with_file(picture: Picture, shrink: int) -> Picture:
+    """The picture with a PNG file whose sides are divided by `shrink`; above `MAX_SHRINK` none."""
     if shrink > MAX_SHRINK:
-        return Figure(picture, shrink, Markup(""))
+        return picture._replace(shrink=shrink, source=Markup(""))
     file = io.BytesIO()
     Image.fromarray(picture.image).reduce(shrink).save(file, "PNG", optimize=True)
-    return Figure(picture, shrink, data_uri("image/png", file.getvalue()))
+    return picture._replace(shrink=shrink, source=data_uri("image/png", file.getvalue()))
 
 
 def data_uri(media_type: str, content: bytes) -> Markup:
@@ -80,7 +74,7 @@ def data_uri(media_type: str, content: bytes) -> Markup:
 def to_text(value: Any) -> Any:
     """A value of a report or config as text; the end of a very long one is left out.
 
-    Whatever a template prints passes through here, except for finished HTML (`Markup`).
+    Whatever a template prints passes through here, and finished HTML (`Markup`) as it is.
     """
     if isinstance(value, Markup):
         return value

@@ -46,8 +46,7 @@ class RunFacts(NamedTuple):
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """The runs among `folders`, and those directly inside the others, in order of their names.
 
-    Raises:
-        ConfigError: one is no folder.
+    Raises a ConfigError if one of `folders` does not exist.
     """
     runs: list[Path] = []
     for folder in map(Path, folders):
@@ -58,7 +57,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether training has written into this folder."""
+    """Tell whether training has written into this folder."""
     return any((folder / name).is_file() for name in (STATUS, METRICS))
 
 
@@ -73,7 +72,6 @@ def facts_of(folder: Path, name: str) -> RunFacts:
     """Read status.json and the end of metrics.jsonl; the further of both tells step and epoch."""
     status = read_json(folder / STATUS)
     rows = list(filter(None, map(parse_row, _text(folder / METRICS, TAIL_BYTES).splitlines())))
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
     newest = rows[-1] if rows else {}
     state = str(status.get("state", "unknown"))
     if state == "running" and not is_trained(folder, status):
@@ -90,7 +88,7 @@ def facts_of(folder: Path, name: str) -> RunFacts:
         total_steps=_largest(status.get("total_steps")),
         best=score,
         best_metric=None if score is None else str(best.get("metric")),
-        loss=losses[-1] if losses else None,
+        loss=next((row["train/loss"] for row in reversed(rows) if "train/loss" in row), None),
         size=_size(folder),
         changed=datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds"),
     )
@@ -157,24 +155,22 @@ def previews(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]]:
 
 def _text(path: Path, num_bytes: int = sys.maxsize) -> str:
     """The end of a file, by default all of it; empty if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - num_bytes))
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - num_bytes))
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """The mapping that JSON text holds; an empty one if it holds none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(content := json.loads(text), dict):
+            return content
+    return {}
 
 
 def _largest(*values: Any) -> float | None:
-    """The largest of those values that are finite numbers."""
+    """The largest of those values that are finite numbers; None if none is."""
     numbers = [x for x in values if type(x) in (int, float) and abs(x) <= sys.float_info.max]
     return max(numbers, default=None)
 
@@ -182,9 +178,8 @@ def _largest(*values: Any) -> float | None:
 def _size(folder: Path) -> int:
     """Bytes of all files below; one with several names (best_model.pth has) counts once."""
     sizes = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # training has just replaced it
-                stat = os.lstat(os.path.join(parent, name))
-                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):  # training has just replaced it
+            stat = path.lstat()
+            sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())

@@ -60,7 +60,7 @@ def render_report(folders: Sequence[Path]) -> str:
 
 
 def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
-    """Read a run's folder; at most `num_pictures` previews, the first and last among them."""
+    """Read the folder of a run: of its previews at most `num_pictures`, from first to last."""
     config, unreadable = run_files.read_json(folder / run_files.CONFIG), []
     series, num_torn = run_files.read_series(folder / run_files.METRICS)
     drawn, pictures = run_files.previews(folder, config), {}
@@ -75,7 +75,7 @@ def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
 
 
 def read_picture(path: Path, title: str) -> Picture:
-    """A preview, reduced by a whole factor to at most `MAX_SIDE` pixels a side."""
+    """Read a preview, reduced by a whole factor to at most `MAX_SIDE` pixels a side."""
     with Image.open(path) as image:
         image = image.convert("L" if image.mode == "L" else "RGB")
     factor = math.ceil(max(image.size) / MAX_SIDE)
@@ -85,13 +85,11 @@ def read_picture(path: Path, title: str) -> Picture:
 
 def facts_table(runs: Sequence[RunRecord]) -> Table:
     """A row for each run: what `python runs.py` lists, its median speed, its peak of memory."""
-    rows = []
-    for run in runs:
-        texts = run_files.texts_of(run.facts)
-        for label, key, of, unit in MEASURED:
+    rows = [run_files.texts_of(run.facts) for run in runs]
+    for texts, run in zip(rows, runs, strict=True):
+        for label, key, summary, unit in MEASURED:
             values = [y for _, y in run.series.get(key, ()) if math.isfinite(y)]
-            texts[label] = f"{of(values):.0f}{unit}" if values else ""
-        rows.append(texts)
+            texts[label] = f"{summary(values):.0f}{unit}" if values else ""
     return list(rows[0]), [list(texts.values()) for texts in rows]
 
 
@@ -114,8 +112,7 @@ def chart_groups(runs: Mapping[str, run_files.Series]) -> dict[str, ChartGroup]:
         charts = {key: {name: runs[name].get(key, ()) for name in runs} for key in chosen}
         legend = legend_of(runs) if len(runs) > 1 else {}
         if chosen is QUARTILES and len(runs) == 1:
-            (series,) = runs.values()
-            lines = {key.removeprefix("train/loss_"): series.get(key, ()) for key in QUARTILES}
+            lines = {key[-2:]: points for key in QUARTILES for points in charts[key].values()}
             charts, legend = {ALL_QUARTILES: lines}, legend_of(lines)
         drawn = [
             draw_chart(key, "step", lines, log=key in LOGARITHMIC, wide=key in WIDE)
@@ -130,10 +127,9 @@ def differing_settings(configs: Mapping[str, Mapping[str, Any]]) -> Table:
     """The keys whose values are not the same in all configs; those of `model_params` one by one."""
     flat = {}
     for name, config in configs.items():
-        params = config.get("model_params")
-        inner = params if isinstance(params, dict) else {}
-        rest = {key: value for key, value in config.items() if key != "model_params"}
-        flat[name] = rest | {f"model_params.{key}": value for key, value in inner.items()}
+        flat[name] = {key: value for key, value in config.items() if key != "model_params"}
+        if isinstance(params := config.get("model_params"), dict):
+            flat[name] |= {f"model_params.{key}": value for key, value in params.items()}
     rows = []
     for key in dict.fromkeys(key for config in flat.values() for key in config):
         texts = [to_text(config[key]) if key in config else NOTHING for config in flat.values()]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from generation.sample_store import SampleStore, saved
+from generation.sample_store import remove, resumed, saved
 
 SHAPE = (1, 4, 4)
 
@@ -32,18 +32,19 @@ class Sampler:
             yield torch.stack([image(i) for i in batch])
 
 
-def collect(store, share, sampler):
-    return torch.cat([torch.zeros((0, *SHAPE), dtype=torch.uint8), *store.resumed(share, sampler)])
+def collect(folder, share, sampler):
+    images = resumed(folder, SHAPE, share, sampler)
+    return torch.cat([torch.zeros((0, *SHAPE), dtype=torch.uint8), *images])
 
 
 def test_an_interrupted_run_draws_only_what_is_missing(tmp_path):
-    store = SampleStore(tmp_path / "samples", SHAPE)
+    folder = tmp_path / "samples"
     first = Sampler(limit=12)
     with pytest.raises(KeyboardInterrupt):
-        collect(store, range(23), first)
+        collect(folder, range(23), first)
     assert first.drawn == list(range(10))
     second = Sampler(size=4)
-    images = collect(store, range(23), second)
+    images = collect(folder, range(23), second)
     assert second.drawn == list(range(10, 23))
     assert torch.equal(images, torch.stack([image(i) for i in range(23)]))
 
@@ -51,48 +52,48 @@ def test_an_interrupted_run_draws_only_what_is_missing(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_any_number_of_processes_goes_on(tmp_path, world_size):
     """Two processes drew parts of their shares; others, with other shares, draw the rest."""
-    store = SampleStore(tmp_path / "samples", SHAPE)
+    folder = tmp_path / "samples"
     for share in (range(0, 7), range(12, 17)):
-        collect(store, share, Sampler(size=3))
+        collect(folder, share, Sampler(size=3))
     bounds = [round(i * 23 / world_size) for i in range(world_size + 1)]
     samplers, parts = [], []
     for start, stop in pairwise(bounds):
         samplers.append(Sampler())
-        parts.append(collect(store, range(start, stop), samplers[-1]))
+        parts.append(collect(folder, range(start, stop), samplers[-1]))
     assert torch.equal(torch.cat(parts), torch.stack([image(i) for i in range(23)]))
     drawn = sorted(i for sampler in samplers for i in sampler.drawn)
     assert drawn == [*range(7, 12), *range(17, 23)]
 
 
 def test_an_empty_share(tmp_path):
-    store = SampleStore(tmp_path / "samples", SHAPE)
-    assert len(collect(store, range(5, 5), Sampler())) == 0
-    assert not store.folder.exists()
+    folder = tmp_path / "samples"
+    assert len(collect(folder, range(5, 5), Sampler())) == 0
+    assert not folder.exists()
 
 
 def test_damaged_and_foreign_files_are_drawn_again(tmp_path):
-    store = SampleStore(tmp_path / "samples", SHAPE)
-    collect(store, range(15), Sampler())
-    torn = tmp_path / "samples/images_00000005_00000010.npy"
+    folder = tmp_path / "samples"
+    collect(folder, range(15), Sampler())
+    torn = folder / "images_00000005_00000010.npy"
     torn.write_bytes(torn.read_bytes()[:-3])
-    np.save(tmp_path / "samples/images_00000010_00000015.npy", np.zeros((5, 3, 4, 4), np.uint8))
-    (tmp_path / "samples/notes.txt").write_text("mine")
+    np.save(folder / "images_00000010_00000015.npy", np.zeros((5, 3, 4, 4), np.uint8))
+    (folder / "notes.txt").write_text("mine")
     sampler = Sampler()
-    images = collect(store, range(15), sampler)
+    images = collect(folder, range(15), sampler)
     assert sampler.drawn == list(range(5, 15))
     assert torch.equal(images, torch.stack([image(i) for i in range(15)]))
-    store.remove()
-    assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
-    (store.folder / "notes.txt").unlink()
-    store.remove()
-    assert not store.folder.exists()
+    remove(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    remove(folder)
+    assert not folder.exists()
 
 
 def test_a_full_disk_costs_the_restart_only(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with caplog.at_level(logging.WARNING, "diffusion"):
-        images = collect(SampleStore(blocked, SHAPE), range(8), Sampler())
+        images = collect(blocked, range(8), Sampler())
     assert len(images) == 8
     (message,) = caplog.messages
     assert "not kept for a restart" in message
