@@ -11,9 +11,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +25,6 @@ from utils.images import to_array
 MAX_FAILURES = 3
 MAX_QUEUED = 1000  # calls that a slow tracker may lag behind
 FINISH_SECONDS = 30
-SWANLAB_MODES = {"cloud": "online", "local": "local", "offline": "offline", "disabled": "disabled"}
 NOT_STARTED = "%s: not started, the run goes on without it (%s)"
 
 log = logging.getLogger("diffusion")
@@ -72,27 +71,28 @@ class SwanlabTracker:
 
         self._swanlab = swanlab
         mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
-        mode = SWANLAB_MODES.get(mode, mode)
         settings = swanlab.Settings(interactive=False)
         if mode == "auto":
             mode = "online" if settings.api_key else "offline"
+        mode = "online" if mode == "cloud" else mode
         log_dir.mkdir(parents=True, exist_ok=True)
-        arguments: dict[str, Any] = dict(
+        goes_on = {"id": run_id, "resume": "allow"} if run_id and mode == "online" else {}
+        init = partial(
+            swanlab.init,
             project=config.project_name,
             name=config.experiment_name,
             config=config.to_dict(),
             log_dir=str(log_dir),
             settings=settings,
+            **goes_on,
         )
-        if run_id is not None and mode == "online":
-            arguments.update(id=run_id, resume="allow")
         try:
-            run = swanlab.init(mode=mode, **arguments)
+            run = init(mode=mode)
         except Exception as error:
             if config.swanlab_mode != "auto" or mode == "offline":
                 raise
             log.warning("SwanLab: no connection (%s); logging offline", _reason(error))
-            run = swanlab.init(mode="offline", **arguments)
+            run = init(mode="offline")
         self.run_id: str | None = run.id
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -131,10 +131,7 @@ class Lane:
     """A tracker in a thread of its own, where it may raise, hang or lag behind.
 
     Each of these costs a warning. What finds the queue full is left out of this tracker. After
-    `MAX_FAILURES` in a row, or where it cannot start, the run goes on without it.
-
-    Args:
-        make: starts the tracker.
+    `MAX_FAILURES` in a row, or where `make` cannot start it, the run goes on without it.
     """
 
     def __init__(self, make: Callable[[], Tracker], name: str) -> None:
