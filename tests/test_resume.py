@@ -18,15 +18,16 @@ from utils.errors import CheckpointError
 BEFORE = dict(
     experiment_name="a",
     image_size=8,
-    model_params={"model_channels": 16, "activation_checkpointing": False},
+    model_type="dit",
+    model_params={"hidden_size": 16, "activation_checkpointing": False},
     beta_start=1e-4,
     beta_end=0.02,
 )
 
 # Key -> another value. The weights mean nothing with it, or the run would be another one.
 REFUSED = {
-    "model_type": "dit",
-    "model_params": {"model_channels": 32, "activation_checkpointing": False},
+    "model_type": "unet",
+    "model_params": {"hidden_size": 32, "activation_checkpointing": False},
     "conditional": True,
     "num_timesteps": 500,
     "beta_start": 2e-4,
@@ -66,7 +67,7 @@ WARNED = {
 }
 # Key -> another value that changes nothing of what is trained.
 FREE = {
-    "model_params": {"model_channels": 16, "activation_checkpointing": True},
+    "model_params": {"hidden_size": 16, "activation_checkpointing": True},
     "epochs": 7,
     "log_interval": 3,
     "num_samples": 4,
@@ -104,7 +105,7 @@ def resume_with(folder: Path, **changes: Any) -> int:
 def test_a_setting_that_belongs_to_the_weights_or_the_run_is_refused(tmp_path, key):
     with pytest.raises(CheckpointError, match="cannot be continued with changed") as error:
         resume_with(tmp_path, **{key: REFUSED[key]})
-    name = "model_params.model_channels" if key == "model_params" else key
+    name = "model_params.hidden_size" if key == "model_params" else key
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [name]
     assert " in the checkpoint, " in lines[0]

@@ -15,7 +15,6 @@ from models import backend_of
 from training.job import Job
 from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
-from training.objective import Example
 from training.run_dir import Status
 from training.saving import BestScore, Saver
 from training.tracking import start_trackers
@@ -35,32 +34,29 @@ log = logging.getLogger("diffusion")
 
 
 def try_batch(job: Job, sheet: str | None) -> None:
-    """Log the loss of the first batch, and draw that batch to the file `sheet`. Trains nothing."""
+    """Log the loss of the first batch, and draw it to the file `sheet`: the images as the model
+    gets them, cropped, flipped, with their classes, and ordered by these. Trains nothing.
+
+    Raises a UserError if the file cannot be written.
+    """
     example = next(job.examples(0))
     with torch.no_grad():
         loss = job.process.loss(job.model, *example).mean()
     log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
-    if sheet is not None and job.runtime.is_main:
-        draw_sheet(Path(sheet), example, job.dataset.class_names)
-
-
-def draw_sheet(path: Path, example: Example, class_names: tuple[str, ...]) -> None:
-    """Draw images as the model gets them, cropped, flipped, with their classes, ordered by these.
-
-    Raises a UserError if the file cannot be written.
-    """
+    if sheet is None or not job.runtime.is_main:
+        return
     images = to_uint8(example.x_0[:SHEET_IMAGES]).cpu()
     labels = [0] * len(images) if example.y is None else example.y[:SHEET_IMAGES].tolist()
     order = sorted(range(len(images)), key=labels.__getitem__)
     rows = [order[i : i + SHEET_COLUMNS] for i in range(0, len(order), SHEET_COLUMNS)]
-    names = class_captions(labels, class_names)
+    names = class_captions(labels, job.dataset.class_names)
     names = [DROPPED if label == NULL_LABEL else names[i] for i, label in enumerate(labels)]
     above = [] if example.y is None else [[names[i] for i in row] for row in rows]
     try:
-        save_image(path, contact_sheet(images, rows, above=above))
+        save_image(Path(sheet), contact_sheet(images, rows, above=above))
     except (OSError, ValueError) as error:
-        raise UserError(f"--sheet {path}: {error}") from error
-    log.info("the first %d images of it: %s", len(images), path)
+        raise UserError(f"--sheet {sheet}: {error}") from error
+    log.info("the first %d images of it: %s", len(images), sheet)
 
 
 def build_trainer(

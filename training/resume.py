@@ -34,7 +34,6 @@ class Resume:
 
     path: Path
     state: dict[str, Any]
-    is_auto: bool  # found by resume_path=auto, not named
 
     @property
     def step(self) -> int:
@@ -54,11 +53,11 @@ def find_resume(config: Config) -> Resume | None:
         path, state, skipped = newest
         for reason in skipped:
             log.warning("passed over %s", reason)
-        resume = Resume(path, state, is_auto=True)
+        resume = Resume(path, state)
     elif config.resume_path is not None:
         path = Path(config.resume_path)
         path = path / CURRENT if path.is_dir() else path
-        resume = Resume(path, load_checkpoint(path), is_auto=False)
+        resume = Resume(path, load_checkpoint(path))
         is_ours = path.resolve().parent == folder.resolve()
         epoch, last_epoch = resume.state["epoch"], max(epochs_saved(folder), default=0)
         if is_ours and last_epoch > epoch:
@@ -154,9 +153,10 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
     epochs more, and says so. Raises a UserError if the named file has `max_steps` steps already.
     """
     total, is_extension = math.ceil(config.epochs * num_images / config.batch_size), False
-    done, is_auto = (0, False) if resume is None else (resume.step, resume.is_auto)
-    if is_auto and resume.state.get("extended_steps"):
-        total, is_extension = max(total, resume.state["extended_steps"]), True
+    done, is_auto = 0 if resume is None else resume.step, config.resume_path == AUTO
+    extended = resume.state.get("extended_steps") if resume is not None and is_auto else None
+    if extended:
+        total, is_extension = max(total, extended), True
     elif not is_auto and total <= done:
         epochs_done = done * config.batch_size // num_images
         last = epochs_done + config.epochs

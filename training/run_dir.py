@@ -18,16 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils import errors
 from utils.config import Config, format_config
-from utils.errors import (
-    EXIT_FAILURE,
-    EXIT_NON_FINITE,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    ConfigError,
-    UserError,
-    one_line,
-)
+from utils.errors import ConfigError, UserError, one_line
 from utils.files import write_text
 from utils.logs import log_to_file
 
@@ -36,7 +29,8 @@ if TYPE_CHECKING:  # the import of torch takes seconds, for which a look at a fo
 
 STATUS, LOCK = "status.json", "run.lock"
 OWNER_SECONDS = 0.1  # whoever has just locked a folder has written its name by then
-STATES = {EXIT_OK: "complete", EXIT_PREEMPTED: "preempted", EXIT_NON_FINITE: "non_finite"}
+STATES = {errors.EXIT_OK: "complete", errors.EXIT_PREEMPTED: "preempted"}
+STATES |= {errors.EXIT_NON_FINITE: "non_finite"}
 
 log = logging.getLogger("diffusion")
 
@@ -117,10 +111,8 @@ def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
     try:  # by now another process may have that number
         with open(folder / LOCK, "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:  # it is locked, or nothing can be locked here
-        return True
+    except OSError as error:  # else it is locked, or nothing can be locked here
+        return not isinstance(error, FileNotFoundError)
     return False
 
 
@@ -164,7 +156,7 @@ class Status:
         try:
             yield
         except BaseException as error:
-            self.finish(getattr(error, "exit_code", EXIT_FAILURE), one_line(error, 500))
+            self.finish(getattr(error, "exit_code", errors.EXIT_FAILURE), one_line(error, 500))
             raise
 
 
@@ -174,7 +166,7 @@ def mark_complete(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.get("state") == "running":
-            Status(path, facts).finish(EXIT_OK)
+            Status(path, facts).finish(errors.EXIT_OK)
 
 
 @contextlib.contextmanager

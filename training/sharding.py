@@ -82,7 +82,7 @@ def wrap_for_training(
             log.info("strategy=fsdp: one process, nothing to shard")
         return model, model
     if strategy == "fsdp":
-        return shard(model, runtime.device, runtime.world_size, precision=precision), model
+        return shard(model, runtime, precision), model
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
     # Buffers are constants. Since torch 2.13 the argument has another name.
     names = inspect.signature(DistributedDataParallel).parameters
@@ -101,13 +101,13 @@ def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def shard(model: nn.Module, device: torch.device, world_size: int, *, precision: str) -> nn.Module:
+def shard(model: nn.Module, runtime: Runtime, precision: str) -> nn.Module:
     """Shard `model` in place over all ranks; it is to be called. Returns what is to be kept.
 
     That is a twin of the model as it was, of the same slices and buffers but without FSDP's
     hooks: to optimize, average, copy, save and load.
     """
-    mesh = init_device_mesh(device.type, (world_size,))
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     atexit.register(_forget_group, mesh)
     # the twin must not hold on to the whole parameters, which are freed unit by unit
     placeholder = nn.Parameter(torch.empty(0))

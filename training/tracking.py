@@ -66,10 +66,10 @@ class MetricsFile:
 class SwanlabTracker:
     """All use of SwanLab. Never asks for input; `run_id` lets a resumed run continue."""
 
-    def __init__(self, config: Config, log_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: Config, run_id: str | None) -> None:
         import swanlab
 
-        self._swanlab = swanlab
+        self._swanlab, log_dir = swanlab, config.run_dir / "swanlog"
         mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
         settings = swanlab.Settings(interactive=False)
         if mode == "auto":
@@ -216,10 +216,8 @@ class TrackerGroup:
 def check_trackers(config: Config) -> Iterator[Problem]:
     """TensorBoard has to be there where it is asked for; SwanLab comes with requirements.txt."""
     if config.use_tensorboard and find_spec("tensorboard") is None:
-        yield Problem(
-            ("use_tensorboard",),
-            "use_tensorboard=True needs a package that is not there: pip install tensorboard",
-        )
+        message = "use_tensorboard=True needs a package that is not there: pip install tensorboard"
+        yield Problem(("use_tensorboard",), message)
 
 
 def start_trackers(
@@ -228,16 +226,15 @@ def start_trackers(
     """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
     if not is_main:
         return TrackerGroup(earlier_id=run_id)
-    path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
+    path, events = config.run_dir / "metrics.jsonl", config.run_dir / "tensorboard"
     record, lanes = None, []
     try:
         record = MetricsFile(path, start_step)
     except OSError as error:
         log.warning(NOT_STARTED, path.name, _reason(error))
     if config.use_swanlab:
-        lanes.append(Lane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
+        lanes.append(Lane(lambda: SwanlabTracker(config, run_id), "SwanLab"))
     if config.use_tensorboard:
-        events = config.run_dir / "tensorboard"
         lanes.append(Lane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
     return TrackerGroup(record, lanes, run_id)
 

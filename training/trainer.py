@@ -205,9 +205,8 @@ class Trainer:
             **self.saver.best.state_dict(),
             "nonfinite_steps": list(self.guard.seen),
             "loss_stats": self._loss.values.cpu(),
-            **self.learner.state_dict(),
             "tracker_run_id": self.tracker.run_id,
-            **self.learner.average_state_dict(),
+            **self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
