@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_config(config))
         return EXIT_OK
     if args.sheet and not args.dry_run:
-        raise ConfigError("--sheet draws a batch instead of training; give it with --dry_run")
+        raise ConfigError("--sheet draws a batch, trains nothing: give it together with --dry_run")
     gpu_ids = config.gpu_ids if torch.cuda.is_available() else None
     with distributed_runtime(
         args.device, gpu_ids=gpu_ids, port=config.port, timeout_minutes=config.timeout_minutes

@@ -162,6 +162,5 @@ class Progress:
         if self._may_warn and self._num_reports == 2 and seconds > LONG_SECONDS:
             log.warning(
                 f"about {left} to go on this CPU; for a quick look take configs/digits_unet.py, "
-                "fewer epochs, or smaller model_params (model_channels of a unet, hidden_size of "
-                "others)"
+                "fewer epochs, or smaller model_params (a unet's model_channels, else hidden_size)"
             )

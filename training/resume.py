@@ -154,9 +154,8 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
     """
     total, is_extension = math.ceil(config.epochs * num_images / config.batch_size), False
     done, is_auto = 0 if resume is None else resume.step, config.resume_path == AUTO
-    extended = resume.state.get("extended_steps") if resume is not None and is_auto else None
-    if extended:
-        total, is_extension = max(total, extended), True
+    if is_auto and resume is not None and resume.state.get("extended_steps"):
+        total, is_extension = max(total, resume.state["extended_steps"]), True
     elif not is_auto and total <= done:
         epochs_done = done * config.batch_size // num_images
         last = epochs_done + config.epochs
