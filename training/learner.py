@@ -40,17 +40,13 @@ class Learner:
         return self.model if self.ema is None else self.ema.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Its part of a checkpoint; of a sharded model, this rank's slices."""
-        state = {
+        """Its part of a checkpoint but for the average; of a sharded model, this rank's slices."""
+        return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.lr_scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
         }
-        if self.ema is not None:
-            state["ema_model_state_dict"] = self.ema.model.state_dict()
-            state["ema_num_updates"] = self.ema.num_updates
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Learning rate, decay and schedule follow the config."""

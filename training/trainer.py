@@ -205,8 +205,9 @@ class Trainer:
             **self.saver.best.state_dict(),
             "nonfinite_steps": list(self.guard.seen),
             "loss_stats": self._loss.values.cpu(),
-            "tracker_run_id": self.tracker.run_id,
             **self.learner.state_dict(),
+            "tracker_run_id": self.tracker.run_id,
+            **({} if self.learner.ema is None else self.learner.ema.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
