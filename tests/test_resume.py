@@ -18,7 +18,7 @@ from utils.errors import CheckpointError
 BEFORE = dict(
     experiment_name="a",
     image_size=8,
-    model_type="dit",
+    model_type="dit",  # it has an argument that says how it is computed, not what
     model_params={"hidden_size": 16, "activation_checkpointing": False},
     beta_start=1e-4,
     beta_end=0.02,
