@@ -11,13 +11,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from generation.in_training import best_score, evaluate, preview, training_evaluation
 from generation.run import CONFIG_CHECKS, Run
 from training import build
+from training.job import prepare
+from training.learner import Learner
 from training.run_dir import mark_complete, open_run_dir
 from training.sharding import check_processes
 from training.tracking import check_trackers
@@ -45,15 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_config(config))
         return EXIT_OK
     if args.sheet and not args.dry_run:
-        raise ConfigError(
-            "--sheet draws a batch instead of training; give it together with --dry_run"
-        )
+        raise ConfigError("--sheet draws a batch, trains nothing: give it together with --dry_run")
     gpu_ids = config.gpu_ids if torch.cuda.is_available() else None
     with distributed_runtime(
-        args.device,
-        gpu_ids=gpu_ids,
-        port=config.port,
-        timeout_minutes=config.timeout_minutes,
+        args.device, gpu_ids=gpu_ids, port=config.port, timeout_minutes=config.timeout_minutes
     ) as runtime:
         setup_logging(is_main=runtime.is_main)
         if config.gpu_ids and gpu_ids is None:
@@ -71,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None = None) -> int:
     """Build everything the config names, and run it. Returns the exit code.
 
-    Args:
-        dry_run: compute one loss instead, and write nothing but the first batch to `sheet`.
+    A `dry_run` computes one loss instead, and writes nothing but the first batch to `sheet`.
     """
-    job = build.prepare(config, runtime)
+    job = prepare(config, runtime)
     if job is None:
         if runtime.is_main and not dry_run:
             mark_complete(config.run_dir)
@@ -83,12 +78,12 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
     evaluation = training_evaluation(config, spec, runtime)
     if dry_run:
         build.log_start(job)
-        build.try_batch(job, None if sheet is None else Path(sheet))
+        build.try_batch(job, sheet)
         return EXIT_OK
     with open_run_dir(config, runtime, job.seen) as status:
         build.log_start(job)
         status.update(total_steps=job.schedule.total_steps)
-        learner = build.build_learner(job)
+        learner = Learner(job)
         run = Run(learner.sampled_model, job.process, spec, config, ema=config.use_ema)
         trainer = build.build_trainer(
             job,

@@ -67,8 +67,8 @@ from benchmarks.timing import (
 )
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
-from training.build import examples_from
 from training.ema import EMA
+from training.objective import training_examples
 from training.trainer import Trainer
 from utils.checkpoint import save_checkpoint
 from utils.distributed import Runtime, keep_freed_memory
@@ -208,7 +208,7 @@ def data(setting: Setting, folder: Path) -> Section:
     for network in make_networks(setting, OUR_UNET, OUR_DIT):
         config, name = make_config(network, setting, folder), network.name
         resident, runtime = make_resident(images, setting.device), Runtime(setting.device)
-        examples = examples_from(config, resident, runtime, start_step=0)
+        examples = training_examples(config, resident, runtime)
         section.tasks[f"step {name}"] = training_step(network.model, setting)
         section.tasks[f"example {name}"] = functools.partial(next, examples)
         section.parts.append(

@@ -27,16 +27,14 @@ from diffusion import build_diffusion, make_denoiser
 from diffusion.guidance import threshold_x_0
 from generation.sampling import Run, generate, sampling_from
 from models import compile_model
-from training.build import examples_from, make_guard
-from training.ema import EMA
+from training.build import build_trainer
+from training.job import Job
 from training.learner import Learner
-from training.objective import timestep_quartiles
-from training.optim import build_lr_scheduler, build_optimizer
+from training.objective import training_examples
 from training.progress import Schedule
 from training.run_dir import Status
-from training.saving import LOSS, BestScore, Saver
-from training.tracking import start_trackers
-from training.trainer import Objective, Trainer
+from training.saving import LOSS, BestScore
+from training.trainer import Trainer
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.images import ImageSpec
@@ -198,7 +196,7 @@ def repeated(task: Task, times: int) -> Task:
 # --- our loop and our sampler
 
 
-def make_config(network: Network, setting: Setting, folder: Path) -> Config:
+def make_config(network: Network, setting: Setting, folder: Path, *, ema: bool = True) -> Config:
     return Config(
         dataset="cifar10",
         conditional=True,
@@ -207,6 +205,7 @@ def make_config(network: Network, setting: Setting, folder: Path) -> Config:
         learning_rate=1e-5,
         horizontal_flip=True,
         precision=setting.precision,
+        use_ema=ema,
         num_inference_steps=SAMPLER_STEPS,
         cfg_scale=CFG_SCALE,
         save_interval=10**6,
@@ -229,33 +228,15 @@ def make_trainer(
     network: Network, setting: Setting, dataset: InMemoryDataset, folder: Path, *, ema: bool
 ) -> Trainer:
     """As train.py puts it together."""
-    config, runtime = make_config(network, setting, folder), Runtime(setting.device)
+    config, runtime = make_config(network, setting, folder, ema=ema), Runtime(setting.device)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    process, model = build_diffusion(config), network.model
-    optimizer = build_optimizer(model, config)
-    best = BestScore(LOSS, lower_is_better=True)
-    saver = Saver(config.run_dir, config.keep_last, runtime, best=best, status=Status(None))
-    return Trainer(
-        Learner(
-            model,
-            model,
-            optimizer,
-            build_lr_scheduler(optimizer, lambda _: 1.0),
-            ema=EMA(model, config.ema_decay) if ema else None,
-            precision=setting.precision,
-        ),
-        Objective(
-            lambda network, example: process.loss(network, *example),
-            partial(examples_from, config, make_resident(dataset, setting.device), runtime),
-            timestep_quartiles(config.num_timesteps),
-        ),
-        schedule=Schedule(NUM_IMAGES, setting.batch_size, 0),
-        runtime=runtime,
-        tracker=start_trackers(config, is_main=True, start_step=0, run_id=None),
-        config=config,
-        guard=make_guard(config, dataset, runtime),
-        saver=saver,
+    examples = partial(training_examples, config, make_resident(dataset, setting.device), runtime)
+    schedule, process = Schedule(NUM_IMAGES, setting.batch_size, 0), build_diffusion(config)
+    job = Job(
+        config, runtime, dataset, schedule, network.model, process, examples, setting.precision
     )
+    best = BestScore(LOSS, lower_is_better=True)
+    return build_trainer(job, Learner(job), Status(None), best=best, evaluate=None, preview=None)
 
 
 def few_steps(trainer: Trainer) -> Task:

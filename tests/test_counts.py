@@ -21,18 +21,14 @@ from diffusion import build_diffusion
 from generation.run import Run
 from generation.sampling import generate, sampling_from
 from models.unet import UNet
-from training.build import examples_from
-from training.ema import EMA
+from training.build import build_trainer
+from training.job import Job
 from training.learner import Learner
-from training.nonfinite import NonFiniteGuard
-from training.objective import timestep_quartiles
-from training.optim import build_lr_scheduler, build_optimizer
+from training.objective import training_examples
 from training.progress import Schedule
 from training.run_dir import Status
-from training.saving import LOSS, BestScore, Saver
-from training.sharding import wrap_for_training
-from training.tracking import start_trackers
-from training.trainer import Objective, Trainer
+from training.saving import LOSS, BestScore
+from training.trainer import Trainer
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.images import ImageSpec
@@ -55,39 +51,28 @@ def tiny_unet() -> UNet:
     )
 
 
-def make_trainer(folder: Path, runtime: Runtime, network: nn.Module, model: nn.Module, **settings):
+def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
     """As train.py composes it for a CUDA device: flags stay on the device until they are read."""
     config = Config(
         conditional=True,
         batch_size=BATCH_SIZE,
         horizontal_flip=True,
+        use_scheduler=True,
         save_dir=str(folder),
         experiment_name="counted",
         **settings,
     )
     config.run_dir.mkdir()
-    process = build_diffusion(config)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
-    optimizer = build_optimizer(model, config)
-    lr_scheduler = build_lr_scheduler(optimizer, lambda step: 1 / (step + 1))
+    examples = partial(training_examples, config, dataset, runtime)
+    schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_diffusion(config)
+    job = Job(config, runtime, dataset, schedule, tiny_unet(), process, examples)
     best = BestScore(LOSS, lower_is_better=True)
-    saver = Saver(config.run_dir, config.keep_last, runtime, best=best, status=Status(None))
-    return Trainer(
-        Learner(model, network, optimizer, lr_scheduler, ema=EMA(model, 0.9), precision="fp32"),
-        Objective(
-            lambda network, example: process.loss(network, *example),
-            partial(examples_from, config, dataset, runtime),
-            timestep_quartiles(config.num_timesteps),
-        ),
-        schedule=Schedule(len(dataset), BATCH_SIZE, 0),
-        runtime=runtime,
-        tracker=start_trackers(config, is_main=True, start_step=0, run_id=None),
-        config=config,
-        guard=NonFiniteGuard(0, runtime.device, on_host=False, describe=lambda _: {}, folder=None),
-        saver=saver,
-    )
+    trainer = build_trainer(job, Learner(job), Status(None), best=best, evaluate=None, preview=None)
+    trainer.guard.on_host = False
+    return trainer
 
 
 def train_to(trainer: Trainer, step: int) -> None:
@@ -126,8 +111,7 @@ def copies_to_the_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_the_host_reads_nothing_between_log_steps(tmp_path, monkeypatch):
-    model = tiny_unet()
-    trainer = make_trainer(tmp_path, Runtime(CPU), model, model, log_interval=5)
+    trainer = make_trainer(tmp_path, Runtime(CPU), log_interval=5)
     train_to(trainer, 1)  # the first step logs
     with HostReads() as reads, copies_to_the_host(monkeypatch) as copies:
         train_to(trainer, 4)
@@ -148,7 +132,7 @@ def two_processes() -> Iterator[Runtime]:
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
-    model, network = wrap_for_training(tiny_unet(), two_processes)
+    trainer = make_trainer(tmp_path, two_processes, gradient_accumulation_steps=micro_batches)
     reduced = []
 
     def hook(_, bucket):  # DDP refuses annotations that are strings
@@ -157,11 +141,8 @@ def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batc
         future.set_result(bucket.buffer())
         return future
 
-    network.register_comm_hook(None, hook)
-    trainer = make_trainer(
-        tmp_path, two_processes, network, model, gradient_accumulation_steps=micro_batches
-    )
-    num_steps, num_parameters = 3, sum(p.numel() for p in model.parameters())
+    trainer.learner.network.register_comm_hook(None, hook)
+    num_steps, num_parameters = 3, sum(p.numel() for p in trainer.learner.parameters)
     train_to(trainer, num_steps)
     assert reduced == num_steps * [num_parameters]
 

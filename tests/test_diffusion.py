@@ -1,17 +1,21 @@
 """The diffusion process and the samplers, by their identities and against diffusers."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from datasets.storage import InMemoryDataset
 from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, guidance, make_denoiser, timestep_grid
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
 from diffusion.guidance import threshold_x_0
 from training.objective import training_examples
+from utils.config import Config
+from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
 from utils.rng import Stream, torch_generator
 
@@ -446,45 +450,44 @@ def test_the_table_says_what_samplers_do(name, eta):
 # --- training examples
 
 
-def examples(rows, start_step=0, count=3, **options):
+ALONE = Runtime(torch.device("cpu"))
+
+
+def examples(runtime=ALONE, start_step=0, count=3, **settings):
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(10, 8, 1, 4, 4, generator=generator)
-    labels = torch.randint(0, 5, (10, 8), generator=generator)
-    stream = ((images[i][rows], labels[i][rows]) for i in range(start_step, 10))
-    options = dict(seed=1, conditional=True, label_dropout=0.5) | options
-    made = training_examples(
-        stream, num_timesteps=T, batch_size=8, rows=rows, start_step=start_step, **options
-    )
+    images = torch.randint(256, (20, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 5, (20,), generator=generator)
+    dataset = InMemoryDataset(images, labels, ["a", "b", "c", "d", "e"])
+    options = dict(seed=1, batch_size=8, num_timesteps=T, conditional=True, cfg_dropout_prob=0.5)
+    made = training_examples(Config(**{**options, **settings}), dataset, runtime, start_step)
     return [next(made) for _ in range(count)]
 
 
 def test_examples_of_ranks_concatenate_to_the_global_batch():
-    whole = examples(slice(0, 8))
-    halves = zip(examples(slice(0, 4)), examples(slice(4, 8)), strict=True)
+    whole = examples()
+    halves = zip(*(examples(replace(ALONE, rank=r, world_size=2)) for r in (0, 1)), strict=True)
     for one, (first, second) in zip(whole, halves, strict=True):
         for a, b, c in zip(one, first, second, strict=True):
             assert torch.equal(a, torch.cat([b, c]))
 
 
 def test_examples_depend_on_the_step_alone():
-    whole = examples(slice(0, 8), count=5)
-    later = examples(slice(0, 8), start_step=3, count=2)
+    whole = examples(count=5)
+    later = examples(start_step=3, count=2)
     for one, other in zip(whole[3:], later, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(whole[0].noise, whole[1].noise)
 
 
 def test_every_timestep_is_trained():
-    stream = [(torch.zeros(256, 1, 1, 1), torch.zeros(256, dtype=torch.int64))]
-    options = dict(batch_size=256, rows=slice(0, 256), seed=0, conditional=True, label_dropout=0.0)
-    (example,) = training_examples(stream, num_timesteps=4, **options)
+    (example,) = examples(count=1, batch_size=256, num_timesteps=4)
     assert example.t.dtype == torch.int64
     assert example.t.unique().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_timesteps_noise_and_label_dropout_have_streams_of_their_own(step):
-    example = examples(slice(0, 8), start_step=step, count=1)[0]
+    example = examples(start_step=step, count=1)[0]
 
     def generator(stream):
         return torch_generator(1, stream, step)
@@ -497,13 +500,13 @@ def test_timesteps_noise_and_label_dropout_have_streams_of_their_own(step):
 
 
 def test_label_dropout_has_its_rate_and_touches_nothing_else():
-    stream = ((torch.zeros(4096, 1, 1, 1), torch.ones(4096, dtype=torch.int64)) for _ in range(1))
-    options = dict(num_timesteps=T, batch_size=4096, rows=slice(0, 4096), seed=0, conditional=True)
-    (example,) = training_examples(stream, label_dropout=0.25, **options)
+    (plain,) = examples(count=1, batch_size=4096, cfg_dropout_prob=0.0)
+    (example,) = examples(count=1, batch_size=4096, cfg_dropout_prob=0.25)
     dropped = example.y == NULL_LABEL
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert (example.y[~dropped] == 1).all()
+    assert torch.equal(example.y[~dropped], plain.y[~dropped])
+    assert all(torch.equal(example[i], plain[i]) for i in (0, 2, 3))
 
 
 def test_unconditional_examples_have_no_labels():
-    assert examples(slice(0, 8), conditional=False, label_dropout=0.0)[0].y is None
+    assert examples(conditional=False, cfg_dropout_prob=0.0)[0].y is None

@@ -29,7 +29,7 @@ def losses(run_dir) -> list[float]:
 def test_no_step_waits_for_the_device(tmp_path):
     model = tiny_unet().to(CUDA).train()
     trainer = make_trainer(tmp_path, Runtime(CUDA), model, model)
-    examples = trainer.batches(0)
+    examples = trainer.job.examples(0)
 
     def train(num_steps: int) -> None:
         for _ in range(num_steps):

@@ -18,10 +18,10 @@ from diffusion.gaussian import GaussianDiffusion
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
 from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, logged, run, state_of
-from training import build
 from training.nonfinite import NonFiniteError, NonFiniteGuard
 from training.trainer import Trainer
 from utils.config import Config
+from utils.distributed import Runtime
 from utils.errors import EXIT_NON_FINITE, EXIT_OK, EXIT_PREEMPTED
 from utils.images import to_float
 
@@ -30,13 +30,13 @@ LAST = "current_model.pth, step 2"
 
 
 def make_guard(limit, folder=None, *, on_host=True):
-    return NonFiniteGuard(
-        limit,
-        CPU,
-        on_host=on_host,
-        describe=lambda step: {"step": step + 1, "indices": [step, 7]},
-        folder=folder,
-    )
+    """Of a rank other than 0 if there is no folder."""
+    rule = dict(on_nonfinite="skip", max_nonfinite_steps=limit) if limit else {}
+    name = {} if folder is None else dict(save_dir=str(folder.parent), experiment_name=folder.name)
+    guard = NonFiniteGuard(Config(**rule, **name), [], Runtime(CPU, rank=int(folder is None)))
+    guard.on_host = on_host
+    guard.describe = lambda step: {"step": step + 1, "indices": [step, 7]}
+    return guard
 
 
 def drive(guard, bad_steps, steps, read_interval=1):
@@ -152,14 +152,14 @@ def spoil(monkeypatch, bad_steps, seen=None):
     honest = Trainer.train
 
     def spoilt(self):
-        loss_fn = self.loss_fn
+        loss_fn = self.job.process.loss
 
-        def loss(network, example):
+        def loss(network, *example):
             if seen is not None:
                 seen[self.step] = example[0]
-            return loss_fn(network, example) * (math.nan if self.step in bad_steps else 1.0)
+            return loss_fn(network, *example) * (math.nan if self.step in bad_steps else 1.0)
 
-        self.loss_fn = loss
+        self.job.process.loss = loss
         return honest(self)
 
     monkeypatch.setattr(Trainer, "train", spoilt)
@@ -179,14 +179,13 @@ def leave_out(monkeypatch, steps):
 
 def read_late(monkeypatch):
     """As on a GPU."""
-    honest = build.make_guard
+    honest = NonFiniteGuard.__init__
 
-    def deferred(*arguments):
-        guard = honest(*arguments)
-        guard.on_host = False
-        return guard
+    def deferred(self, *arguments):
+        honest(self, *arguments)
+        self.on_host = False
 
-    monkeypatch.setattr(build, "make_guard", deferred)
+    monkeypatch.setattr(NonFiniteGuard, "__init__", deferred)
 
 
 SKIP = ["on_nonfinite=skip", "use_scheduler=true", "max_steps=20"]
@@ -327,7 +326,7 @@ import hashlib, json, math, os, sys
 sys.path.insert(0, sys.argv[1])
 import train
 from utils.errors import exit_code_of
-from training import build
+from training import job
 from training.trainer import Trainer
 
 rank, trainers = int(os.environ["RANK"]), []
@@ -335,19 +334,19 @@ honest = Trainer.train
 
 def spoilt(self):
     trainers.append(self)
-    loss_fn, calls = self.loss_fn, []
+    loss_fn, calls = self.job.process.loss, []
 
-    def loss(network, example):
+    def loss(network, *example):
         calls.append(1)
         is_bad = BAD and rank == 1 and len(calls) == BAD
-        return loss_fn(network, example) + (math.inf if is_bad else 0.0)  # the gradient is finite
+        return loss_fn(network, *example) + (math.inf if is_bad else 0.0)  # the gradient is finite
 
-    self.loss_fn = loss
+    self.job.process.loss = loss
     return honest(self)
 
 Trainer.train = spoilt
 half = {"auto": "fp32", "fp16": "fp16"}  # without a GPU
-build.resolve_precision = lambda precision, device: half[precision]
+job.resolve_precision = lambda precision, device: half[precision]
 results = {}
 for name, (port, BAD, options) in json.loads(sys.argv[2]).items():
     os.environ["MASTER_PORT"] = str(port)

@@ -30,12 +30,12 @@ import torch
 import train
 from diffusion.gaussian import GaussianDiffusion
 from generation.run import CONFIG_CHECKS
-from training import build
+from training.nonfinite import NonFiniteGuard
 from utils.config import load_config
 from utils.distributed import distributed_runtime
 from utils.logs import setup_logging
 
-honest_loss, make_guard = GaussianDiffusion.loss, build.make_guard
+honest_loss, make_guard = GaussianDiffusion.loss, NonFiniteGuard.__init__
 
 def poison(runtime, bad_call):
     calls = []
@@ -45,16 +45,15 @@ def poison(runtime, bad_call):
         return honest_loss(self, *arguments) * (float("nan") if is_bad else 1.0)
     return loss
 
-def deferred(*arguments):  # as on GPUs: the optimizer's kernel leaves out the step
-    guard = make_guard(*arguments)
-    guard.on_host = False
-    return guard
+def deferred(self, *arguments):  # as on GPUs: the optimizer's kernel leaves out the step
+    make_guard(self, *arguments)
+    self.on_host = False
 
 with distributed_runtime("cpu") as runtime:
     setup_logging(is_main=runtime.is_main)
     for arguments, bad_call in json.loads(sys.argv[2]):
         GaussianDiffusion.loss = poison(runtime, bad_call)
-        build.make_guard = deferred if bad_call else make_guard
+        NonFiniteGuard.__init__ = deferred if bad_call else make_guard
         config = load_config(arguments[0], arguments[1:], checks=CONFIG_CHECKS)
         assert train.train(config, runtime, dry_run=False) == 0
 """

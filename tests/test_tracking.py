@@ -307,7 +307,7 @@ def test_modes(tmp_path, fake, monkeypatch, mode, environment, key, used):
     module = fake(api_key=key)
     if environment:
         monkeypatch.setenv("SWANLAB_MODE", environment)
-    SwanlabTracker(config_in(tmp_path, swanlab_mode=mode), tmp_path / "swanlog", None)
+    SwanlabTracker(config_in(tmp_path, swanlab_mode=mode), None)
     assert [call["mode"] for call in module.inits] == [used]
     assert module.settings == [{"interactive": False}], "it must never ask"
 
@@ -335,12 +335,12 @@ def test_the_id_survives_a_tracker_that_does_not_start(tmp_path, fake, warnings)
 
 def test_no_connection_means_offline_if_the_mode_is_auto(tmp_path, fake, warnings):
     module = fake(api_key="key", failing_modes=("online",))
-    SwanlabTracker(config_in(tmp_path), tmp_path / "swanlog", None)
+    SwanlabTracker(config_in(tmp_path), None)
     assert [call["mode"] for call in module.inits] == ["online", "offline"]
     assert len(warnings()) == 1
     assert "logging offline" in warnings()[0]
     with pytest.raises(ConnectionError):
-        SwanlabTracker(config_in(tmp_path, swanlab_mode="cloud"), tmp_path / "swanlog", None)
+        SwanlabTracker(config_in(tmp_path, swanlab_mode="cloud"), None)
 
 
 def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):

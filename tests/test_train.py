@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from generation.in_training import preview
 from generation.run import Run
 from tests.conftest import start_script
 from training import build
-from training.nonfinite import NonFiniteError
+from training.nonfinite import NonFiniteError, NonFiniteGuard
 from training.optim import build_lr_scheduler, build_optimizer, lr_factor
 from training.progress import Schedule
 from training.resume import check_backend, find_resume, plan_steps
@@ -483,14 +484,13 @@ def test_a_non_finite_loss_stops_before_the_step(tiny, monkeypatch, on_cpu):
 
     monkeypatch.setattr(Trainer, "train", remember)
     if not on_cpu:
-        make_guard = build.make_guard
+        make_guard = NonFiniteGuard.__init__
 
-        def deferred(*arguments):
-            guard = make_guard(*arguments)
-            guard.on_host = False
-            return guard
+        def deferred(self, *arguments):
+            make_guard(self, *arguments)
+            self.on_host = False
 
-        monkeypatch.setattr(build, "make_guard", deferred)
+        monkeypatch.setattr(NonFiniteGuard, "__init__", deferred)
     with pytest.raises(NonFiniteError, match="not finite") as error:
         run(tiny, "bad", "max_steps=20", "log_interval=12")
     assert error.value.exit_code == EXIT_NON_FINITE
@@ -658,8 +658,7 @@ def test_steps_follow_epochs_and_max_steps():
 def lr_curve(total_steps=100, **options):
     config = Config(experiment_name="x", use_scheduler=True, learning_rate=0.1, **options)
     optimizer = build_optimizer(torch.nn.Linear(1, 1), config)
-    factor = lr_factor(config, steps_per_epoch=10, total_steps=total_steps)
-    scheduler = build_lr_scheduler(optimizer, factor)
+    scheduler = build_lr_scheduler(optimizer, config, Schedule(10, 1, total_steps))
     values = []
     for _ in range(total_steps):
         values.append(scheduler.get_last_lr()[0])
@@ -708,7 +707,7 @@ def test_a_warm_up_longer_than_the_run_ends_with_it():
         warmup_epochs=500,
         warmup_start_factor=0.1,
     )
-    factor = lr_factor(config, steps_per_epoch=1, total_steps=100)
+    factor = partial(lr_factor, config, Schedule(1, 1, 100))
     assert factor(0) == pytest.approx(0.1)
     assert factor(50) == pytest.approx(0.55)
     assert factor(100) == pytest.approx(1.0)

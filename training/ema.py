@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,12 @@ class EMA:
         # a sharded parameter's deep copy would come with a process group of its own
         clones = {id(p): nn.Parameter(p.detach().clone()) for p in model.parameters()}
         self.model = copy.deepcopy(model, clones).eval().requires_grad_(False)
-        self.decay = decay
-        self.num_updates = 0
+        self.decay, self.num_updates = decay, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its part of a checkpoint: all that sampling needs."""
+        state = self.model.state_dict()
+        return {"ema_model_state_dict": state, "ema_num_updates": self.num_updates}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from datasets import ImageDataset
+from datasets.loader import global_indices
+from utils.config import Config
+from utils.distributed import Runtime
 from utils.errors import EXIT_NON_FINITE, UserError
 
 log = logging.getLogger("diffusion")
@@ -25,32 +27,23 @@ class NonFiniteError(UserError):
 class NonFiniteGuard:
     """Keeps bad steps from the weights, and counts them.
 
-    Args:
-        limit: bad steps that may be skipped in a run; 0: the first one stops it.
-        on_host: read each flag at once, which is free on a CPU; else only in `read`.
-        describe: step -> what to write about its batch.
-        folder: gets `nonfinite_step_0000123.json`; None: no file, on ranks other than 0.
+    `limit` of them may be skipped in a run; with 0 the first one stops it. Rank 0 describes the
+    batch of each in the run's folder, in `nonfinite_step_0000123.json`.
     """
 
-    def __init__(
-        self,
-        limit: int,
-        device: torch.device,
-        *,
-        on_host: bool,
-        describe: Callable[[int], dict[str, Any]],
-        folder: Path | None,
-    ) -> None:
-        self.limit, self.on_host, self.describe, self.folder = limit, on_host, describe, folder
+    def __init__(self, config: Config, dataset: ImageDataset, runtime: Runtime) -> None:
+        self.config, self.dataset, self.is_main = config, dataset, runtime.is_main
+        self.limit = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
+        # Whether each flag is read at once. On a GPU the host would wait for every step.
+        self.on_host = runtime.device.type != "cuda"
         self.seen: list[int] = []  # steps that `read` has told of
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._make_slots()
 
     def add(self, is_finite: Tensor, step: int) -> Tensor:
         """Note a step's flag, a scalar on the device, the same on all ranks.
 
-        Returns:
-            1.0 where the optimizer must leave the weights alone, else 0.0; on the device.
+        Returns 1.0 where the optimizer must leave the weights alone, else 0.0; on the device.
         """
         is_bad = ~is_finite
         here = is_bad & (self._slots == self._count)
@@ -59,23 +52,17 @@ class NonFiniteGuard:
         return (is_bad | (self._count > self.limit)).float()
 
     def read(self, last_saved: str) -> None:
-        """Tell of bad steps since the last call; waits for the device.
-
-        Raises:
-            NonFiniteError: there were more than `limit`.
-        """
+        """Tell of bad steps since the last call; waits for the device. Raises a NonFiniteError if
+        there were more than `limit`."""
         count = int(self._count)
         new = self._steps[len(self.seen) : count].tolist() if count > len(self.seen) else []
         for step in new:
             self.seen.append(step)
-            where = self._write(step)
-            if len(self.seen) <= self.limit:
+            where, number = self._write(step), len(self.seen)
+            if number <= self.limit:
                 log.warning(
-                    "loss or gradient is not finite at step %d: skipped, %d of at most %d (%s)",
-                    step + 1,
-                    len(self.seen),
-                    self.limit,
-                    where,
+                    f"loss or gradient is not finite at step {step + 1}: skipped, {number} of at "
+                    f"most {self.limit} ({where})"
                 )
         if count > self.limit:
             allowed = f" ({self.limit} were skipped)" if self.limit else ""
@@ -86,9 +73,8 @@ class NonFiniteGuard:
             )
 
     def restore(self, steps: list[int]) -> None:
-        """Steps that were skipped before a resume count. If there are `limit` or more of them,
-        none is left: the next bad step stops the run.
-        """
+        """Count steps that were skipped before a resume. If there are `limit` or more of them,
+        none is left: the next bad step stops the run."""
         self.seen = list(steps)
         self.limit = max(self.limit, len(steps))
         self._count.fill_(len(steps))
@@ -100,12 +86,21 @@ class NonFiniteGuard:
         self._steps = torch.full_like(self._slots, -1)
 
     def _write(self, step: int) -> str:
-        """The indices of the step's images, for a look at them; a disk that refuses is told."""
-        if self.folder is None:
+        """Name the images of a step in a file; returns its path, or why there is none."""
+        if not self.is_main:
             return "described by rank 0"
-        path = self.folder / f"nonfinite_step_{step + 1:07d}.json"
+        path = self.config.run_dir / f"nonfinite_step_{step + 1:07d}.json"
         try:
             path.write_text(json.dumps(self.describe(step)) + "\n", encoding="utf-8")
         except OSError as error:
             return f"not written, {error.strerror}"
         return str(path)
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """Say which images optimizer step `step`, counted from 0, is made of."""
+        size, seed = self.config.batch_size, self.config.seed
+        steps = global_indices(len(self.dataset), batch_size=size, seed=seed, start_step=step)
+        indices = next(steps).tolist()
+        names = getattr(self.dataset, "names", None)
+        named = {"names": [names[i] for i in indices]} if names else {}
+        return {"step": step + 1, "indices": indices, **named}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.progress import Buckets
+from datasets import ImageDataset, default_flip
+from datasets.loader import batches
+from utils.config import Config
+from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
 from utils.rng import Stream, torch_generator
+
+QUARTILES = tuple(f"train/loss_q{k}" for k in (1, 2, 3, 4))  # as their mean losses are logged
 
 
 class Example(NamedTuple):
@@ -23,42 +28,41 @@ class Example(NamedTuple):
     noise: Tensor
 
 
-def timestep_quartiles(num_timesteps: int) -> Buckets:
-    """Examples by the quarter of [0, num_timesteps) that t lies in; q1 has the least noise."""
-    names = tuple(f"train/loss_q{k}" for k in (1, 2, 3, 4))
-    return Buckets(names, lambda example: example.t * len(names) // num_timesteps)
+def quartile_of(t: Tensor, num_timesteps: int) -> Tensor:
+    """The place in `QUARTILES` of each t, (b,) int64: its quarter of [0, num_timesteps). The first
+    one has the least noise."""
+    return t * len(QUARTILES) // num_timesteps
 
 
 def training_examples(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    num_timesteps: int,
-    batch_size: int,
-    rows: slice,
-    seed: int,
-    conditional: bool,
-    label_dropout: float,
-    start_step: int = 0,
+    config: Config, dataset: ImageDataset, runtime: Runtime, start_step: int = 0
 ) -> Iterator[Example]:
-    """Add t, noise and dropped labels to (images, labels) batches that begin at `start_step`.
+    """Yield this rank's training examples, one a step, from `start_step` on, without end.
 
-    Everything is drawn for the whole global batch and cut to `rows`, so that training does not
-    depend on the number of processes.
+    Timesteps, noise and dropped labels are drawn for the whole global batch and cut to this rank's
+    rows, so that training does not depend on the number of processes.
     """
-    for step, (x_0, labels) in zip(count(start_step), batches, strict=False):
-        device = x_0.device
-
-        def draws(stream: Stream, step: int = step, device: torch.device = device):
-            return torch_generator(seed, stream, step, device=device)
-
-        t = torch.randint(
-            num_timesteps, (batch_size,), generator=draws(Stream.TIMESTEP), device=device
-        )
-        noise = torch.randn(
-            (batch_size, *x_0.shape[1:]), generator=draws(Stream.NOISE), device=device
-        )
-        y = labels if conditional else None
-        if conditional and label_dropout > 0:
-            chance = torch.rand(batch_size, generator=draws(Stream.LABEL_DROPOUT), device=device)
-            y = labels.masked_fill(chance[rows] < label_dropout, NULL_LABEL)
+    batch_size, device, share = config.batch_size, runtime.device, runtime.share(config.batch_size)
+    rows = slice(share.start, share.stop)
+    images = batches(
+        dataset,
+        batch_size=batch_size,
+        seed=config.seed,
+        device=device,
+        rows=rows,
+        horizontal_flip=default_flip(config),
+        num_workers=config.num_workers,
+        start_step=start_step,
+    )
+    generator = partial(torch_generator, config.seed, device=device)
+    for step, (x_0, labels) in enumerate(images, start_step):
+        draws = generator(Stream.TIMESTEP, step)
+        t = torch.randint(config.num_timesteps, (batch_size,), generator=draws, device=device)
+        draws = generator(Stream.NOISE, step)
+        noise = torch.randn(batch_size, *x_0.shape[1:], generator=draws, device=device)
+        y = labels if config.conditional else None
+        if config.conditional and config.label_dropout > 0:
+            draws = generator(Stream.LABEL_DROPOUT, step)
+            chance = torch.rand(batch_size, generator=draws, device=device)
+            y = labels.masked_fill(chance[rows] < config.label_dropout, NULL_LABEL)
         yield Example(x_0, y, t[rows], noise[rows])

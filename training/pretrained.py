@@ -18,8 +18,6 @@ from utils.config import Config, keys_by_resume
 from utils.errors import CheckpointError
 
 MAX_SHOWN = 10  # parameters in a message
-# What the weights were trained to mean, and their shapes do not tell.
-CHECKED = keys_by_resume("meaning")
 
 log = logging.getLogger("diffusion")
 
@@ -29,17 +27,11 @@ def weights_of(
 ) -> tuple[dict[str, Tensor], bool]:
     """Which weights a checkpoint means, with adapters merged into them; for all who read one.
 
-    Args:
-        path: of the checkpoint, for messages.
-        state: what `load_any` gave.
-        use_ema: averaged or raw weights; None takes the averaged ones if there are any and
-            `prefer_ema` says so.
+    `state` is what `load_any` gave for `path`. `use_ema` asks for averaged or raw weights; None
+    takes the averaged ones if there are any and `prefer_ema` says so.
 
-    Returns:
-        a state dict for the model as its config describes it, and whether it is averaged.
-
-    Raises:
-        CheckpointError: the file does not hold the weights asked for.
+    Returns a state dict for the model as its config describes it, and whether it is averaged.
+    Raises a CheckpointError if the file does not hold the weights asked for.
     """
     has_ema = "ema_model_state_dict" in state
     if use_ema and not has_ema:
@@ -57,14 +49,10 @@ def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence
     """Give a fresh model the weights of `init_from`: nothing else of that run.
 
     Adapters are merged. Where the numbers of classes differ, those that both have are taken over
-    and the others start anew.
+    and the others start anew. `class_names`, the data's, are compared with the names there.
 
-    Args:
-        class_names: what the data calls its classes, to be compared with the names there.
-
-    Raises:
-        CheckpointError: missing, damaged, or not of this architecture; every parameter that does
-            not fit is named, with both shapes, and the model is left as it was.
+    Raises a CheckpointError if the file is missing, damaged, or not of this architecture; it names
+    parameters that do not fit, with both shapes, and the model is left as it was.
     """
     path = resolve_checkpoint(config.init_from)
     state = load_any(path)
@@ -82,15 +70,14 @@ def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence
             f"init_from={config.init_from}: {path} is of another architecture:\n       "
             + "\n       ".join([*wrong[:MAX_SHOWN], *more])
         )
-    for line in changed_settings(state["config"], config.to_dict(), CHECKED):
+    # What the weights were trained to mean, and their shapes do not tell.
+    for line in changed_settings(state["config"], config.to_dict(), keys_by_resume("meaning")):
         log.warning("init_from: %s", line)
-    names = zip(state.get("class_names") or (), class_names, strict=False)
-    if config.conditional and (other := [pair for pair in names if pair[0] != pair[1]]):
-        log.warning(
-            "init_from: classes go by their numbers, and %d have another name: %s",
-            len(other),
-            ", ".join(f"{there} is now {here}" for there, here in other[:MAX_SHOWN]),
-        )
+    pairs = zip(state.get("class_names") or (), class_names, strict=False)
+    other = [f"{there} is now {here}" for there, here in pairs if there != here]
+    if config.conditional and other:
+        words = "init_from: classes go by their numbers, and %d have another name: %s"
+        log.warning(words, len(other), ", ".join(other[:MAX_SHOWN]))
     model.load_state_dict(weights)
     log.info("weights of %s, step %d", path, state["step"])
 
@@ -106,9 +93,7 @@ def _with_our_classes(weights: dict[str, Tensor], model: nn.Module) -> dict[str,
         if len(ours) != len(theirs) and ours.shape[1:] == theirs.shape[1:]:
             fitted[name] = torch.cat([theirs[: len(ours)], ours.to(theirs.device)[len(theirs) :]])
             log.warning(
-                "init_from: %d classes there, %d here: taken over class by class, new ones are "
-                "untrained",
-                len(theirs) - 1,
-                len(ours) - 1,
+                f"init_from: {len(theirs) - 1} classes there, {len(ours) - 1} here: taken over "
+                "class by class, new ones are untrained"
             )
     return fitted

@@ -8,10 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,16 +45,7 @@ class Schedule:
     def is_due(self, step: int, interval: int, start: int = 1) -> bool:
         """Tell whether `step` completed an epoch that is `start` or a multiple of `interval`."""
         before, now = self.epochs_done(step - 1), self.epochs_done(step)
-        if now < start:
-            return False
-        return before < start or now // interval > before // interval
-
-
-class Buckets(NamedTuple):
-    """Parts of the training examples whose loss is logged on its own."""
-
-    names: tuple[str, ...]  # as they are logged
-    index_of: Callable[..., Tensor]  # example -> (b,) int64: the place in `names` of each row
+        return now >= start and (before < start or now // interval > before // interval)
 
 
 class LossStats:
@@ -74,8 +64,7 @@ class LossStats:
     def add(self, loss: Tensor, losses: Tensor | None = None, bucket: Tensor | None = None) -> None:
         """Take in one step's mean loss, a scalar on the device; one that is not finite is none.
 
-        Args:
-            losses, bucket: (b,), of each example of that step.
+        `losses` and `bucket` (the place among the names) are (b,), of each example of that step.
         """
         keep = LOSS_SMOOTHING
         is_finite = torch.isfinite(loss)
@@ -117,10 +106,8 @@ class LossStats:
 
 
 def memory_mib(device: torch.device) -> float:
-    """MiB: on CUDA the most that tensors have held on `device`, else this process's resident set.
-
-    NaN where the system has no /proc.
-    """
+    """MiB: on CUDA the most that tensors have held on `device`, else this process's resident set,
+    NaN where the system has no /proc."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if not MEMORY.is_file():
@@ -175,6 +162,5 @@ class Progress:
         if self._may_warn and self._num_reports == 2 and seconds > LONG_SECONDS:
             log.warning(
                 f"about {left} to go on this CPU; for a quick look take configs/digits_unet.py, "
-                "fewer epochs, or smaller model_params (model_channels of a unet, hidden_size of "
-                "others)"
+                "fewer epochs, or smaller model_params (a unet's model_channels, else hidden_size)"
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from datasets import ImageDataset
 from models import computing_params
 from training.progress import Schedule
 from utils.checkpoint import CURRENT, epochs_saved, load_checkpoint, newest_checkpoint
@@ -19,15 +20,10 @@ from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError
 
 AUTO = "auto"
-
 NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
 NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
-
 # Their values belong to the weights: no other value makes sense with them.
 SAME_MODEL = keys_by_resume("architecture", "meaning")
-# Another value of these would not continue the run, but silently begin another one.
-SAME_RUN = keys_by_resume("run")
-MAY_DIFFER = keys_by_resume("warn")
 
 log = logging.getLogger("diffusion")
 
@@ -38,7 +34,6 @@ class Resume:
 
     path: Path
     state: dict[str, Any]
-    is_auto: bool  # found by resume_path=auto, not named
 
     @property
     def step(self) -> int:
@@ -48,49 +43,36 @@ class Resume:
 def find_resume(config: Config) -> Resume | None:
     """The checkpoint that `resume_path` means, or None for a fresh run. Writes nothing.
 
-    Raises:
-        CheckpointError: it is missing or damaged, or does not continue under this config.
-        ConfigError: the run's folder belongs to another run.
+    Raises a CheckpointError if it is missing or damaged, or does not continue under this config,
+    and a ConfigError if the run's folder belongs to another run.
     """
-    folder = config.run_dir
-    if config.resume_path is None:
-        _refuse_occupied(folder)
-        return None
-    if config.resume_path == AUTO:
-        newest = newest_checkpoint(folder)
-        if newest is None:
+    folder, resume, is_ours = config.run_dir, None, config.resume_path == AUTO
+    if is_ours:
+        if (newest := newest_checkpoint(folder)) is None:
             return None
         path, state, skipped = newest
         for reason in skipped:
             log.warning("passed over %s", reason)
-        resume = Resume(path, state, is_auto=True)
-    else:
+        resume = Resume(path, state)
+    elif config.resume_path is not None:
         path = Path(config.resume_path)
         path = path / CURRENT if path.is_dir() else path
-        resume = Resume(path, load_checkpoint(path), is_auto=False)
-        if path.resolve().parent == folder.resolve():
-            _refuse_going_back(resume, folder)
-        else:
-            _refuse_occupied(folder)
-    _check_matches(resume, config)
-    return resume
-
-
-def _refuse_occupied(folder: Path) -> None:
-    if any(folder.glob("*.pth")):
+        resume = Resume(path, load_checkpoint(path))
+        is_ours = path.resolve().parent == folder.resolve()
+        epoch, last_epoch = resume.state["epoch"], max(epochs_saved(folder), default=0)
+        if is_ours and last_epoch > epoch:
+            raise ConfigError(
+                f"{path} is of epoch {epoch}, but {folder} has epoch {last_epoch}; to branch off, "
+                "keep resume_path and choose another experiment_name"
+            )
+    if not is_ours and any(folder.glob("*.pth")):
         raise ConfigError(
             f"{folder} already holds a run; go on with it by resume_path=auto, choose another "
             "experiment_name, or remove the folder"
         )
-
-
-def _refuse_going_back(resume: Resume, folder: Path) -> None:
-    epoch, newest = resume.state["epoch"], max(epochs_saved(folder), default=0)
-    if newest > epoch:
-        raise ConfigError(
-            f"{resume.path} is of epoch {epoch}, but {folder} has epoch {newest}; to branch off, "
-            "keep resume_path and choose another experiment_name"
-        )
+    if resume is not None:
+        _check_matches(resume, config)
+    return resume
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
@@ -112,7 +94,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 def _check_matches(resume: Resume, config: Config) -> None:
     old, new = resume.state["config"], config.to_dict()
-    if changed := changed_settings(old, new, (*SAME_MODEL, *SAME_RUN)):
+    # Another value of a "run" key would not continue the run, but silently begin another one.
+    if changed := changed_settings(old, new, (*SAME_MODEL, *keys_by_resume("run"))):
         raise CheckpointError(
             f"{resume.path} cannot be continued with changed settings; restore them, or start a "
             "new run:\n       " + "\n       ".join(changed)
@@ -123,42 +106,31 @@ def _check_matches(resume: Resume, config: Config) -> None:
     now = world_size(), torch.get_num_threads()
     before = resume.state.get("world_size", now[0]), resume.state.get("num_threads", now[1])
     if before != now:
-        log.info(
-            "was %d process(es) of %d threads, now %d of %d: same data and noise, other rounding",
-            *before,
-            *now,
-        )
-    for key in MAY_DIFFER:
+        counts = "was %d process(es) of %d threads, now %d of %d"
+        log.info(f"{counts}: same data and noise, other rounding", *before, *now)
+    for key in keys_by_resume("warn"):
         if key in old and old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
 
 
-def check_data(resume: Resume | None, *, spec: tuple[int, ...], fingerprint: str) -> None:
-    """Compare the images with those that a run which goes on was trained on so far.
-
-    Raises:
-        CheckpointError: their shape or classes differ. (Other pictures are only a warning.)
-    """
-    if resume is None:
-        return
-    old = tuple(resume.state["spec"])
-    if old != tuple(spec):
+def check_data(resume: Resume, dataset: ImageDataset) -> None:
+    """Compare the images with those that the run was trained on so far. Raises a CheckpointError
+    if their shape or classes differ. (Other pictures are only a warning.)"""
+    old, new = tuple(resume.state["spec"]), tuple(dataset.spec)
+    if old != new:
         raise CheckpointError(
             f"{resume.path} was trained on images of (channels, height, width, classes) = {old}, "
-            f"the data set has {tuple(spec)}"
+            f"the data set has {new}"
         )
-    if resume.state.get("data_fingerprint") != fingerprint:
+    if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
 
 
 def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtime: Runtime) -> None:
     """Compare the processes, which may have other packages installed. A collective.
 
-    Args:
-        backend: who computes the model, and why; None where there is nothing to choose.
-
-    Raises:
-        UserError: on every rank, if they would compute the model in different ways.
+    `backend` says who computes the model, and why; None where there is nothing to choose. Raises a
+    UserError on every rank if they would compute the model in different ways.
     """
     first = runtime.broadcast_object(backend)
     if backend is None:
@@ -174,37 +146,17 @@ def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtim
         log.info("computed with %s before, with %s now: the same function", before[0], backend[0])
 
 
-def check_same_step(resume: Resume | None, runtime: Runtime) -> None:
-    """Compare the processes, which may see different folders. A collective.
-
-    Raises:
-        UserError: on every rank, if they would start from different steps.
-    """
-    step = -1 if resume is None else resume.step
-    if runtime.any(runtime.broadcast_object(step) != step):
-        raise UserError(
-            "the processes would resume from different steps; save_dir must be one folder that "
-            "all nodes share"
-        )
-
-
 def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedule | None:
     """How far to train; None if an automatically resumed run is already complete.
 
     A `resume_path` that names a file, with no more `epochs` than are done, trains that many
-    epochs more, and says so.
-
-    Raises:
-        UserError: the named file already has `max_steps` steps.
+    epochs more, and says so. Raises a UserError if the named file has `max_steps` steps already.
     """
     total, is_extension = math.ceil(config.epochs * num_images / config.batch_size), False
-    if resume is None:
-        total = min(total, config.max_steps or total)
-        return Schedule(num_images, config.batch_size, total)
-    done = resume.step
-    if resume.is_auto and resume.state.get("extended_steps"):
+    done, is_auto = 0 if resume is None else resume.step, config.resume_path == AUTO
+    if is_auto and resume is not None and resume.state.get("extended_steps"):
         total, is_extension = max(total, resume.state["extended_steps"]), True
-    if total <= done and not resume.is_auto:
+    elif not is_auto and total <= done:
         epochs_done = done * config.batch_size // num_images
         last = epochs_done + config.epochs
         total, is_extension = math.ceil(last * num_images / config.batch_size), True
@@ -215,6 +167,6 @@ def plan_steps(config: Config, num_images: int, resume: Resume | None) -> Schedu
     total = min(total, config.max_steps or total)
     if total > done:
         return Schedule(num_images, config.batch_size, total, is_extension)
-    if resume.is_auto:
+    if is_auto:
         return None
     raise UserError(f"max_steps={config.max_steps}: {resume.path} has {done} already")

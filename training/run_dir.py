@@ -16,18 +16,11 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from utils import errors
 from utils.config import Config, format_config
-from utils.errors import (
-    EXIT_FAILURE,
-    EXIT_NON_FINITE,
-    EXIT_OK,
-    EXIT_PREEMPTED,
-    ConfigError,
-    UserError,
-    one_line,
-)
+from utils.errors import ConfigError, UserError, one_line
 from utils.files import write_text
 from utils.logs import log_to_file
 
@@ -36,7 +29,8 @@ if TYPE_CHECKING:  # the import of torch takes seconds, for which a look at a fo
 
 STATUS, LOCK = "status.json", "run.lock"
 OWNER_SECONDS = 0.1  # whoever has just locked a folder has written its name by then
-STATES = {EXIT_OK: "complete", EXIT_PREEMPTED: "preempted", EXIT_NON_FINITE: "non_finite"}
+STATES = {errors.EXIT_OK: "complete", errors.EXIT_PREEMPTED: "preempted"}
+STATES |= {errors.EXIT_NON_FINITE: "non_finite"}
 
 log = logging.getLogger("diffusion")
 
@@ -62,19 +56,6 @@ def prepare_run_dir(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn the error of a disk that refuses into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{folder}: cannot be written ({reason}); make it writable and free some space, or "
-            "set save_dir"
-        ) from error
-
-
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -92,36 +73,28 @@ def locked(folder: Path) -> Iterator[None]:
     A record lock, not `flock`: workers forked by a data loader do not inherit it, so a run can go
     on at once after a kill -9 although its workers still live for seconds.
 
-    Raises:
-        ConfigError: another process has the lock.
-        UserError: the folder cannot be written.
+    Raises a ConfigError if another process has the lock, and an OSError if the disk refuses.
     """
     path = folder / LOCK
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: on a full disk nothing is left over that closing would have to write.
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Unbuffered: on a full disk nothing is left over that closing would have to write.
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                time.sleep(OWNER_SECONDS)
+                file.seek(0)
+                owner = file.read().decode(errors="replace").strip() or "another process"
                 raise ConfigError(
-                    f"{folder} is being written by {_owner(file)}; wait for its end, stop it, or "
-                    "choose another experiment_name"
+                    f"{folder} is being written by {owner}; wait for its end, stop it, or choose "
+                    "another experiment_name"
                 ) from error
             log.warning("%s: this file system has no locks (%s)", path, error.strerror)
         with contextlib.suppress(OSError):  # the name is a help, the lock is what counts
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
-
-
-def _owner(file: BinaryIO) -> str:
-    """Read who has the lock, as it says itself."""
-    time.sleep(OWNER_SECONDS)
-    file.seek(0)
-    return file.read().decode(errors="replace").strip() or "another process"
 
 
 def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
@@ -138,25 +111,19 @@ def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
     try:  # by now another process may have that number
         with open(folder / LOCK, "rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:  # it is locked, or nothing can be locked here
-        return True
+    except OSError as error:  # else it is locked, or nothing can be locked here
+        return not isinstance(error, FileNotFoundError)
     return False
 
 
 class Status:
     """`status.json`: what a scheduler wants to know of a run. A disk that refuses is a warning.
 
-    Args:
-        path: None on ranks other than 0: nothing is written.
-        facts: the entries to begin with.
+    `facts` are the entries to begin with. Without a path, on ranks other than 0, none is written.
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any] = {}) -> None:
-        self._path = path
-        self._facts = dict(facts)
-        self._has_warned = False
+        self._path, self._facts, self._has_warned = path, dict(facts), False
         self._lock = threading.Lock()  # checkpoints are written, and told of, in another thread
 
     def update(self, **facts: Any) -> None:
@@ -189,7 +156,7 @@ class Status:
         try:
             yield
         except BaseException as error:
-            self.finish(getattr(error, "exit_code", EXIT_FAILURE), one_line(error, 500))
+            self.finish(getattr(error, "exit_code", errors.EXIT_FAILURE), one_line(error, 500))
             raise
 
 
@@ -199,21 +166,16 @@ def mark_complete(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts.get("state") == "running":
-            Status(path, facts).finish(EXIT_OK)
+            Status(path, facts).finish(errors.EXIT_OK)
 
 
 @contextlib.contextmanager
 def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Status]:
     """The run's folder while it trains: locked, with config.json, log.txt and status.json.
 
-    On every rank; rank 0 alone touches the folder.
-
-    Args:
-        seen: its checkpoints when this run decided where to begin.
-
-    Raises:
-        UserError: on every rank, if it cannot be written, or another process trains into it, or
-            has done so since `seen`.
+    On every rank; rank 0 alone touches the folder. Raises a UserError on every rank if it cannot be
+    written, or another process trains into it, or has done so since its checkpoints were `seen`,
+    which is when this run decided where to begin.
     """
     folder, error = config.run_dir, None
     with contextlib.ExitStack() as stack:
@@ -226,12 +188,16 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
                         "start it again with resume_path=auto, or choose another experiment_name"
                     )
                 prepare_run_dir(folder)  # after locking: what it sweeps is nobody's then
-                with _explained(folder):
-                    log_to_file(folder / "log.txt")
-                    log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
-                    write_text(folder / "config.json", format_config(config))
+                log_to_file(folder / "log.txt")
+                log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
+                write_text(folder / "config.json", format_config(config))
             except UserError as failure:
                 error = failure
+            except OSError as failure:
+                error = UserError(
+                    f"{folder}: cannot be written ({failure.strerror or failure}); make it "
+                    "writable and free some space, or set save_dir"
+                )
         error = runtime.broadcast_object(error)
         if error is not None:
             raise error

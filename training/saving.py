@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,22 +37,17 @@ class BestScore:
         """Tell whether `value` is better. A value that is not finite beats nothing."""
         if value is None or not math.isfinite(value):
             return False
-        if self.value is None:
-            return True
-        return value < self.value if self.lower_is_better else value > self.value
+        better = operator.lt if self.lower_is_better else operator.gt
+        return self.value is None or better(value, self.value)
 
     def take(self, smoothed_loss: float, score: float | None = None) -> bool:
-        """Take in a model that is about to be saved; returns whether it is the best so far.
-
-        Args:
-            score: its value of `metric`, if it has one; not needed where the loss chooses.
-        """
+        """Take in a model that is about to be saved, with its value of `metric`, if it has one
+        (where the loss chooses, none is needed). Returns whether it is the best so far."""
         self._before = self.value, self.lowest_loss
         score = smoothed_loss if self.metric == LOSS else score
         self.lowest_loss = min(smoothed_loss, self.lowest_loss)
         is_best = self.is_beaten_by(score)
-        if is_best:
-            self.value = score
+        self.value = score if is_best else self.value
         return is_best
 
     def undo(self) -> None:
@@ -108,11 +104,8 @@ class Saver:
     def settle(self) -> bool | None:
         """Wait for the checkpoint that was begun. On every rank.
 
-        Returns:
-            whether it is on disk; None if none was begun.
-
-        Raises:
-            UserError: the third failure in a row.
+        Returns whether it is on disk, or None if none was begun. Raises a UserError for the third
+        failure in a row.
         """
         if self._step is None:
             return None
@@ -124,11 +117,9 @@ class Saver:
         self.best.undo()
         self._num_failed += 1
         log.warning("no checkpoint at step %d in %s: %s", step, self.folder, error)
-        if self._num_failed >= MAX_FAILED_SAVES:
-            raise UserError(
-                f"{self._num_failed} checkpoints in a row could not be written: {error}"
-            )
-        return False
+        if self._num_failed < MAX_FAILED_SAVES:
+            return False
+        raise UserError(f"{self._num_failed} checkpoints in a row could not be written: {error}")
 
     def close(self) -> None:
         """Wait for what this rank writes."""

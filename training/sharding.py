@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -35,70 +36,59 @@ def check_processes(config: Config) -> Iterator[Problem]:
     cannot do."""
     if message := check_gpu_ids(config.gpu_ids):
         yield Problem(("gpu_ids",), message)
-    parts = world_size() * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        yield Problem(
-            ("batch_size", "gradient_accumulation_steps"),
-            f"batch_size={config.batch_size} cannot be shared evenly by {world_size()} process(es) "
-            f"with gradient_accumulation_steps={config.gradient_accumulation_steps}; use a "
-            f"multiple of {parts}",
+    count, micro_batches = world_size(), config.gradient_accumulation_steps
+    if config.batch_size % (parts := count * micro_batches):
+        message = (
+            f"batch_size={config.batch_size} cannot be shared evenly by {count} process(es) with "
+            f"gradient_accumulation_steps={micro_batches}; use a multiple of {parts}"
         )
+        yield Problem(("batch_size", "gradient_accumulation_steps"), message)
     if config.strategy == "fsdp" and config.precision == "fp16":
-        yield Problem(
-            ("precision", "strategy"),
-            "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32",
-        )
+        message = "precision='fp16' works with strategy='ddp' only; with 'fsdp' use bf16 or fp32"
+        yield Problem(("precision", "strategy"), message)
     if config.strategy == "fsdp" and config.channels_last:
-        yield Problem(
-            ("channels_last", "strategy"), "channels_last=True works with strategy='ddp' only"
-        )
+        message = "channels_last=True works with strategy='ddp' only"
+        yield Problem(("channels_last", "strategy"), message)
 
 
 def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
     """Say what is wrong with `gpu_ids` for the processes of this node; None if nothing is."""
     if not gpu_ids:
         return None
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if len(gpu_ids) != local_world_size:
+    given, processes = f"gpu_ids={list(gpu_ids)}", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if len(gpu_ids) != processes:
         return (
-            f"gpu_ids={list(gpu_ids)} names {len(gpu_ids)} GPU(s), but this node runs "
-            f"{local_world_size} process(es), one per GPU; change gpu_ids or start it with "
-            f"`torchrun --standalone --nproc_per_node={len(gpu_ids)} train.py ...`"
+            f"{given} names {len(gpu_ids)} GPU(s), but this node runs {processes} process(es), one "
+            "per GPU; change gpu_ids or start it with `torchrun --standalone "
+            f"--nproc_per_node={len(gpu_ids)} train.py ...`"
         )
     if len(set(gpu_ids)) != len(gpu_ids):
-        return f"gpu_ids={list(gpu_ids)}: each GPU serves one process, name it once"
-    if torch.cuda.is_available() and max(gpu_ids) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        return f"gpu_ids={list(gpu_ids)}: this node has {count} CUDA device(s), numbered from 0"
+        return f"{given}: each GPU serves one process, name it once"
+    if torch.cuda.is_available() and max(gpu_ids) >= (count := torch.cuda.device_count()):
+        return f"{given}: this node has {count} CUDA device(s), numbered from 0"
     return None
 
 
 def wrap_for_training(
     model: nn.Module, runtime: Runtime, strategy: str = "ddp", precision: str = "fp32"
 ) -> tuple[nn.Module, nn.Module]:
-    """Make the ranks train one model.
+    """Make the ranks train one model: under `ddp` they hold it each, under `fsdp` together.
 
-    Args:
-        strategy: `ddp`, whose ranks hold the model each, or `fsdp`, whose ranks hold it together.
-        precision: resolved: fp32 or bf16.
-
-    Returns:
-        the module to optimize, average, save and load, and the one to call, whose gradients are
-        averaged over the ranks.
+    `precision` is resolved: fp32 or bf16. Returns the module to optimize, average, save and load,
+    and the one to call, whose gradients are averaged over the ranks.
     """
     if runtime.world_size == 1:
         if strategy == "fsdp":
             log.info("strategy=fsdp: one process, nothing to shard")
         return model, model
     if strategy == "fsdp":
-        return shard(model, runtime.device, runtime.world_size, precision=precision), model
+        return shard(model, runtime, precision), model
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
     # Buffers are constants. Since torch 2.13 the argument has another name.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return model, DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
-    )
+    options = {"device_ids": device_ids, "gradient_as_bucket_view": True, sync: False}
+    return model, DistributedDataParallel(model, **options)
 
 
 def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
@@ -111,43 +101,32 @@ def no_gradient_sync(network: nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def shard(model: nn.Module, device: torch.device, world_size: int, *, precision: str) -> nn.Module:
+def shard(model: nn.Module, runtime: Runtime, precision: str) -> nn.Module:
     """Shard `model` in place over all ranks; it is to be called. Returns what is to be kept.
 
     That is a twin of the model as it was, of the same slices and buffers but without FSDP's
     hooks: to optimize, average, copy, save and load.
-
-    Args:
-        precision: resolved: fp32 or bf16.
     """
-    mesh = init_device_mesh(device.type, (world_size,))
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     atexit.register(_forget_group, mesh)
     # the twin must not hold on to the whole parameters, which are freed unit by unit
     placeholder = nn.Parameter(torch.empty(0))
     twin = copy_with(model, [placeholder for _ in model.parameters()])
-    for unit in _units(model):
+    # the blocks of a backbone's lists of blocks; the root unit takes the rest
+    lists = [blocks for blocks in model.children() if isinstance(blocks, nn.ModuleList)]
+    for unit in itertools.chain.from_iterable(lists):
         # Autocast computes these layers in bf16 anyway: gathered in bf16 they give the same bits
         # for half the traffic, and nothing whole is kept for backward. Other layers it gives fp32
         # weights (norms, embeddings, a scan's decays), so those are gathered as they are.
         in_bf16 = precision == "bf16" and _has_only_matrices(unit)
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if in_bf16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
+        dtype = torch.bfloat16 if in_bf16 else None
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(owner), leaf, parameter)
     return twin
-
-
-def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks of a backbone's lists of blocks; FSDP's root unit takes the rest."""
-    for blocks in model.children():
-        if isinstance(blocks, nn.ModuleList):
-            yield from blocks
 
 
 def _has_only_matrices(unit: nn.Module) -> bool:
@@ -165,13 +144,8 @@ def _forget_group(mesh: DeviceMesh) -> None:
 def copy_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
     """A copy of `model` that has these parameters, in its order, and shares its buffers."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for old, new in zip(model.parameters(), parameters, strict=True):
-        memo[id(old)] = new
+    memo |= zip(map(id, model.parameters()), parameters, strict=True)
     return copy.deepcopy(model, memo)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:
@@ -190,7 +164,7 @@ def full_model(model: nn.Module) -> nn.Module:
     To sample: FSDP's own forward is a collective, too, and ranks whose shares of the images differ
     call it unequally often.
     """
-    if not is_sharded(model):
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
     whole = [nn.Parameter(full_tensor(p.detach()), requires_grad=False) for p in model.parameters()]
     return copy_with(model, whole)
@@ -198,11 +172,8 @@ def full_model(model: nn.Module) -> nn.Module:
 
 def snapshot(state: Any, *, keep: bool = True) -> Any:
     """Copy a state dict to the CPU, whole tensors for sharded ones, so that further training does
-    not change it. A collective where something is sharded.
-
-    Args:
-        keep: False on ranks that only take part: they get None for every tensor.
-    """
+    not change it. A collective where something is sharded; ranks that only take part do not `keep`
+    it: they get None for every tensor."""
     if isinstance(state, Tensor):
         whole = full_tensor(state.detach())
         # a copy leaves behind the padding with which uneven slices arrive

@@ -21,11 +21,9 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self._first_time: dict[int, float] = {}
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:

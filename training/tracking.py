@@ -11,9 +11,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +25,6 @@ from utils.images import to_array
 MAX_FAILURES = 3
 MAX_QUEUED = 1000  # calls that a slow tracker may lag behind
 FINISH_SECONDS = 30
-SWANLAB_MODES = {"cloud": "online", "local": "local", "offline": "offline", "disabled": "disabled"}
 NOT_STARTED = "%s: not started, the run goes on without it (%s)"
 
 log = logging.getLogger("diffusion")
@@ -67,32 +66,33 @@ class MetricsFile:
 class SwanlabTracker:
     """All use of SwanLab. Never asks for input; `run_id` lets a resumed run continue."""
 
-    def __init__(self, config: Config, log_dir: Path, run_id: str | None) -> None:
+    def __init__(self, config: Config, run_id: str | None) -> None:
         import swanlab
 
-        self._swanlab = swanlab
+        self._swanlab, log_dir = swanlab, config.run_dir / "swanlog"
         mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
-        mode = SWANLAB_MODES.get(mode, mode)
         settings = swanlab.Settings(interactive=False)
         if mode == "auto":
             mode = "online" if settings.api_key else "offline"
+        mode = "online" if mode == "cloud" else mode
         log_dir.mkdir(parents=True, exist_ok=True)
-        arguments: dict[str, Any] = dict(
+        goes_on = {"id": run_id, "resume": "allow"} if run_id and mode == "online" else {}
+        init = partial(
+            swanlab.init,
             project=config.project_name,
             name=config.experiment_name,
             config=config.to_dict(),
             log_dir=str(log_dir),
             settings=settings,
+            **goes_on,
         )
-        if run_id is not None and mode == "online":
-            arguments.update(id=run_id, resume="allow")
         try:
-            run = swanlab.init(mode=mode, **arguments)
+            run = init(mode=mode)
         except Exception as error:
             if config.swanlab_mode != "auto" or mode == "offline":
                 raise
             log.warning("SwanLab: no connection (%s); logging offline", _reason(error))
-            run = swanlab.init(mode="offline", **arguments)
+            run = init(mode="offline")
         self.run_id: str | None = run.id
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
@@ -131,10 +131,7 @@ class Lane:
     """A tracker in a thread of its own, where it may raise, hang or lag behind.
 
     Each of these costs a warning. What finds the queue full is left out of this tracker. After
-    `MAX_FAILURES` in a row, or where it cannot start, the run goes on without it.
-
-    Args:
-        make: starts the tracker.
+    `MAX_FAILURES` in a row, or where `make` cannot start it, the run goes on without it.
     """
 
     def __init__(self, make: Callable[[], Tracker], name: str) -> None:
@@ -219,10 +216,8 @@ class TrackerGroup:
 def check_trackers(config: Config) -> Iterator[Problem]:
     """TensorBoard has to be there where it is asked for; SwanLab comes with requirements.txt."""
     if config.use_tensorboard and find_spec("tensorboard") is None:
-        yield Problem(
-            ("use_tensorboard",),
-            "use_tensorboard=True needs a package that is not there: pip install tensorboard",
-        )
+        message = "use_tensorboard=True needs a package that is not there: pip install tensorboard"
+        yield Problem(("use_tensorboard",), message)
 
 
 def start_trackers(
@@ -231,16 +226,15 @@ def start_trackers(
     """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
     if not is_main:
         return TrackerGroup(earlier_id=run_id)
-    path, swanlog = config.run_dir / "metrics.jsonl", config.run_dir / "swanlog"
+    path, events = config.run_dir / "metrics.jsonl", config.run_dir / "tensorboard"
     record, lanes = None, []
     try:
         record = MetricsFile(path, start_step)
     except OSError as error:
         log.warning(NOT_STARTED, path.name, _reason(error))
     if config.use_swanlab:
-        lanes.append(Lane(lambda: SwanlabTracker(config, swanlog, run_id), "SwanLab"))
+        lanes.append(Lane(lambda: SwanlabTracker(config, run_id), "SwanLab"))
     if config.use_tensorboard:
-        events = config.run_dir / "tensorboard"
         lanes.append(Lane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
     return TrackerGroup(record, lanes, run_id)
 

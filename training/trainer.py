@@ -5,59 +5,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.job import Job
 from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
-from training.progress import Buckets, LossStats, Progress, Schedule, memory_mib
+from training.objective import QUARTILES, Example, quartile_of
+from training.progress import LossStats, Progress, memory_mib
 from training.saving import Saver
 from training.sharding import full_tensor, no_gradient_sync
 from training.signals import StopSignal
 from training.tracking import TrackerGroup
-from utils.config import Config
-from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
 from utils.rng import Stream, derive_seed
 
 log = logging.getLogger("diffusion")
 
-Tensors = tuple[Tensor | None, ...]
-LossFn = Callable[[nn.Module, Tensors], Tensor]
-
-
-class Objective(NamedTuple):
-    """What is learned, and from what."""
-
-    loss_fn: LossFn  # (network, example) -> (b,) losses of the example's b rows
-    # start_step -> a fresh iterator over examples: tuples of tensors with equal first dimension,
-    # this rank's rows.
-    batches: Callable[[int], Iterator[Tensors]]
-    buckets: Buckets | None = None  # parts of the examples whose loss is logged on its own
-
 
 @dataclass
 class Trainer:
-    """Runs optimizer steps until `schedule.total_steps`.
+    """Runs optimizer steps of `job` until `schedule.total_steps`.
 
-    Of `config` it reads the loop's own settings: intervals, micro-batches, clipping, seed.
     `evaluate` and `preview` get (epoch, step), on every rank; one that raises is a warning.
     """
 
+    job: Job
     learner: Learner
-    objective: Objective
-    schedule: Schedule
-    config: Config
-    runtime: Runtime
-    tracker: TrackerGroup
-    guard: NonFiniteGuard  # keeps steps that are not finite from the weights
     saver: Saver
+    guard: NonFiniteGuard  # keeps steps that are not finite from the weights
+    tracker: TrackerGroup
     # every `eval_interval` epochs: metric name -> value, the same on every rank
     evaluate: Callable[[int, int], dict[str, float | None]] | None = None
     # every `sample_interval` epochs: a picture, uint8 (C, H, W), on rank 0
@@ -65,26 +48,25 @@ class Trainer:
     step: int = 0  # done so far
 
     def __post_init__(self) -> None:
-        self.loss_fn, self.batches, self.buckets = self.objective
-        names = self.buckets.names if self.buckets else ()
-        self._loss = LossStats(self.runtime.device, names)
+        self.config, self.runtime = self.job.config, self.job.runtime
+        self.schedule = self.job.schedule
+        self._loss = LossStats(self.runtime.device, QUARTILES)
         self._grad_norm = torch.zeros((), device=self.runtime.device)
 
     def train(self) -> int:
         """Train to the end, or to a signal that asks to stop. Returns the exit code.
 
-        Raises:
-            NonFiniteError: before the step that would have spoilt the weights.
-            UserError: the last checkpoint, or the third in a row, could not be written.
+        Raises a NonFiniteError before the step that would have spoilt the weights, and a UserError
+        if the last checkpoint, or the third in a row, could not be written.
         """
         self.learner.network.train()
-        batches = self.batches(self.step)
+        examples = self.job.examples(self.step)
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
                 if self.runtime.any(stop.name is not None):
                     return self._stop_early(stop.name)
-                self._train_step(next(batches))
+                self._train_step(next(examples))
                 self.step += 1
                 progress.bar.update()
                 if self.step % self.config.log_interval == 0 or self.step == 1:
@@ -99,22 +81,19 @@ class Trainer:
                 )
         return EXIT_OK
 
-    def _train_step(self, example: Tensors) -> None:
+    def _train_step(self, example: Example) -> None:
         learner, num_parts = self.learner, self.config.gradient_accumulation_steps
-        device, rank = self.runtime.device, self.runtime.rank
-        parts = [() for _ in range(num_parts)]
-        for tensor in example:
-            chunks = [None] * num_parts if tensor is None else tensor.chunk(num_parts)
-            parts = [(*part, chunk) for part, chunk in zip(parts, chunks, strict=True)]
+        network, device = learner.network, self.runtime.device
         loss_sum, losses = torch.zeros((), device=device), []
-        for i, part in enumerate(parts):
+        chunks = [[None] * num_parts if x is None else x.chunk(num_parts) for x in example]
+        for i, part in enumerate(zip(*chunks, strict=True)):
             # dropout draws from the global generator: key it by this step and these rows
-            shard = rank * num_parts + i
-            torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, self.step, shard))
+            key = self.step, self.runtime.rank * num_parts + i
+            torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, *key))
             is_last = i == num_parts - 1
-            with contextlib.nullcontext() if is_last else no_gradient_sync(learner.network):
+            with contextlib.nullcontext() if is_last else no_gradient_sync(network):
                 with autocast(learner.precision, device):
-                    per_example = self.loss_fn(learner.network, part)
+                    per_example = self.job.process.loss(network, *part)
                     loss = per_example.mean() / num_parts
                 # A loss that is not finite makes all gradients NaN, so every rank hears of it.
                 seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
@@ -122,8 +101,8 @@ class Trainer:
             loss_sum += loss.detach()
             losses.append(per_example.detach())
         self._optimizer_step(loss_sum)
-        bucket = self.buckets and self.buckets.index_of(example)
-        self._loss.add(loss_sum, torch.cat(losses), bucket)
+        quartile = quartile_of(example.t, self.config.num_timesteps)
+        self._loss.add(loss_sum, torch.cat(losses), quartile)
 
     def _optimizer_step(self, loss: Tensor) -> None:
         optimizer, scaler = self.learner.optimizer, self.learner.scaler
@@ -132,13 +111,12 @@ class Trainer:
         self._grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.learner.parameters, limit))
         # The norm is that of the averaged gradients, so all ranks agree on it. fp16 overflow is
         # the scaler's business; there only the loss counts, of all ranks.
-        watched = self._grad_norm
-        if scaler.is_enabled():
-            watched = self.runtime.all_reduce(loss.clone())
+        is_fp16 = scaler.is_enabled()
+        watched = self.runtime.all_reduce(loss.clone()) if is_fp16 else self._grad_norm
         skip = self.guard.add(torch.isfinite(watched), self.step)
         if self.guard.on_host:
             self.guard.read(self.saver.describe_last())
-        if scaler.is_enabled():
+        if is_fp16:
             scaler.step(optimizer)  # leaves out what overflowed
             scaler.update()
         elif not self.guard.on_host:
@@ -170,17 +148,17 @@ class Trainer:
 
     def _end_of_step(self) -> None:
         """Evaluation, checkpoint and preview of the epochs this step completed."""
-        config, is_due, score = self.config, partial(self.schedule.is_due, self.step), None
-        epoch = self.schedule.epochs_done(self.step)
+        config, is_due = self.config, partial(self.schedule.is_due, self.step)
+        epoch, best, score = self.schedule.epochs_done(self.step), self.saver.best, None
         if self.evaluate and is_due(config.eval_interval, config.eval_interval):
             self.guard.read(self.saver.describe_last())
             values = self._attempt("evaluation", epoch, self.evaluate) or {}
             known = {f"eval/{name}": value for name, value in values.items() if value is not None}
             if known:
                 self.tracker.log_scalars(known, self.step)
-            score = values.get(self.saver.best.metric)
+            score = values.get(best.metric)
         to_save = is_due(config.save_interval, config.save_interval)
-        if to_save or self.saver.best.is_beaten_by(score):
+        if to_save or best.is_beaten_by(score):
             self.save(epoch if to_save else None, score=score)
         if self.preview and is_due(config.sample_interval, config.sample_start_epoch):
             picture = self._attempt("preview", epoch, self.preview)
@@ -207,11 +185,7 @@ class Trainer:
         return EXIT_PREEMPTED
 
     def save(self, epoch: int | None = None, *, score: float | None = None) -> None:
-        """Begin to write a checkpoint, see `Saver`.
-
-        Args:
-            score: of this model, where a metric chooses the best one; else the loss does.
-        """
+        """Begin to write a checkpoint, see `Saver`; `score` is this model's, see `BestScore`."""
         self.saver.settle()
         self.guard.read(self.saver.describe_last())
         self._loss.share(self.runtime)
@@ -224,10 +198,7 @@ class Trainer:
         return self.saver.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; data order and noise follow from `step`.
-
-        Of a sharded model, this rank's slices.
-        """
+        """Everything a resumed run needs; data order and noise follow from `step`."""
         return {
             "epoch": self.schedule.epochs_done(self.step),
             "step": self.step,
@@ -236,15 +207,14 @@ class Trainer:
             "loss_stats": self._loss.values.cpu(),
             **self.learner.state_dict(),
             "tracker_run_id": self.tracker.run_id,
-            **self.learner.average_state_dict(),
+            **({} if self.learner.ema is None else self.learner.ema.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state in a checkpoint, which is the newest one on disk."""
         self.step = self.saver.last_step = state["step"]
-        self.learner.load_state_dict(state, self.config.learning_rate)
+        self.learner.load_state_dict(state)
         self.guard.restore(state.get("nonfinite_steps", []))
         self._loss.restore(state["loss_stats"])
-        best = self.saver.best
-        best.load_state_dict(state)
-        self.saver.status.tell_saved({**state, **best.state_dict()})
+        self.saver.best.load_state_dict(state)
+        self.saver.status.tell_saved({**state, **self.saver.best.state_dict()})

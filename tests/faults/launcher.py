@@ -43,28 +43,28 @@ def record_states(trainer: Trainer, path: str) -> None:
 
 def record_examples(trainer: Trainer, path: str) -> None:
     """[step, rank, a hash per row of (image, label, t, noise)] as the loss gets them."""
-    loss_fn = trainer.loss_fn
+    loss_fn = trainer.job.process.loss
 
-    def record(network: nn.Module, example: tuple[Tensor | None, ...]) -> Tensor:
+    def record(network: nn.Module, *example: Tensor | None) -> Tensor:
         parts = [part for part in example if part is not None]
         rows = [
             hashlib.sha256(b"".join(part[i].numpy().tobytes() for part in parts)).hexdigest()[:16]
             for i in range(len(parts[0]))
         ]
         append(f"{path}.{trainer.runtime.rank}", [trainer.step, trainer.runtime.rank, rows])
-        return loss_fn(network, example)
+        return loss_fn(network, *example)
 
-    trainer.loss_fn = record
+    trainer.job.process.loss = record
 
 
 def poison(trainer: Trainer, value: str, where: str, step: int, rank: int | None = None) -> None:
     """Make the loss or a gradient of one step `nan` or `inf`, on one rank or on all."""
     if rank not in (None, trainer.runtime.rank):
         return
-    loss_fn, bad = trainer.loss_fn, float(value)
+    loss_fn, bad = trainer.job.process.loss, float(value)
 
-    def spoilt_loss(network: nn.Module, example: tuple[Tensor | None, ...]) -> Tensor:
-        loss = loss_fn(network, example)
+    def spoilt_loss(network: nn.Module, *example: Tensor | None) -> Tensor:
+        loss = loss_fn(network, *example)
         return loss + bad if trainer.step == step else loss
 
     def spoilt_gradient(gradient: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def poison(trainer: Trainer, value: str, where: str, step: int, rank: int | None
         return gradient
 
     if where == "loss":
-        trainer.loss_fn = spoilt_loss
+        trainer.job.process.loss = spoilt_loss
     else:
         trainer.learner.parameters[0].register_hook(spoilt_gradient)
 
@@ -148,16 +148,16 @@ def fail_saves(trainer: Trainer, path: str, kind: str, plan: list[int | None]) -
 
 def fill_for_steps(trainer: Trainer, first: int, stop: int) -> None:
     """The disk of the run's folder has no free page while steps first ... stop - 1 are made."""
-    loss_fn, folder = trainer.loss_fn, trainer.config.run_dir
+    loss_fn, folder = trainer.job.process.loss, trainer.config.run_dir
 
-    def fill_or_free(network: nn.Module, example: tuple[Tensor | None, ...]) -> Tensor:
+    def fill_or_free(network: nn.Module, *example: Tensor | None) -> Tensor:
         if trainer.step == first:
             fill_disk(folder, 0)
         if trainer.step == stop:
             free_disk(folder)
-        return loss_fn(network, example)
+        return loss_fn(network, *example)
 
-    trainer.loss_fn = fill_or_free
+    trainer.job.process.loss = fill_or_free
 
 
 def hang_in_saves(_trainer: Trainer, quick: int, seconds: float) -> None:
