@@ -170,8 +170,9 @@ def test_an_evaluation_is_of_what_the_checkpoint_of_its_step_draws(tiny, use_ema
     assert (during == raw) == (not use_ema)
 
 
-def test_a_best_model_that_the_disk_refused_sets_no_mark(tiny, scores, monkeypatch):
-    """The next score is compared with the best one that is on disk."""
+@pytest.mark.parametrize("save_interval", [1, 10])
+def test_a_best_model_that_the_disk_refused_sets_no_mark(tiny, scores, monkeypatch, save_interval):
+    """The next score is compared with the best one that is on disk, also where no save is due."""
     scores += [{"fd_domain": 0.9}, {"fd_domain": 0.4}, {"fd_domain": 0.5}]
     calls = []
     honest = torch.save
@@ -184,6 +185,7 @@ def test_a_best_model_that_the_disk_refused_sets_no_mark(tiny, scores, monkeypat
 
     monkeypatch.setattr(torch, "save", save)
     options = [*ONE_STEP_PER_EPOCH, "max_steps=3", "eval_best_metric=fd_domain"]
+    options.append(f"save_interval={save_interval}")
     assert run(tiny, "a", *EVALUATED, *options) == EXIT_OK
     assert not Path("checkpoints/a/model_epoch_0002.pth").exists()
     assert best("a") == 3

@@ -157,6 +157,7 @@ class Trainer:
             if known:
                 self.tracker.log_scalars(known, self.step)
             score = values.get(best.metric)
+            self.saver.settle()  # a checkpoint that was refused takes its score back
         to_save = is_due(config.save_interval, config.save_interval)
         if to_save or best.is_beaten_by(score):
             self.save(epoch if to_save else None, score=score)
