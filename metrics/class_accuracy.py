@@ -6,24 +6,25 @@ expected to reach. Values compare only under one classifier (`key` in the report
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
-from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
+from metrics.base import Collector, Context, Entry, Metric, Row, measured, number
 from metrics.classifier import (
-    MAX_TEST_IMAGES,
     Classifier,
-    Rows,
     accuracy,
     classifier_spec,
     classify,
     count_pairs,
     new_classifier,
     per_class,
+    split_images,
     trained_classifier,
 )
 from metrics.gallery import ChosenRows
@@ -70,7 +71,6 @@ class ClassifierViews(Collector):
         self.class_names: Sequence[str] = ()
         self.confusion = torch.zeros(0, 0, dtype=torch.int64)
         self.details: dict[str, Any] = {}
-        self.real = self.unseen = torch.zeros(0)
         self.kept = ChosenRows(searched(self.num_images))
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
@@ -83,28 +83,24 @@ class ClassifierViews(Collector):
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return
-        self.network, self.confusion, rows, self.details = trained_classifier(
+        self.network, self.confusion, self.details = trained_classifier(
             real, spec, self.device, self.context.cache_dir
         )
         if real.test is None and "accuracy" in self.keeps:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
         if "domain" in self.keeps:
-            self.real, self.unseen = self._real_features(real, rows)
+            seen, unseen = split_images(real, seed=spec.seed)
+            wanted = set(train.indices)
+            seen = replace(seen, indices=[index for index in seen.indices if index in wanted])
+            if real.reference is not train:
+                seen, unseen = real.reference, seen
+            self.real, self.unseen = self._features(seen), self._features(unseen)
 
-    def _real_features(self, real: RealSets, rows: Rows) -> tuple[Tensor, Tensor]:
-        wanted = set(real.train.indices)
-        seen = real.train, [index for index in rows.train if index in wanted]
-        unseen = real.train, rows.test
-        if real.test is not None:
-            unseen = real.test, list(real.test.indices)[:MAX_TEST_IMAGES]
-        if real.reference is not real.train:
-            seen, unseen = (real.reference, real.reference.indices), seen
-        return self._features(*seen), self._features(*unseen)
-
-    def _features(self, images: RealImages, indices: Sequence[int]) -> Tensor:
-        batches = (batch for batch, _ in images.fetch(indices))
-        rows = [classify(self.network, batch, self.device).features for batch in batches]
-        return torch.cat([torch.zeros(0, self.network.head.in_features), *rows])
+    def _features(self, images: RealImages) -> Tensor:
+        rows = [torch.zeros(0, self.network.head.in_features)]
+        for batch, _ in images.fetch(images.indices):
+            rows.append(classify(self.network, batch, self.device)[1])
+        return torch.cat(rows)
 
     def reduce_real(self, runtime: Runtime) -> None:
         for tensor in self.network.state_dict().values():
@@ -135,23 +131,16 @@ class ClassifierViews(Collector):
             self.moments.all_reduce(runtime)
             self.kept.reduce(runtime)
         if "accuracy" in self.keeps:
-            views = runtime.gather(self.views, self.num_images)
-            self.views = self.views if views is None else views
+            self.views = runtime.gather(self.views, self.num_images)
             shares = runtime.gather_objects(self.mistakes)
-            self.mistakes = [mistake for share in shares for mistake in share][:MAX_MISTAKES]
-
-    @property
-    def weakness(self) -> str | None:
-        """Why the classifier is not to be trusted; None if it is."""
-        ceiling = accuracy(self.confusion)
-        if ceiling >= MIN_CEILING:
-            return None
-        return f"the classifier itself is right on only {ceiling:.1%} of real images"
+            self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
 
     def judged(self, result: Entry) -> Entry:
         """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
-        if result["status"] == "ok" and self.weakness:
-            result |= {"status": "unreliable", "reason": self.weakness}
+        right = accuracy(self.confusion)
+        if result["status"] == "ok" and not right >= MIN_CEILING:  # it may be NaN
+            doubt = f"the classifier itself is right on only {right:.1%} of real images"
+            result |= {"status": "unreliable", "reason": doubt}
         return result | {"classifier": self.details}
 
 
@@ -176,54 +165,45 @@ class ClassAccuracy(Metric):
 
     def compute(self) -> Entry:
         seen: ClassifierViews = self.collected
-        labels = torch.tensor(seen.labels, dtype=torch.int64)
-        confusion = count_pairs(labels, seen.views[:, 0].long(), len(seen.class_names))
-        count = seen.num_images
-        hits = int(confusion.diagonal().sum())
-        by_name = dict(zip(seen.class_names, per_class(confusion), strict=True))
-        known = {name: share for name, share in by_name.items() if share is not None}
-        result = entry(
-            "ok",
+        names, labels = seen.class_names, torch.tensor(seen.labels, dtype=torch.int64)
+        confusion = count_pairs(labels, seen.views[:, 0].long(), len(names))
+        hits, count = int(confusion.diagonal().sum()), seen.num_images
+        shares, real = (
+            dict(zip(names, per_class(cells), strict=True)) for cells in (confusion, seen.confusion)
+        )
+        known = {name: share for name, share in shares.items() if share is not None}
+        result = measured(
             hits / count,
-            None,
             ci95=list(wilson_interval(hits, count)),
             real_ceiling=accuracy(seen.confusion),
-            per_class=by_name,
-            per_class_real=dict(zip(seen.class_names, per_class(seen.confusion), strict=True)),
+            per_class=shares,
+            per_class_real=real,
             worst_class=min(known, key=known.get) if known else None,
             mean_requested_prob=seen.views[:, 2].mean().item(),
             unsure_share=(seen.views[:, 1] < UNSURE_BELOW).double().mean().item(),
             confusion=confusion.tolist(),
             n=count,
             n_real=int(seen.confusion.sum()),
-            better=self.better,
         )
         return seen.judged(result)
 
     def pictures(self) -> dict[str, Picture]:
-        seen: ClassifierViews = self.collected
-        if not seen.mistakes:
+        mistakes, names = self.collected.mistakes, self.collected.class_names
+        if not mistakes:
             return {}
-        images = torch.stack([mistake.image for mistake in seen.mistakes])
+        images = torch.stack([mistake.image for mistake in mistakes])
         grid = make_grid(images, grid_rows(len(images)))
-        names = seen.class_names
-        told = (f"{names[m.requested]} drawn as {names[m.seen]}" for m in seen.mistakes)
+        told = (f"{names[m.requested]} drawn as {names[m.seen]}" for m in mistakes)
         return {"failures": Picture(to_array(grid), "Wrong classes", "; ".join(told))}
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        low, high = result["ci95"]
-        return (
-            f"95 % interval {number(low)} to {number(high)}, real images "
-            f"{number(result['real_ceiling'])}, unsure {result['unsure_share']:.1%}"
-        )
+        low, high = map(number, result["ci95"])
+        real, unsure = number(result["real_ceiling"]), result["unsure_share"]
+        return f"95 % interval {low} to {high}, real images {real}, unsure {unsure:.1%}"
 
     @classmethod
     def table(cls, result: Entry) -> tuple[str, list[Row]] | None:
         shares, real = result.get("per_class"), result.get("per_class_real")
-        if not shares:
-            return None
-        rows = [
-            (name, number(share), f"real {number(real[name])}") for name, share in shares.items()
-        ]
-        return "requested class, accuracy", rows
+        rows = [(name, number(shares[name]), f"real {number(real[name])}") for name in shares or ()]
+        return ("requested class, accuracy", rows) if rows else None

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from metrics.base import Entry, Metric, entry, number
+from metrics.base import Entry, Metric, measured, number
 from metrics.class_accuracy import ClassifierViews
 from metrics.fid import frechet_distance
 from metrics.moments import FeatureMoments
-from metrics.prdc import Prdc, prdc, searched, too_few
+from metrics.prdc import Prdc, prdc_entry, searched
 
 
 class FdDomain(Metric):
@@ -26,22 +26,17 @@ class FdDomain(Metric):
     keeps = "domain"
 
     def compute(self) -> Entry:
-        return self.collected.judged(self._distance(self.collected))
-
-    def _distance(self, seen: ClassifierViews) -> Entry:
-        num_images, num_real = seen.num_images, len(seen.real)
+        seen: ClassifierViews = self.collected
+        num_images, num_real, dim = seen.num_images, *seen.real.shape
         counts = f"{num_images} generated and {num_real} real images"
         if min(num_images, num_real) < 2:
-            return entry("unreliable", None, f"{counts} have no covariance")
-        target = _moments(seen.real).mean_cov()
-        distance = frechet_distance(*seen.moments.mean_cov(), *target)
-        baseline = None
+            return seen.judged(measured(None, f"{counts} have no covariance"))
+        target = _gaussian(seen.real)
+        distance, baseline = frechet_distance(*seen.moments.mean_cov(), *target), None
         if len(seen.unseen) >= 2:
-            baseline = frechet_distance(*_moments(seen.unseen).mean_cov(), *target).value
-        dim = seen.real.shape[1]
+            baseline = frechet_distance(*_gaussian(seen.unseen), *target).value
         few = min(num_images, num_real) <= dim
-        return entry(
-            "unreliable" if few else "ok",
+        result = measured(
             distance.value,
             f"{counts} are too few for a covariance of {dim} features" if few else None,
             raw=distance.raw,
@@ -50,13 +45,11 @@ class FdDomain(Metric):
             n_real=num_real,
             n_unseen=len(seen.unseen),
             num_features=dim,
-            better=self.better,
         )
+        return seen.judged(result)
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        if result["value"] is None:
-            return ""
         return f"unseen real images {number(result['real_value'])}"
 
 
@@ -70,14 +63,11 @@ class PrdcDomain(Prdc):
 
     def compute(self) -> Entry:
         seen: ClassifierViews = self.collected
-        if reason := too_few(len(seen.real), len(seen.kept.values)):
-            return seen.judged(entry("unreliable", None, reason))
-        shares = prdc(seen.real[searched(len(seen.real))], seen.kept.values)
-        result = entry("ok", shares.precision, **shares._asdict(), better=self.better)
-        return seen.judged(result)
+        real = seen.real[searched(len(seen.real))]
+        return seen.judged(prdc_entry(real, seen.kept.values))
 
 
-def _moments(features: Tensor) -> FeatureMoments:
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     moments = FeatureMoments(features.shape[1])
     moments.update(features)
-    return moments
+    return moments.mean_cov()

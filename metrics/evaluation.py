@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from metrics import METRICS, networks_of
-from metrics.base import Context, Entry, Generated, Metric, Real, entry
+from metrics.base import Context, Entry, Generated, Real, entry
 from metrics.gallery import Gallery
 from metrics.reference import write_reference
 from metrics.report import Report, build_report, compare, save_report, warnings_of
 from metrics.scoring import Part, Scoring
-from metrics.weights import Network, Weights, shared_weights
+from metrics.weights import Network, Weights, find_weights
 from utils.distributed import Runtime
 from utils.errors import MissingWeightsError
 
@@ -28,17 +28,11 @@ log = logging.getLogger("diffusion")
 
 @dataclass
 class Plan:
-    """What will run, and why the rest will not.
+    """What will run, and why the rest will not."""
 
-    Attributes:
-        names: the requested metrics.
-        weights: the weights of each network that they need.
-        skipped: the entry in the report of each metric that will not run.
-    """
-
-    names: tuple[str, ...]
-    weights: dict[Network, Weights] = field(default_factory=dict)
-    skipped: dict[str, Entry] = field(default_factory=dict)
+    names: tuple[str, ...]  # the requested metrics
+    weights: dict[Network, Weights] = field(default_factory=dict)  # of all networks they need
+    skipped: dict[str, Entry] = field(default_factory=dict)  # the entries of those that cannot run
 
     @property
     def runnable(self) -> tuple[str, ...]:
@@ -49,18 +43,15 @@ class Plan:
         """The runnable metrics that need this network."""
         return [name for name in self.runnable if METRICS[name].network is network]
 
-    def lines(self) -> list[str]:
+    def lines(self) -> Iterator[str]:
         """What will happen to each metric, a line each."""
-        lines = []
         for name in self.names:
-            weights = self.weights.get(METRICS[name].network)
             if name in self.skipped:
-                lines.append(f"{name}: skipped, {self.skipped[name]['reason']}")
-            elif weights is not None:
-                lines.append(f"{name}: {weights.path}, sha256 {weights.sha256}")
+                yield f"{name}: skipped, {self.skipped[name]['reason']}"
+            elif weights := self.weights.get(METRICS[name].network):
+                yield f"{name}: {weights.path}, sha256 {weights.sha256}"
             else:
-                lines.append(f"{name}: nothing to download")
-        return lines
+                yield f"{name}: nothing to download"
 
     def skip(self, names: Iterable[str], reason: str) -> None:
         """Skip metrics for a reason, unless they are skipped already."""
@@ -68,31 +59,16 @@ class Plan:
             self.skipped.setdefault(name, entry("skipped", None, reason))
 
 
-def fitting(real: Real, generated: Generated) -> Real:
-    """`real`, without images whose shape is not that of the generated ones."""
-    shapes = generated.spec.shape, None if real.sets is None else real.sets.train.spec.shape
-    if shapes[1] in (None, shapes[0]):
-        return real
-    ours, theirs = (" x ".join(map(str, shape)) for shape in shapes)
-    return real._replace(sets=None, missing=f"these images are {ours}, the real ones {theirs}")
-
-
 def plan_metrics(
     names: tuple[str, ...],
-    generated: Generated,
-    real: Real,
-    runtime: Runtime,
+    context: Context,
     *,
     weights: Mapping[str, str | None],
     download: bool = True,
 ) -> Plan:
-    """Find the weights of each network that `names` need. To be called on every process.
-
-    Args:
-        weights, download: see `Evaluation`.
-    """
-    plan = Plan(names)
-    num_classes = generated.spec.num_classes
+    """Find the weights that `names` need; on every process, with the arguments of `Evaluation`."""
+    generated, real, runtime = context.generated, context.real, context.runtime
+    plan, num_classes = Plan(names), generated.spec.num_classes
     no_classes = None if num_classes else "the data set has no class labels"
     if real.sets is not None and real.sets.train.num_classes != num_classes:
         counts = f"{num_classes}, but {real.sets.train.num_classes} in the real images"
@@ -107,18 +83,24 @@ def plan_metrics(
         if metric.labels and not generated.labels:
             plan.skip([name], generated.unlabelled)
     for network in networks_of(plan.runnable):
-        first, *others = plan.users_of(network)
-        try:
-            given = weights.get(network.name)
-            plan.weights[network] = shared_weights(network, given, runtime, download=download)
-        except MissingWeightsError as error:
-            plan.skip([first], str(error))
+        file, problem = None, None
+        if runtime.is_main:
+            try:
+                file = find_weights(network, weights.get(network.name), download=download)
+            except MissingWeightsError as error:
+                problem = str(error)
+        file, problem = runtime.broadcast_object((file, problem))
+        if problem is None:
+            plan.weights[network] = file
+        else:
+            first, *others = plan.users_of(network)
+            plan.skip([first], problem)
             plan.skip(others, f"the weights that {first} needs, too, are missing")
     return plan
 
 
 def load_networks(plan: Plan, runtime: Runtime) -> dict[Network, Any]:
-    """Load the networks of `plan`. To be called on every process.
+    """Load the networks of `plan`, on every process.
 
     The users of one that cannot be loaded on some process are skipped, in `plan`, on all.
     """
@@ -155,7 +137,8 @@ def build_parts(plan: Plan, context: Context) -> list[Part]:
 class Evaluation:
     """One number of images, scored as often as wanted: `prepare` once, then `score` each set.
 
-    Every method is to be called on every process.
+    Every method is to be called on every process. Real images of another shape than the generated
+    ones count as missing.
 
     Args:
         names: the metrics that are asked for; `plan` says which of them can run.
@@ -176,27 +159,24 @@ class Evaluation:
         weights: Mapping[str, str | None] | None = None,
         download: bool = True,
     ) -> None:
-        self.generated, self.real = generated, fitting(real, generated)
-        self.runtime, self.cache_dir = runtime, cache_dir
-        self.plan = plan_metrics(
-            names, generated, self.real, runtime, weights=weights or {}, download=download
-        )
+        if real.sets is not None and real.sets.train.spec.shape != generated.spec.shape:
+            shapes = generated.spec.shape, real.sets.train.spec.shape
+            ours, theirs = (" x ".join(map(str, shape)) for shape in shapes)
+            missing = f"these images are {ours}, the real ones {theirs}"
+            real = real._replace(sets=None, missing=missing)
+        self.context = Context(runtime, generated, real, cache_dir=cache_dir)
+        self.generated, self.runtime = generated, runtime
+        self.plan = plan_metrics(names, self.context, weights=weights or {}, download=download)
         self.scoring: Scoring | None = None
 
     def prepare(self) -> None:
         """Load the networks, train the classifier or find it, and look at the real images."""
-        context = Context(
-            self.runtime,
-            self.generated,
-            self.real,
-            networks=load_networks(self.plan, self.runtime),
-            weights=self.plan.weights,
-            cache_dir=self.cache_dir,
-        )
+        plan, networks = self.plan, load_networks(self.plan, self.runtime)
+        context = dataclasses.replace(self.context, networks=networks, weights=plan.weights)
         self.gallery = Gallery(context)
-        parts = [*build_parts(self.plan, context), Part(self.gallery)]
+        parts = [*build_parts(plan, context), Part(self.gallery)]
         self.scoring = Scoring(parts, self.runtime)
-        self.scoring.update_real(self.real.sets)
+        self.scoring.update_real(context.real.sets)
 
     def score(
         self, batches: Iterable[Tensor], *, facts: Mapping[str, Any], always_sample: bool = False
@@ -221,32 +201,26 @@ class Evaluation:
         )
 
     def save(self, path: Path, report: Report, old: Report | None = None) -> None:
-        """Write report.json and report.html at `path`, with the pictures of the latest `score`.
-
-        Args:
-            old: an older report, to show what changed.
-        """
+        """Write report.json and report.html at `path`, with the pictures of the latest `score`
+        and, given an `old` report, what has changed since."""
         if old is not None:
             report["comparison"] = compare(report, old)
         pictures = self.gallery.pictures()
-        for metric in self._metrics():
-            pictures |= metric.pictures()
+        for part in self.scoring.alive:
+            for metric in part.metrics.values():
+                pictures |= metric.pictures()
         save_report(path, report, pictures)
-
-    def _metrics(self) -> list[Metric]:
-        return [metric for part in self.scoring.alive for metric in part.metrics.values()]
 
     def write_reference(self, path: Path) -> None:
         """Write the statistics that fid compares with, for others. A refusal stops nothing."""
         if not self.runtime.is_main:
             return
+        metrics = [part.metrics["fid"] for part in self.scoring.alive if "fid" in part.metrics]
+        if not metrics:
+            log.warning("--write_reference: fid does not run, so there is nothing to write")
+            return
         try:
-            known = (metric.statistics() for metric in self._metrics())
-            statistics = next(filter(None, known), None)
-            if statistics is None:
-                log.warning("--write_reference: fid does not run, so there is nothing to write")
-            else:
-                write_reference(path, statistics)
-                log.info("statistics of the real images: %s", path)
+            write_reference(path, metrics[0].collected.statistics())
+            log.info("statistics of the real images: %s", path)
         except (OSError, ValueError) as error:
             log.warning("--write_reference %s: not written, %s", path, error)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metrics.base import Entry, Metric, Row, entry
+from metrics.base import Entry, Metric, Row, measured
 from metrics.inception import INCEPTION, InceptionFeatures
-from metrics.reference import Reference
 
 # A covariance of D = 2048 features is singular at or below this many images.
 SINGULAR_BELOW = 2048
@@ -28,16 +27,10 @@ class Frechet(NamedTuple):
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Frechet:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64.
 
-    With any R for which R R^T = S1 the last trace is the sum of the root eigenvalues of R^T S2 R.
-    It is symmetric, so they are real. R is a Cholesky factor, or, where a covariance is singular
-    (fewer images than features), made of eigenvectors.
-
-    Args:
-        mu1, mu2: (D,) means.
-        sigma1, sigma2: (D, D) covariances.
-
-    Raises:
-        ValueError: shapes that do not fit, or values that are not finite.
+    Takes means (D,) and covariances (D, D); raises a ValueError if their shapes do not fit or a
+    value is not finite. With any R for which R R^T = S1 the last trace is the sum of the root
+    eigenvalues of R^T S2 R. It is symmetric, so they are real. R is a Cholesky factor, or, where a
+    covariance is singular (fewer images than features), made of eigenvectors.
     """
     mu1, sigma1, mu2, sigma2 = (x.double().cpu() for x in (mu1, sigma1, mu2, sigma2))
     dim = len(mu1)
@@ -94,27 +87,21 @@ class Fid(Metric):
         num_real = seen.num_real if seen.reference is None else seen.reference.num_images
         counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
         if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
-            return entry("unreliable", None, f"{counts} have no covariance")
-        real = seen.statistics()
+            return measured(None, f"{counts} have no covariance")
+        real, dim, doubt = seen.statistics(), seen.extractor.feature_dim, None
         distance = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
-        reason, dim = None, seen.extractor.feature_dim
         if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
-            reason = f"{counts} are too few for a covariance of {dim} features"
-        return entry(
-            "unreliable" if reason else "ok",
+            doubt = f"{counts} are too few for a covariance of {dim} features"
+        return measured(
             distance.value,
-            reason,
+            doubt,
             name=count_name(seen.num_images),
             raw=distance.raw,
             n=seen.num_images,
             n_real=num_real,
-            better=self.better,
             extractor=seen.details,
             reference=dict(seen.reference.meta) or None if seen.reference else None,
         )
-
-    def statistics(self) -> Reference | None:
-        return self.collected.statistics()
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:

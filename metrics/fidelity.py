@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from metrics.base import Entry, Metric, entry, number
+from metrics.base import Entry, Metric, measured, number
 from metrics.fid import SINGULAR_BELOW, inception_warnings
 from metrics.inception import INCEPTION, InceptionFeatures
 
@@ -16,12 +16,9 @@ NUM_SPLITS = 10
 def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> tuple[float, float]:
     """Compare `NUM_SUBSETS` subsets of features (N, D) and (M, D) in float64.
 
-    Returns:
-        the mean squared discrepancy, and its deviation over the subsets. Subsets as large as both
-        sets are all equal. The mean is unbiased, so it can be slightly negative.
-
-    Raises:
-        ValueError: features that are not finite.
+    Returns the mean squared discrepancy, and its deviation over the subsets. Subsets as large as
+    both sets are all equal. The mean is unbiased, so it can be slightly negative. Raises a
+    ValueError if the features are not finite.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -45,22 +42,17 @@ class Kid(Metric):
 
     def compute(self) -> Entry:
         seen: InceptionFeatures = self.collected
-        counts = {"n": seen.num_images, "n_real": seen.num_real, "extractor": seen.details}
         size = min(SUBSET_SIZE, seen.num_images, seen.num_real)
         if size < 2:
-            return entry("unreliable", None, "KID needs 2 images of each kind", **counts)
+            return measured(None, "KID needs 2 images of each kind", **seen.counts())
         features = (kind.rows["features"] for kind in (seen.generated, seen.real))
         mean, std = kernel_distance(*features, subset_size=size)
-        reason = None
-        if size < SUBSET_SIZE:
-            reason = f"subsets of {size} images instead of {SUBSET_SIZE}"
-        details = {"std": std, "subset_size": size, "better": self.better}
-        return entry("unreliable" if reason else "ok", mean, reason, **details, **counts)
+        few = size < SUBSET_SIZE
+        doubt = f"subsets of {size} images instead of {SUBSET_SIZE}" if few else None
+        return measured(mean, doubt, std=std, subset_size=size, **seen.counts())
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        if result["value"] is None:
-            return ""
         return f"+- {number(result['std'])} over subsets of {result['subset_size']}"
 
 
@@ -77,19 +69,12 @@ class InceptionScore(Metric):
         from torch_fidelity.metric_isc import isc_features_to_metric
 
         seen: InceptionFeatures = self.collected
-        num_splits = min(NUM_SPLITS, seen.num_images)
+        count, num_splits = seen.num_images, min(NUM_SPLITS, seen.num_images)
         score = isc_features_to_metric(seen.generated.rows["logits"], splits=num_splits)
-        few = seen.num_images <= SINGULAR_BELOW
-        return entry(
-            "unreliable" if few else "ok",
-            score["inception_score_mean"],
-            f"biased low at {seen.num_images} images" if few else None,
-            std=score["inception_score_std"],
-            num_splits=num_splits,
-            n=seen.num_images,
-            better=self.better,
-            extractor=seen.details,
-        )
+        mean, std = (score[f"inception_score_{part}"] for part in ("mean", "std"))
+        doubt = f"biased low at {count} images" if count <= SINGULAR_BELOW else None
+        details = {"num_splits": num_splits, "n": count, "extractor": seen.details}
+        return measured(mean, doubt, std=std, **details)
 
     @classmethod
     def note(cls, result: Entry) -> str:

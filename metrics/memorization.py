@@ -7,7 +7,7 @@ with real images that are not in the set searched (Meehan et al. 2020, arXiv:200
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
-from metrics.base import Context, Entry, Metric, entry
+from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenRows
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
+from metrics.moments import float64_device
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array
@@ -56,14 +57,13 @@ def nearest_images(
 ) -> tuple[Tensor, Tensor]:
     """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
+    Returns, of the k nearest train images of each query, nearest first and of equal ones the first:
+    the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
+
     Args:
         queries: uint8 (Q, C, H, W).
         train: batches of uint8 (b, C, H, W), `num_train` images in all.
         left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
-
-    Returns:
-        of the k nearest train images of each query, nearest first and of equal ones the first:
-        the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
@@ -158,56 +158,46 @@ class Memorization(ChosenRows, Metric):
         super().__init__(fixed_subset(context.generated.num_images, NUM_CHECKED, draw))
         self.device = context.runtime.device
         self.distance: Distance | None = context.networks.get(ALEXNET)
-        self.train: RealImages | None = None
-        self.test: RealImages | None = None
-        self.held_out: Distances | None = None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
         self.train, self.test = real.train, real.test
         if runtime.is_main:
-            source = self.test or self.train
-            draw = EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
+            source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
             chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
-            self.held_out = self._search(
-                _load(source, chosen), chosen if self.test is None else torch.full_like(chosen, -1)
-            )
+            own = None if self.test else chosen
+            self.held_out = self._search(_load(source, chosen), left_out=own)
 
     def reset(self) -> None:
         super().reset()
         self.closest: list[Tensor] = []
 
     def compute(self) -> Entry:
-        held_out, images, checked = self.held_out, self.values, self.chosen
-        searched = self._search(images, torch.full_like(checked, -1))
-        compared, by_lpips = compare(searched.pixels, held_out.pixels), None
-        rows = searched.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
-        nearest = [searched.positions[rows, 0]]
-        if searched.lpips is not None:
-            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (searched, held_out)))
-            nearest.append(searched.positions[rows, searched.lpips[rows].argmin(1)])
-        self.closest = [images[rows], *(_load(self.train, positions) for positions in nearest)]
-        doubts = self._doubts()
-        return entry(
-            "unreliable" if doubts else "ok",
+        train, images, held_out = self.train, self.values, self.held_out
+        near = self._search(images)
+        compared, by_lpips = compare(near.pixels, held_out.pixels), None
+        rows = near.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
+        nearest = [near.positions[rows, 0]]
+        if near.lpips is not None:
+            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)))
+            nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
+        self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
+        columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
+        closest = [
+            {"index": index, "train_index": train.indices[place], "distance": distance}
+            for index, place, distance in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+        return measured(
             compared["generated"]["share_close"],
-            "; ".join(doubts) or None,
+            "; ".join(self._doubts()),
             **compared,
             lpips=by_lpips,
-            closest=[
-                {
-                    "index": int(checked[row]),
-                    "train_index": self.train.indices[place],
-                    "distance": float(searched.pixels[row, 0]),
-                }
-                for row, place in zip(rows, nearest[0].tolist(), strict=True)
-            ],
+            closest=closest,
             baseline=self.test.split if self.test else LEFT_OUT,
             n_checked=len(images),
             n_held_out=len(held_out.pixels),
-            n_train=len(self.train.indices),
-            better=self.better,
+            n_train=len(train.indices),
         )
 
     def pictures(self) -> dict[str, Picture]:
@@ -226,17 +216,16 @@ class Memorization(ChosenRows, Metric):
         verdict = "more than held-out images" if result["flagged"] else "no sign of copies"
         return f"share nearer to the train images than 99 % of held-out ones: {verdict}"
 
-    def _search(self, images: Tensor, left_out: Tensor) -> Distances:
-        """All train images for each image, but for the position `left_out`."""
+    def _search(self, images: Tensor, left_out: Tensor | None = None) -> Distances:
+        """The nearest train images of each image, but for the position `left_out` if given."""
         num_train = len(self.train.indices)
         squared, positions = nearest_images(
             images,
             (batch for batch, _ in self.train.fetch(self.train.indices)),
             num_train,
             num_neighbours=min(NUM_NEIGHBOURS, num_train - (self.test is None)),
-            left_out=left_out,
-            # MPS has no float64.
-            device=torch.device("cpu") if self.device.type == "mps" else self.device,
+            left_out=torch.full((len(images),), -1) if left_out is None else left_out,
+            device=float64_device(self.device),
         )
         pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
         lpips = None if self.distance is None else self._lpips(images, positions)
@@ -254,16 +243,15 @@ class Memorization(ChosenRows, Metric):
             parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
 
-    def _doubts(self) -> list[str]:
-        doubts, num_held_out = [], len(self.held_out.pixels)
+    def _doubts(self) -> Iterator[str]:
+        num_held_out, num_searched = len(self.held_out.pixels), len(self.train.indices)
         if len(self.chosen) < MIN_CHECKED:
-            doubts.append(f"only {len(self.chosen)} generated images are checked")
+            yield f"only {len(self.chosen)} generated images are checked"
         if num_held_out < MIN_CHECKED:
-            doubts.append(f"only {num_held_out} held-out real images to compare with")
-        if len(self.train.indices) < len(self.train.labels):
-            searched = f"{len(self.train.indices)} of {len(self.train.labels)}"
-            doubts.append(f"{searched} train images are searched, copies of the others are missed")
-        return doubts
+            yield f"only {num_held_out} held-out real images to compare with"
+        if num_searched < (num_train := len(self.train.labels)):
+            searched = f"{num_searched} of {num_train} train images are searched"
+            yield f"{searched}, copies of the others are missed"
 
 
 def _load(real: RealImages, positions: Tensor) -> Tensor:

@@ -43,16 +43,10 @@ class FeatureMoments:
             runtime.all_reduce(total)
 
     def mean_cov(self) -> tuple[Tensor, Tensor]:
-        """(D,) mean and (D, D) unbiased covariance.
-
-        Raises:
-            ValueError: fewer than two images.
-        """
+        """(D,) mean and (D, D) unbiased covariance; a ValueError for fewer than two images."""
         count = self.count.item()
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, there are {count:.0f}")
-        mean = self.sum / count
-        outer = self.outer.tril()
+        mean, outer = self.sum / count, self.outer.tril()
         outer += outer.tril(-1).T
-        covariance = outer.addr_(mean, mean, alpha=-count).div_(count - 1)
-        return mean, covariance
+        return mean, outer.addr_(mean, mean, alpha=-count).div_(count - 1)

@@ -13,13 +13,13 @@ differs in such ties only. Distances are float64; what exceeds a radius by no mo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.base import Entry, Metric, Row, entry, number
+from metrics.base import Entry, Metric, Row, measured, number
 from metrics.inception import INCEPTION, InceptionFeatures
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, fixed_subset
@@ -40,13 +40,6 @@ class Shares(NamedTuple):
     k: int
     num_real: int
     num_generated: int
-
-
-def too_few(num_real: int, num_generated: int, k: int = K) -> str | None:
-    """Say why k neighbours cannot be found, or None if they can."""
-    if min(num_real, num_generated) > k:
-        return None
-    return f"{k} neighbours need more than {k} images: {num_real} real, {num_generated} generated"
 
 
 def searched(num_images: int) -> np.ndarray:
@@ -74,17 +67,13 @@ def squared_radii(points: Tensor, k: int, block: int) -> Tensor:
 def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> Shares:
     """Compare real (N, D) with generated (M, D) features, see `searched` for how many.
 
-    Time grows with N M D, memory with `block` max(N, M).
-
-    Raises:
-        ValueError: a set of k or fewer points, another D, or features that are not finite.
+    Time grows with N M D, memory with `block` max(N, M). Raises a ValueError for a set of k or
+    fewer points, for another D, and for features that are not finite.
     """
     x, y = (points.to("cpu", torch.float64, copy=True) for points in (real, generated))
     if k < 1 or min(len(x), len(y)) <= k:
-        raise ValueError(
-            f"k={k} nearest neighbours need k >= 1 and more than k images of each kind, "
-            f"got {len(x)} real and {len(y)} generated"
-        )
+        needs = f"k={k} nearest neighbours need k >= 1 and more than k images of each kind"
+        raise ValueError(f"{needs}, got {len(x)} real and {len(y)} generated")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"need features of one D, got {x.shape[1]} and {y.shape[1]}")
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -100,15 +89,20 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> 
         num_around += inside_real.sum(0)
         num_covered += int(inside_real.any(1).sum())
         num_recalled += int((squared <= radii_y).any(1).sum())
-    return Shares(
-        precision=float((num_around > 0).double().mean()),
-        recall=num_recalled / len(x),
-        density=float(num_around.double().mean()) / k,
-        coverage=num_covered / len(x),
-        k=k,
-        num_real=len(x),
-        num_generated=len(y),
-    )
+    precision = float((num_around > 0).double().mean())
+    density = float(num_around.double().mean()) / k
+    recall, coverage = num_recalled / len(x), num_covered / len(x)
+    return Shares(precision, recall, density, coverage, k, len(x), len(y))
+
+
+def prdc_entry(real: Tensor, generated: Tensor, **details: Any) -> Entry:
+    """The entry on features (N, D) and (M, D); without a value where they are too few."""
+    num_real, num_generated = len(real), len(generated)
+    if min(num_real, num_generated) <= K:
+        counts = f"{num_real} real, {num_generated} generated"
+        return measured(None, f"{K} neighbours need more than {K} images: {counts}", **details)
+    shares = prdc(real, generated)
+    return measured(shares.precision, **shares._asdict(), **details)
 
 
 class Prdc(Metric):
@@ -122,19 +116,13 @@ class Prdc(Metric):
 
     def compute(self) -> Entry:
         seen: InceptionFeatures = self.collected
-        counts = {"n": seen.num_images, "n_real": seen.num_real, "extractor": seen.details}
-        if reason := too_few(seen.num_real, seen.num_images):
-            return entry("unreliable", None, reason, **counts)
-        rows = (kind.rows["features"] for kind in (seen.real, seen.generated))
-        shares = prdc(*(features[searched(len(features))] for features in rows))
-        return entry("ok", shares.precision, **shares._asdict(), better=self.better, **counts)
+        features = (kind.rows["features"] for kind in (seen.real, seen.generated))
+        return prdc_entry(*(rows[searched(len(rows))] for rows in features), **seen.counts())
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         if result["value"] is None:
             return super().rows(name, result)
         others = ("recall", "density", "coverage")
-        return [
-            *super().rows(f"{name} precision", result),
-            *((f"{name} {other}", number(result[other]), "") for other in others),
-        ]
+        more = [(f"{name} {other}", number(result[other]), "") for other in others]
+        return [*super().rows(f"{name} precision", result), *more]

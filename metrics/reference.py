@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,27 +21,19 @@ from utils.errors import ConfigError
 from utils.files import atomic_path
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The statistics that FID takes of one set of images.
+class Reference(NamedTuple):
+    """The statistics that FID takes of one set of images."""
 
-    Attributes:
-        mu, sigma: their mean (D,) and covariance (D, D), float64.
-        num_images: how many there were; None where the file does not say.
-        meta: extractor, data set and whatever else identifies them; empty in others' files.
-    """
-
-    mu: Tensor
-    sigma: Tensor
-    num_images: int | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    mu: Tensor  # their mean (D,), float64
+    sigma: Tensor  # their covariance (D, D), float64
+    num_images: int | None = None  # None where the file does not say
+    meta: Mapping[str, Any] = MappingProxyType({})  # what identifies them; empty in others' files
 
 
 def read_reference(path: str | Path, dim: int) -> Reference:
     """Read an .npz with statistics of `dim` features.
 
-    Raises:
-        ConfigError: the file is missing, damaged, would run code, or is of another network.
+    Raises a ConfigError if it is missing, damaged, would run code, or is of another network.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -51,14 +43,12 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"--reference {path}: cannot be read ({error}); an .npz with the plain arrays mu and "
-            "sigma is needed, as --write_reference makes it"
+            f"--reference {path}: cannot be read ({error}); it takes an .npz with the plain arrays "
+            "mu and sigma, as --write_reference makes it"
         ) from error
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise ConfigError(
-            f"--reference {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are not of "
-            f"{dim} features"
-        )
+        shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
+        raise ConfigError(f"--reference {path}: {shapes} are not of {dim} features")
     return Reference(mu, sigma, num_images, meta)
 
 

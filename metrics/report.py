@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import math
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -50,50 +50,34 @@ def build_report(
 ) -> Report:
     """Make the report as plain JSON types, with null and a reason for NaN and infinity.
 
-    Args:
-        entries: metric name -> entry, as `Scoring.score` returns them.
-        provenance: how the images came about.
+    Takes the entry of each metric, as `Scoring.score` returns them, and how the images came about.
     """
-    ordered = {name: plain(dict(entries[name])) for name in METRICS if name in entries}
+    ordered = {name: plain(entries[name]) for name in METRICS if name in entries}
     for result in ordered.values():
         if result["value"] is None and result["reason"] is None:
             result["reason"] = "the value is not a finite number"
     report = {key: ordered.get(name, {}).get(part) for key, (name, part) in KNOWN_KEYS.items()}
     report |= {result["name"]: result["value"] for result in ordered.values() if "name" in result}
+    there = {result["status"] in ("ok", "unreliable") for result in ordered.values()}
+    status = "partial" if len(there) == 2 else "complete" if True in there else "empty"
     return report | {
         "schema_version": SCHEMA_VERSION,
-        "status": overall_status(ordered),
+        "status": status,
         "warnings": list(warnings),
         "metrics": ordered,
         "provenance": stamped(provenance),
     }
 
 
-def overall_status(entries: Mapping[str, Entry]) -> str:
-    """Say "complete" if every metric has a value, "partial" if some do, "empty" if none does."""
-    there = {result["status"] in ("ok", "unreliable") for result in entries.values()}
-    if there == {True, False}:
-        return "partial"
-    return "complete" if True in there else "empty"
-
-
 def warnings_of(names: Iterable[str], num_images: int, channels: int) -> list[str]:
     """Collect what readers of these metrics' values have to know."""
     told = (METRICS[name].warnings(num_images, channels) for name in names)
-    return list(dict.fromkeys(warning for warnings in told for warning in warnings))
+    return list(dict.fromkeys(itertools.chain.from_iterable(told)))
 
 
 def plain(value: Any) -> Any:
     """Turn tuples into lists, paths into text, and what JSON cannot say into None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def save_report(
@@ -109,9 +93,7 @@ def save_sweep(
 ) -> None:
     """Write one report over several: a row for each, and a summary of repeats.
 
-    Args:
-        reports: (setting, its own report's path, that report).
-        facts: provenance that all share.
+    Takes (setting, its own report's path, that report) of each, and the provenance they share.
     """
     rows = [
         {
@@ -136,12 +118,8 @@ def save_sweep(
     save_report(path, report)
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report.json of this project.
-
-    Raises:
-        ConfigError: it is not one.
-    """
+def read_report(path: str | Path) -> Report:
+    """Read a report.json of this project; raises a ConfigError if it is not one."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -161,8 +139,8 @@ def compare(report: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str,
         differing = [key for key in SAME if _essence(new.get(key)) != _essence(before.get(key))]
         row = {"metric": name, "old": before["value"], "new": new["value"]}
         row |= {"delta": new["value"] - before["value"], "better": new.get("better")}
-        row["note"] = f"not comparable, {', '.join(differing)} differ" if differing else None
-        rows.append(row)
+        note = f"not comparable, {', '.join(differing)} differ" if differing else None
+        rows.append(row | {"note": note})
     return rows
 
 
@@ -198,9 +176,9 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for name, known in values.items()
             if None not in known
         }
-        setting = {"cfg_scale": scale, "num_inference_steps": steps}
-        seeds = [row["seed"] for row in group]
-        repeats.append({**setting, "seeds": seeds, "metrics": of_metrics})
+        row = {"cfg_scale": scale, "num_inference_steps": steps}
+        row["seeds"] = [single["seed"] for single in group]
+        repeats.append(row | {"metrics": of_metrics})
     return repeats
 
 

@@ -22,7 +22,7 @@ import train
 from datasets import real
 from generation import evaluated
 from metrics import METRICS, class_accuracy, classifier
-from metrics.base import Collector, Metric, entry
+from metrics.base import Collector, Metric, measured
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
 from metrics.reference import read_reference
@@ -413,7 +413,7 @@ class Twice(Metric, Collector):
         runtime.all_reduce(self.total)
 
     def compute(self):
-        return entry("ok", (self.total[0] / self.total[1]).item(), better=self.better)
+        return measured((self.total[0] / self.total[1]).item())
 
     def pictures(self):
         return {"twice": Picture(to_array(self.image), "An image that was doubled")}

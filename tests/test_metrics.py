@@ -357,17 +357,15 @@ def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content)
 def test_metrics_without_their_needs_are_skipped_and_the_rest_planned(tmp_path):
     absent = {"inception": str(tmp_path / "a.pth"), "lpips": str(tmp_path / "b.pth")}
     generated = Generated(ImageSpec(1, 8, 8, 2), 4, [0, 1, 0, 1])
-    plan = plan_metrics(tuple(METRICS), generated, Real(None), SINGLE, weights=absent)
+    plan = plan_metrics(tuple(METRICS), Context(SINGLE, generated, Real(None)), weights=absent)
     offline = ("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity")
     assert plan.runnable == offline
     assert set(plan.skipped) == set(METRICS) - set(offline)
     unlabelled = Generated(ImageSpec(1, 8, 8, 2), 4, None, "trained without labels")
-    plan = plan_metrics(
-        ("class_acc", "memorization"), unlabelled, Real(None, "no data"), SINGLE,
-        weights={},
-    )  # fmt: skip
+    context = Context(SINGLE, unlabelled, Real(None, "no data"))
+    plan = plan_metrics(("class_acc", "memorization"), context, weights={})
     assert plan.skipped["memorization"]["reason"] == "no data"
-    plan = plan_metrics(("class_acc",), unlabelled, Real(None), SINGLE, weights={})
+    plan = plan_metrics(("class_acc",), Context(SINGLE, unlabelled, Real(None)), weights={})
     assert plan.skipped["class_acc"]["reason"] == "trained without labels"
 
 
@@ -448,10 +446,11 @@ def test_diversity_is_the_mean_over_all_pairs_when_there_are_few():
     table = torch.stack([pixel_distance(x, x[i : i + 1].expand_as(x)) for i in range(5)])
     rows, columns = torch.triu_indices(5, 5, offset=1)
     expected = table[rows, columns]
-    assert found.inter.mean == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert found.inter.sem == pytest.approx(expected.std().item() / math.sqrt(10), rel=1e-5)
+    mean, sem = found["lpips_inter"]
+    assert mean == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert sem == pytest.approx(expected.std().item() / math.sqrt(10), rel=1e-5)
     within = torch.stack([table[0, 1], table[0, 2], table[1, 2]]).mean().item()
-    assert found.intra.mean == pytest.approx(within, rel=1e-6)
+    assert found["lpips_intra"][0] == pytest.approx(within, rel=1e-6)
 
 
 # --- classifier
@@ -535,10 +534,8 @@ def test_a_weak_classifier_makes_the_accuracy_unreliable(digits, monkeypatch):
 def test_classifier_takes_any_shape_and_shifts_keep_it(shape):
     spec = classifier.classifier_spec(shape, 4, 10, flip=False)
     images = random_images(2, shape)
-    assert classifier.classify(classifier.Classifier(spec).eval(), images, CPU).probs.shape == (
-        2,
-        4,
-    )
+    probs, _ = classifier.classify(classifier.Classifier(spec).eval(), images, CPU)
+    assert probs.shape == (2, 4)
     assert classifier.shift_randomly(images.float(), rng()).shape == images.shape
 
 
@@ -565,7 +562,7 @@ def test_how_sure_the_classifier_is_comes_from_its_probabilities(digits, monkeyp
     scoring = scoring_of(["class_acc"], images[:30], asked, real=real_sets(train))
     found = scoring.score(batches_of(images[:30]), 30)["class_acc"]
     network = scoring.parts[0].collector.network
-    probs = classifier.classify(network, images[:30], CPU).probs.double()
+    probs = classifier.classify(network, images[:30], CPU)[0].double()
     assert found["unsure_share"] == pytest.approx((probs.amax(1) < 0.5).double().mean().item())
     expected = probs[range(30), asked].mean().item()
     assert found["mean_requested_prob"] == pytest.approx(expected, rel=1e-6)
@@ -604,10 +601,14 @@ def test_wilson_interval_of_known_shares():
 
 
 def test_held_out_rows_are_no_training_rows():
-    parts = classifier.split_train(100, hold_out=True, seed=0)
-    assert len(parts.test) == 10
-    assert sorted(parts.train + parts.test) == list(range(100))
-    assert classifier.split_train(100, hold_out=False, seed=0).test == []
+    train = real_images_of(random_images(100))
+    seen, held_out = classifier.split_images(real_sets(train), seed=0)
+    assert len(held_out.indices) == 10
+    assert sorted(seen.indices + held_out.indices) == list(range(100))
+    test = real_images_of(random_images(20), split="test")
+    seen, unseen = classifier.split_images(real_sets(train, test), seed=0)
+    assert seen.indices == list(range(100))
+    assert (unseen.split, unseen.indices) == ("test", list(range(20)))
 
 
 # --- report
