@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from metrics.fid import frechet_distance
-from metrics.moments import FeatureMoments
+from metrics.reference import FeatureMoments
 
 BATCH_SIZE = 128
 MANY = 5  # times as many images, for memory

@@ -1,15 +1,16 @@
-"""Does the model draw the class it was asked for? Judged by a classifier trained on real images.
+"""What a classifier trained on the real images makes of generated ones.
 
-Its own accuracy on real images it has not seen is the ceiling of what generated images can be
-expected to reach. Values compare only under one classifier (`key` in the report).
+Does the model draw the class it was asked for? The classifier's own accuracy on real images it has
+not seen is the ceiling of what generated images can be expected to reach. Frechet distance and
+precision, recall, density, coverage are as with Inception, but in features that fit the data, need
+no download and mean something on grey images. Values compare only under one classifier (`key` in
+the report).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from datasets.real import RealImages, RealSets
 from metrics.base import Collector, Context, Entry, Metric, Row, measured, number
 from metrics.classifier import (
-    Classifier,
     accuracy,
     classifier_spec,
     classify,
@@ -27,9 +27,9 @@ from metrics.classifier import (
     split_images,
     trained_classifier,
 )
-from metrics.gallery import ChosenRows
-from metrics.moments import FeatureMoments
-from metrics.prdc import searched
+from metrics.fid import frechet_distance
+from metrics.prdc import Prdc, prdc_entry
+from metrics.reference import FeatureMoments
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid, to_array
@@ -39,44 +39,31 @@ UNSURE_BELOW = 0.5  # probability of the class that is seen
 MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
 
 
-class Mistake(NamedTuple):
-    """A generated image in which the classifier sees another class than the requested one."""
-
-    image: Tensor  # uint8 (C, H, W)
-    requested: int
-    seen: int
-
-
 class ClassifierViews(Collector):
-    """Classes that are seen, for "accuracy", and features, for "domain", as far as they are kept.
+    """The classes that are seen in images, and their features.
 
     The main process trains the classifier, or takes it from the cache, and hands it to the others.
+    All that follows is of the main process, after `reduce_real` and `reduce`.
 
     Attributes:
-        views: after `reduce`, on the main process, float64 (N, 3) of all images: the class seen,
-            its probability, and the probability of the requested class.
-        mistakes: some images with a wrong class.
-        moments, kept: sums, and some rows, of the features (N, F) of the generated images.
-        real, unseen: on the main process, features of the real images to compare with, and of
-            other real images.
-        confusion: (K, K) int64, class x class seen, of unseen real images.
         details: what identifies the classifier, for the report.
+        confusion: (K, K) int64, class x class seen, of real images that are new to the classifier.
+        real, unseen: if "domain" is kept, features (N, F) of the real images to compare with, and
+            of other real images.
+        views: float64 (N, 3) of the generated images: the class seen, its probability, and the
+            probability of the requested class.
+        features: (N, F), of the generated images.
+        mistakes: some of them with a wrong class: the image, the class requested, the class seen.
     """
 
     def __init__(self, context: Context) -> None:
-        self.context, self.keeps = context, context.keeps
-        self.device = context.runtime.device
+        self.context, self.device = context, context.runtime.device
         self.num_images, self.labels = context.generated.num_images, context.generated.labels
-        self.network: Classifier | None = None
-        self.class_names: Sequence[str] = ()
-        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
-        self.details: dict[str, Any] = {}
-        self.kept = ChosenRows(searched(self.num_images))
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None:
             raise ValueError("the classifier needs real images to train on")
-        train = real.train
+        train, keeps = real.train, self.context.keeps
         self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
         shape, flip = self.context.generated.spec.shape, self.context.real.flip
         spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
@@ -86,9 +73,9 @@ class ClassifierViews(Collector):
         self.network, self.confusion, self.details = trained_classifier(
             real, spec, self.device, self.context.cache_dir
         )
-        if real.test is None and "accuracy" in self.keeps:
+        if real.test is None and "accuracy" in keeps:
             self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
-        if "domain" in self.keeps:
+        if "domain" in keeps:
             seen, unseen = split_images(real, seed=spec.seed)
             wanted = set(train.indices)
             seen = replace(seen, indices=[index for index in seen.indices if index in wanted])
@@ -107,33 +94,27 @@ class ClassifierViews(Collector):
             runtime.broadcast(tensor)
 
     def reset(self) -> None:
-        self.views = torch.zeros(0, 3, dtype=torch.float64)
-        self.mistakes: list[Mistake] = []
-        self.moments = FeatureMoments(self.network.head.in_features)
-        self.kept.reset()
+        self.parts = [torch.zeros(0, 3 + self.network.head.in_features, dtype=torch.float64)]
+        self.mistakes: list[tuple[Tensor, int, int]] = []
 
     def update(self, images: Tensor, indices: range) -> None:
         probs, features = classify(self.network, images, self.device)
-        if "domain" in self.keeps:
-            self.moments.update(features)
-            self.kept.update(features, indices)
-        if "accuracy" in self.keeps:
-            requested = torch.tensor(self.labels[indices.start : indices.stop])
-            sure, seen = probs.max(1)
-            asked_for = probs.gather(1, requested[:, None])[:, 0]
-            self.views = torch.cat([self.views, torch.stack([seen, sure, asked_for], 1).double()])
-            for i in (seen != requested).nonzero()[:, 0].tolist():
-                if len(self.mistakes) < MAX_MISTAKES:
-                    self.mistakes.append(Mistake(images[i], int(requested[i]), int(seen[i])))
+        sure, seen = probs.max(1)
+        asked = seen
+        if self.labels is not None:
+            asked = torch.tensor(self.labels[indices.start : indices.stop])
+        views = torch.stack([seen, sure, probs.gather(1, asked[:, None])[:, 0]], 1)
+        self.parts.append(torch.cat([views, features], 1).double())
+        for i in (seen != asked).nonzero()[:, 0].tolist():
+            if len(self.mistakes) < MAX_MISTAKES:
+                self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
 
     def reduce(self, runtime: Runtime) -> None:
-        if "domain" in self.keeps:
-            self.moments.all_reduce(runtime)
-            self.kept.reduce(runtime)
-        if "accuracy" in self.keeps:
-            self.views = runtime.gather(self.views, self.num_images)
-            shares = runtime.gather_objects(self.mistakes)
-            self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
+        rows = runtime.gather(torch.cat(self.parts), self.num_images)
+        if rows is not None:
+            self.views, self.features = rows[:, :3], rows[:, 3:]
+        shares = runtime.gather_objects(self.mistakes)
+        self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
 
     def judged(self, result: Entry) -> Entry:
         """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
@@ -191,9 +172,9 @@ class ClassAccuracy(Metric):
         mistakes, names = self.collected.mistakes, self.collected.class_names
         if not mistakes:
             return {}
-        images = torch.stack([mistake.image for mistake in mistakes])
+        images = torch.stack([image for image, *_ in mistakes])
         grid = make_grid(images, grid_rows(len(images)))
-        told = (f"{names[m.requested]} drawn as {names[m.seen]}" for m in mistakes)
+        told = (f"{names[asked]} drawn as {names[seen]}" for _, asked, seen in mistakes)
         return {"failures": Picture(to_array(grid), "Wrong classes", "; ".join(told))}
 
     @classmethod
@@ -207,3 +188,59 @@ class ClassAccuracy(Metric):
         shares, real = result.get("per_class"), result.get("per_class_real")
         rows = [(name, number(shares[name]), f"real {number(real[name])}") for name in shares or ()]
         return ("requested class, accuracy", rows) if rows else None
+
+
+class FdDomain(Metric):
+    """The Frechet distance in the classifier's features, beside that of unseen real images."""
+
+    better = "lower"
+    real_images = True
+    classes = True
+    collector = ClassifierViews
+    keeps = "domain"
+
+    def compute(self) -> Entry:
+        seen: ClassifierViews = self.collected
+        num_images, num_real, dim = seen.num_images, *seen.real.shape
+        counts = f"{num_images} generated and {num_real} real images"
+        if min(num_images, num_real) < 2:
+            return seen.judged(measured(None, f"{counts} have no covariance"))
+        target = _gaussian(seen.real)
+        distance, baseline = frechet_distance(*_gaussian(seen.features), *target), None
+        if len(seen.unseen) >= 2:
+            baseline = frechet_distance(*_gaussian(seen.unseen), *target).value
+        few = min(num_images, num_real) <= dim
+        result = measured(
+            distance.value,
+            f"{counts} are too few for a covariance of {dim} features" if few else None,
+            raw=distance.raw,
+            real_value=baseline,  # unseen real images: what a perfect model would get
+            n=num_images,
+            n_real=num_real,
+            n_unseen=len(seen.unseen),
+            num_features=dim,
+        )
+        return seen.judged(result)
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return f"unseen real images {number(result['real_value'])}"
+
+
+class PrdcDomain(Prdc):
+    """Precision, recall, density and coverage in the classifier's features."""
+
+    network = None
+    classes = True
+    collector = ClassifierViews
+    keeps = "domain"
+
+    def compute(self) -> Entry:
+        seen: ClassifierViews = self.collected
+        return seen.judged(prdc_entry(seen.real, seen.features))
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    moments = FeatureMoments(features.shape[1])
+    moments.update(features)
+    return moments.mean_cov()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,54 @@ from utils.errors import MissingWeightsError
 log = logging.getLogger("diffusion")
 
 
-@dataclass
 class Plan:
-    """What will run, and why the rest will not."""
+    """What will run, and why the rest will not; made on every process, see `Evaluation`.
 
-    names: tuple[str, ...]  # the requested metrics
-    weights: dict[Network, Weights] = field(default_factory=dict)  # of all networks they need
-    skipped: dict[str, Entry] = field(default_factory=dict)  # the entries of those that cannot run
+    Attributes:
+        weights: of each network that the metrics need.
+        skipped: the entry in the report of each metric that will not run.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        context: Context,
+        weights: Mapping[str, str | None],
+        *,
+        download: bool = True,
+    ) -> None:
+        self.names = names
+        self.weights: dict[Network, Weights] = {}
+        self.skipped: dict[str, Entry] = {}
+        generated, real, runtime = context.generated, context.real, context.runtime
+        num_classes = generated.spec.num_classes
+        no_classes = None if num_classes else "the data set has no class labels"
+        if real.sets is not None and real.sets.train.num_classes != num_classes:
+            counts = f"{num_classes}, but {real.sets.train.num_classes} in the real images"
+            no_classes = f"number of classes: {counts}"
+        for name in names:
+            metric = METRICS[name]
+            by_statistics = metric.statistics_suffice and real.statistics
+            if metric.real_images and not by_statistics and real.missing is not None:
+                self.skip([name], real.missing)
+            if metric.classes and no_classes is not None:
+                self.skip([name], no_classes)
+            if metric.labels and not generated.labels:
+                self.skip([name], generated.unlabelled)
+        for network in networks_of(self.runnable):
+            file, problem = None, None
+            if runtime.is_main:
+                try:
+                    file = find_weights(network, weights.get(network.name), download=download)
+                except MissingWeightsError as error:
+                    problem = str(error)
+            file, problem = runtime.broadcast_object((file, problem))
+            if problem is None:
+                self.weights[network] = file
+            else:
+                first, *others = self.users_of(network)
+                self.skip([first], problem)
+                self.skip(others, f"the weights that {first} needs, too, are missing")
 
     @property
     def runnable(self) -> tuple[str, ...]:
@@ -42,6 +82,11 @@ class Plan:
     def users_of(self, network: Network) -> list[str]:
         """The runnable metrics that need this network."""
         return [name for name in self.runnable if METRICS[name].network is network]
+
+    def skip(self, names: Iterable[str], reason: str) -> None:
+        """Skip metrics for a reason, unless they are skipped already."""
+        for name in names:
+            self.skipped.setdefault(name, entry("skipped", None, reason))
 
     def lines(self) -> Iterator[str]:
         """What will happen to each metric, a line each."""
@@ -53,76 +98,30 @@ class Plan:
             else:
                 yield f"{name}: nothing to download"
 
-    def skip(self, names: Iterable[str], reason: str) -> None:
-        """Skip metrics for a reason, unless they are skipped already."""
-        for name in names:
-            self.skipped.setdefault(name, entry("skipped", None, reason))
+    def load_networks(self, runtime: Runtime) -> dict[Network, Any]:
+        """Load the networks, on every process.
 
-
-def plan_metrics(
-    names: tuple[str, ...],
-    context: Context,
-    *,
-    weights: Mapping[str, str | None],
-    download: bool = True,
-) -> Plan:
-    """Find the weights that `names` need; on every process, with the arguments of `Evaluation`."""
-    generated, real, runtime = context.generated, context.real, context.runtime
-    plan, num_classes = Plan(names), generated.spec.num_classes
-    no_classes = None if num_classes else "the data set has no class labels"
-    if real.sets is not None and real.sets.train.num_classes != num_classes:
-        counts = f"{num_classes}, but {real.sets.train.num_classes} in the real images"
-        no_classes = f"number of classes: {counts}"
-    for name in names:
-        metric = METRICS[name]
-        needs_images = metric.real_images and not (metric.statistics_suffice and real.statistics)
-        if needs_images and real.missing is not None:
-            plan.skip([name], real.missing)
-        if metric.classes and no_classes is not None:
-            plan.skip([name], no_classes)
-        if metric.labels and not generated.labels:
-            plan.skip([name], generated.unlabelled)
-    for network in networks_of(plan.runnable):
-        file, problem = None, None
-        if runtime.is_main:
+        The users of one that cannot be loaded on some process are skipped on all.
+        """
+        networks = {}
+        for network, weights in self.weights.items():
+            problem = None
             try:
-                file = find_weights(network, weights.get(network.name), download=download)
+                networks[network] = network.load(weights.path, runtime.device)
             except MissingWeightsError as error:
                 problem = str(error)
-        file, problem = runtime.broadcast_object((file, problem))
-        if problem is None:
-            plan.weights[network] = file
-        else:
-            first, *others = plan.users_of(network)
-            plan.skip([first], problem)
-            plan.skip(others, f"the weights that {first} needs, too, are missing")
-    return plan
+            except (ImportError, torch.OutOfMemoryError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            if runtime.any(problem is not None):
+                networks.pop(network, None)
+                reason = problem or "its weights cannot be read on another process"
+                self.skip(self.users_of(network), reason)
+        return networks
 
 
-def load_networks(plan: Plan, runtime: Runtime) -> dict[Network, Any]:
-    """Load the networks of `plan`, on every process.
-
-    The users of one that cannot be loaded on some process are skipped, in `plan`, on all.
-    """
-    networks = {}
-    for network, weights in plan.weights.items():
-        problem = None
-        try:
-            networks[network] = network.load(weights.path, runtime.device)
-        except MissingWeightsError as error:
-            problem = str(error)
-        except (ImportError, torch.OutOfMemoryError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        if runtime.any(problem is not None):
-            networks.pop(network, None)
-            reason = problem or "its weights cannot be read on another process"
-            plan.skip(plan.users_of(network), reason)
-    return networks
-
-
-def build_parts(plan: Plan, context: Context) -> list[Part]:
-    """Build the runnable metrics, those that share a collector in one part."""
-    names = [name for name in METRICS if name in plan.runnable]
+def build_parts(runnable: Collection[str], context: Context) -> list[Part]:
+    """Build the metrics of these names, those that share a collector in one part."""
+    names = [name for name in METRICS if name in runnable]
     context = dataclasses.replace(context, keeps=frozenset(METRICS[name].keeps for name in names))
     parts: dict[type, Part] = {}
     for name in names:
@@ -166,15 +165,15 @@ class Evaluation:
             real = real._replace(sets=None, missing=missing)
         self.context = Context(runtime, generated, real, cache_dir=cache_dir)
         self.generated, self.runtime = generated, runtime
-        self.plan = plan_metrics(names, self.context, weights=weights or {}, download=download)
+        self.plan = Plan(names, self.context, weights or {}, download=download)
         self.scoring: Scoring | None = None
 
     def prepare(self) -> None:
         """Load the networks, train the classifier or find it, and look at the real images."""
-        plan, networks = self.plan, load_networks(self.plan, self.runtime)
-        context = dataclasses.replace(self.context, networks=networks, weights=plan.weights)
+        networks = self.plan.load_networks(self.runtime)
+        context = dataclasses.replace(self.context, networks=networks, weights=self.plan.weights)
         self.gallery = Gallery(context)
-        parts = [*build_parts(plan, context), Part(self.gallery)]
+        parts = [*build_parts(self.plan.runnable, context), Part(self.gallery)]
         self.scoring = Scoring(parts, self.runtime)
         self.scoring.update_real(context.real.sets)
 
@@ -183,9 +182,7 @@ class Evaluation:
     ) -> Report | None:
         """Make the report on one set of images; None on all processes but the main one.
 
-        Args:
-            batches, always_sample: see `Scoring.score`.
-            facts: how the images came about.
+        Takes the arguments of `Scoring.score`, and `facts`: how the images came about.
         """
         started = time.perf_counter()
         if self.scoring is None:

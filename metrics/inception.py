@@ -17,8 +17,7 @@ from torch import Tensor
 
 from datasets.real import RealSets
 from metrics.base import Collector, Context
-from metrics.moments import FeatureMoments
-from metrics.reference import Reference, read_reference, write_reference
+from metrics.reference import FeatureMoments, Reference, read_reference, write_reference
 from metrics.weights import Network, load_plain
 from utils.distributed import Runtime
 from utils.errors import ConfigError, one_line
@@ -77,11 +76,7 @@ INCEPTION = Network(
     load=load_inception,
     url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth",
-    # The second is pytorch-fid's name for the same weights.
-    file_names=(
-        "weights-inception-2015-12-05-6726825d.pth",
-        "pt_inception-2015-12-05-6726825d.pth",
-    ),
+    other_names=("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's name for the same
     help="for fid, kid, is, prdc; default: cache",
 )
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +54,7 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
     except (KeyError, RuntimeError) as error:
         raise ALEXNET.missing(f"{path} does not fit ({one_line(error)})") from error
     network.requires_grad_(False).eval().to(device)
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return network(a, b).flatten()
-
-    return distance
+    return lambda a, b: network(a, b).flatten()
 
 
 ALEXNET = Network(
@@ -67,7 +62,6 @@ ALEXNET = Network(
     title="LPIPS (AlexNet)",
     load=load_lpips,
     url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    file_names=("alexnet-owt-7be5be79.pth",),
     help="AlexNet for lpips; default: cache or download",
     hash_prefix="7be5be79",
 )
@@ -181,16 +175,12 @@ class Lpips(ChosenRows, Metric):
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         intra = result.get("lpips_intra")
-        more = [("lpips_intra", number(intra["value"]), _note(intra))] if intra else []
+        more = [("lpips_intra", number(intra["value"]), cls.note(intra))] if intra else []
         return [*super().rows("lpips_inter", result), *more]
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        return _note(result["lpips_inter"])
-
-
-def _note(part: Mapping[str, Any]) -> str:
-    notes = [] if part["sem"] is None else [f"+- {number(part['sem'])}"]
-    if part["real_value"] is not None:
-        notes.append(f"real {number(part['real_value'])}")
-    return ", ".join(notes)
+        notes = [] if result["sem"] is None else [f"+- {number(result['sem'])}"]
+        if result["real_value"] is not None:
+            notes.append(f"real {number(result['real_value'])}")
+        return ", ".join(notes)

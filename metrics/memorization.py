@@ -18,7 +18,7 @@ from datasets.real import RealImages, RealSets
 from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenRows
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
-from metrics.moments import float64_device
+from metrics.reference import float64_device
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,11 +41,6 @@ class Shares(NamedTuple):
     num_generated: int
 
 
-def searched(num_images: int) -> np.ndarray:
-    """The sorted indices of the images that neighbours are searched among, always the same."""
-    return fixed_subset(num_images, MAX_ROWS, EvaluationDraw.NEIGHBOUR_ROWS)
-
-
 def squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
     """(m, D), (n, D) -> (m, n): |x|^2 + |y|^2 - 2 x.y, less the share `slack` of the first two."""
     norms = [torch.linalg.vector_norm(points, dim=1).square() for points in (x, y)]
@@ -65,7 +59,7 @@ def squared_radii(points: Tensor, k: int, block: int) -> Tensor:
 
 
 def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> Shares:
-    """Compare real (N, D) with generated (M, D) features, see `searched` for how many.
+    """Compare real (N, D) with generated (M, D) features.
 
     Time grows with N M D, memory with `block` max(N, M). Raises a ValueError for a set of k or
     fewer points, for another D, and for features that are not finite.
@@ -96,12 +90,15 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> 
 
 
 def prdc_entry(real: Tensor, generated: Tensor, **details: Any) -> Entry:
-    """The entry on features (N, D) and (M, D); without a value where they are too few."""
-    num_real, num_generated = len(real), len(generated)
-    if min(num_real, num_generated) <= K:
-        counts = f"{num_real} real, {num_generated} generated"
+    """The entry on features (N, D) and (M, D); without a value where they are too few.
+
+    Of more than `MAX_ROWS` rows, neighbours are searched among as many, always the same ones.
+    """
+    counts = f"{len(real)} real, {len(generated)} generated"
+    if min(len(real), len(generated)) <= K:
         return measured(None, f"{K} neighbours need more than {K} images: {counts}", **details)
-    shares = prdc(real, generated)
+    draw = EvaluationDraw.NEIGHBOUR_ROWS
+    shares = prdc(*(x[fixed_subset(len(x), MAX_ROWS, draw)] for x in (real, generated)))
     return measured(shares.precision, **shares._asdict(), **details)
 
 
@@ -116,8 +113,8 @@ class Prdc(Metric):
 
     def compute(self) -> Entry:
         seen: InceptionFeatures = self.collected
-        features = (kind.rows["features"] for kind in (seen.real, seen.generated))
-        return prdc_entry(*(rows[searched(len(rows))] for rows in features), **seen.counts())
+        real, generated = (kind.rows["features"] for kind in (seen.real, seen.generated))
+        return prdc_entry(real, generated, **seen.counts())
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:

@@ -24,8 +24,8 @@ class Network:
     title: str  # for messages
     load: Callable[[Path, torch.device], Any]  # (weights, device) -> whatever the metrics call
     url: str
-    file_names: tuple[str, ...]  # accepted in torch.hub's cache; a download gets the first one
     help: str  # of `flag`
+    other_names: tuple[str, ...] = ()  # of the same file, accepted in torch.hub's cache as well
     hash_prefix: str | None = None  # of the weights' SHA-256, checked after a download
 
     @property
@@ -36,7 +36,7 @@ class Network:
     @property
     def cache_path(self) -> Path:
         """The place of a downloaded file."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.file_names[0]
+        return Path(torch.hub.get_dir(), "checkpoints", self.url.rpartition("/")[2])
 
     def missing(self, problem: str) -> MissingWeightsError:
         """The error to raise for a `problem` with the weights: it says what to do."""
@@ -59,8 +59,8 @@ def find_weights(network: Network, given: str | None, *, download: bool = True) 
     Raises a MissingWeightsError, in one line with the URL, the place to put the file, and the flag.
     """
     target = network.cache_path
-    cached = (path for name in network.file_names if (path := target.with_name(name)).is_file())
-    path = next(cached, None) if given is None else Path(given)
+    cached = (target, *(target.with_name(name) for name in network.other_names))
+    path = next(filter(Path.is_file, cached), None) if given is None else Path(given)
     if path is None:
         if not download:
             raise network.missing("not on this machine; a run downloads them")

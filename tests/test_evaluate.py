@@ -388,7 +388,6 @@ DOUBLER = Network(
     title="Doubler",
     load=lambda path, device: lambda images: 2 * images.double(),
     url="https://example.org/doubler.pth",
-    file_names=("doubler.pth",),
     help="for twice",
 )
 

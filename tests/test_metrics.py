@@ -28,12 +28,12 @@ from metrics import (
     weights,
 )
 from metrics.base import Collector, Context, Generated, Metric, Real, entry
-from metrics.class_accuracy import ClassifierViews, Mistake, wilson_interval
+from metrics.class_accuracy import ClassifierViews, wilson_interval
 from metrics.classifier import ClassifierSpec, accuracy, count_pairs, per_class
-from metrics.evaluation import plan_metrics
+from metrics.evaluation import Plan
 from metrics.inception import INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
-from metrics.moments import FeatureMoments
+from metrics.reference import FeatureMoments
 from metrics.report import build_report, report_path, save_report, summary, warnings_of
 from metrics.scoring import Part, Scoring
 from tests.scored import (
@@ -328,7 +328,7 @@ def test_weights_come_from_the_cache_and_are_not_fetched_in_a_dry_run(tmp_path, 
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(MissingWeightsError, match="a run downloads them"):
         weights.find_weights(inception.INCEPTION, None, download=False)
-    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.file_names[1]
+    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.other_names[0]
     path.parent.mkdir(parents=True)
     torch.save({"a": torch.zeros(1)}, path)
     found = weights.find_weights(inception.INCEPTION, None)
@@ -357,15 +357,15 @@ def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content)
 def test_metrics_without_their_needs_are_skipped_and_the_rest_planned(tmp_path):
     absent = {"inception": str(tmp_path / "a.pth"), "lpips": str(tmp_path / "b.pth")}
     generated = Generated(ImageSpec(1, 8, 8, 2), 4, [0, 1, 0, 1])
-    plan = plan_metrics(tuple(METRICS), Context(SINGLE, generated, Real(None)), weights=absent)
+    plan = Plan(tuple(METRICS), Context(SINGLE, generated, Real(None)), absent)
     offline = ("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity")
     assert plan.runnable == offline
     assert set(plan.skipped) == set(METRICS) - set(offline)
     unlabelled = Generated(ImageSpec(1, 8, 8, 2), 4, None, "trained without labels")
     context = Context(SINGLE, unlabelled, Real(None, "no data"))
-    plan = plan_metrics(("class_acc", "memorization"), context, weights={})
+    plan = Plan(("class_acc", "memorization"), context, {})
     assert plan.skipped["memorization"]["reason"] == "no data"
-    plan = plan_metrics(("class_acc",), Context(SINGLE, unlabelled, Real(None)), weights={})
+    plan = Plan(("class_acc",), Context(SINGLE, unlabelled, Real(None)), {})
     assert plan.skipped["class_acc"]["reason"] == "trained without labels"
 
 
@@ -574,7 +574,7 @@ def test_how_sure_the_classifier_is_comes_from_its_probabilities(digits, monkeyp
 def test_the_main_process_knows_the_mistakes_of_all():
     """Each of two processes hands in its own; the report shows the union, first rank first."""
     images = random_images(3)
-    mistakes = [Mistake(images[i], i, i + 1) for i in range(3)]
+    mistakes = [(images[i], i, i + 1) for i in range(3)]
     collector = ClassifierViews(
         Context(SINGLE, Generated(ImageSpec(1, 16, 16, 4), 3, [0, 1, 2]), Real(None))
     )
@@ -584,12 +584,11 @@ def test_the_main_process_knows_the_mistakes_of_all():
             return [value, mistakes[2:]]
 
     collector.mistakes = mistakes[:2]
-    collector.keeps = {"accuracy"}
-    collector.views = torch.zeros(3, 3, dtype=torch.float64)
+    collector.parts = [torch.zeros(3, 5)]
     collector.reduce(Gathering(CPU))
     assert len(collector.mistakes) == 3
     for ours, expected in zip(collector.mistakes, mistakes, strict=True):
-        assert torch.equal(ours.image, expected.image)
+        assert torch.equal(ours[0], expected[0])
         assert ours[1:] == expected[1:]
 
 
