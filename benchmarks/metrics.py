@@ -79,7 +79,7 @@ def our_moments(batches: Iterable[Tensor], dim: int) -> Moments:
 
 
 def our_distance(moments1: Moments, moments2: Moments) -> float:
-    return frechet_distance(*moments1, *moments2).value
+    return frechet_distance(*moments1, *moments2)[0]
 
 
 def kept_moments(batches: Iterable[Tensor], dim: int) -> Moments:

@@ -71,8 +71,7 @@ def check_config(config: Config) -> Iterator[Problem]:
     except ConfigError as error:
         yield Problem(("eval_metrics",), f"eval_metrics: {' '.join(str(error).split())}")
         return
-    best = config.eval_best_metric
-    if best is None:
+    if (best := config.eval_best_metric) is None:
         return
     if config.eval_interval == 0:
         text = f"eval_best_metric={best!r} needs evaluations during training"

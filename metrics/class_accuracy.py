@@ -1,128 +1,25 @@
 """What a classifier trained on the real images makes of generated ones.
 
-Does the model draw the class it was asked for? The classifier's own accuracy on real images it has
-not seen is the ceiling of what generated images can be expected to reach. Frechet distance and
-precision, recall, density, coverage are as with Inception, but in features that fit the data, need
-no download and mean something on grey images. Values compare only under one classifier (`key` in
-the report).
+Does the model draw the class it was asked for? The classifier's own accuracy on unseen real images
+is the ceiling of what generated ones can be expected to reach. Frechet distance and precision to
+coverage are as with Inception, but in features that fit the data, need no download and mean
+something on grey images. Values compare only under one classifier (`key` in the report).
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from datasets.real import RealImages, RealSets
-from metrics.base import Collector, Context, Entry, Metric, Row, measured, number
-from metrics.classifier import (
-    accuracy,
-    classifier_spec,
-    classify,
-    count_pairs,
-    new_classifier,
-    per_class,
-    split_images,
-    trained_classifier,
-)
+from metrics.base import Entry, Metric, Row, measured, number
+from metrics.classifier import ClassifierViews, accuracy, count_pairs
 from metrics.fid import frechet_distance
 from metrics.prdc import Prdc, prdc_entry
 from metrics.reference import FeatureMoments
 from reporting.pages import Picture
-from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid, to_array
 
-MIN_CEILING = 0.9
 UNSURE_BELOW = 0.5  # probability of the class that is seen
-MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
-
-
-class ClassifierViews(Collector):
-    """The classes that are seen in images, and their features.
-
-    The main process trains the classifier, or takes it from the cache, and hands it to the others.
-    All that follows is of the main process, after `reduce_real` and `reduce`.
-
-    Attributes:
-        details: what identifies the classifier, for the report.
-        confusion: (K, K) int64, class x class seen, of real images that are new to the classifier.
-        real, unseen: if "domain" is kept, features (N, F) of the real images to compare with, and
-            of other real images.
-        views: float64 (N, 3) of the generated images: the class seen, its probability, and the
-            probability of the requested class.
-        features: (N, F), of the generated images.
-        mistakes: some of them with a wrong class: the image, the class requested, the class seen.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self.context, self.device = context, context.runtime.device
-        self.num_images, self.labels = context.generated.num_images, context.generated.labels
-
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None:
-            raise ValueError("the classifier needs real images to train on")
-        train, keeps = real.train, self.context.keeps
-        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
-        shape, flip = self.context.generated.spec.shape, self.context.real.flip
-        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
-        self.network = new_classifier(spec, self.device)
-        if not runtime.is_main:
-            return
-        self.network, self.confusion, self.details = trained_classifier(
-            real, spec, self.device, self.context.cache_dir
-        )
-        if real.test is None and "accuracy" in keeps:
-            self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
-        if "domain" in keeps:
-            seen, unseen = split_images(real, seed=spec.seed)
-            wanted = set(train.indices)
-            seen = replace(seen, indices=[index for index in seen.indices if index in wanted])
-            if real.reference is not train:
-                seen, unseen = real.reference, seen
-            self.real, self.unseen = self._features(seen), self._features(unseen)
-
-    def _features(self, images: RealImages) -> Tensor:
-        rows = [torch.zeros(0, self.network.head.in_features)]
-        for batch, _ in images.fetch(images.indices):
-            rows.append(classify(self.network, batch, self.device)[1])
-        return torch.cat(rows)
-
-    def reduce_real(self, runtime: Runtime) -> None:
-        for tensor in self.network.state_dict().values():
-            runtime.broadcast(tensor)
-
-    def reset(self) -> None:
-        self.parts = [torch.zeros(0, 3 + self.network.head.in_features, dtype=torch.float64)]
-        self.mistakes: list[tuple[Tensor, int, int]] = []
-
-    def update(self, images: Tensor, indices: range) -> None:
-        probs, features = classify(self.network, images, self.device)
-        sure, seen = probs.max(1)
-        asked = seen
-        if self.labels is not None:
-            asked = torch.tensor(self.labels[indices.start : indices.stop])
-        views = torch.stack([seen, sure, probs.gather(1, asked[:, None])[:, 0]], 1)
-        self.parts.append(torch.cat([views, features], 1).double())
-        for i in (seen != asked).nonzero()[:, 0].tolist():
-            if len(self.mistakes) < MAX_MISTAKES:
-                self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
-
-    def reduce(self, runtime: Runtime) -> None:
-        rows = runtime.gather(torch.cat(self.parts), self.num_images)
-        if rows is not None:
-            self.views, self.features = rows[:, :3], rows[:, 3:]
-        shares = runtime.gather_objects(self.mistakes)
-        self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
-
-    def judged(self, result: Entry) -> Entry:
-        """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
-        right = accuracy(self.confusion)
-        if result["status"] == "ok" and not right >= MIN_CEILING:  # it may be NaN
-            doubt = f"the classifier itself is right on only {right:.1%} of real images"
-            result |= {"status": "unreliable", "reason": doubt}
-        return result | {"classifier": self.details}
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:
@@ -132,6 +29,12 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     if count == 0:
         return 0.0, 1.0
     return tuple(binomtest(hits, count).proportion_ci(method="wilson"))
+
+
+def per_class(confusion: Tensor) -> list[float | None]:
+    """The accuracy of each class; None where it has no image."""
+    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
 
 
 class ClassAccuracy(Metric):
@@ -149,9 +52,8 @@ class ClassAccuracy(Metric):
         names, labels = seen.class_names, torch.tensor(seen.labels, dtype=torch.int64)
         confusion = count_pairs(labels, seen.views[:, 0].long(), len(names))
         hits, count = int(confusion.diagonal().sum()), seen.num_images
-        shares, real = (
-            dict(zip(names, per_class(cells), strict=True)) for cells in (confusion, seen.confusion)
-        )
+        shares = dict(zip(names, per_class(confusion), strict=True))
+        real = dict(zip(names, per_class(seen.confusion), strict=True))
         known = {name: share for name, share in shares.items() if share is not None}
         result = measured(
             hits / count,
@@ -205,22 +107,15 @@ class FdDomain(Metric):
         counts = f"{num_images} generated and {num_real} real images"
         if min(num_images, num_real) < 2:
             return seen.judged(measured(None, f"{counts} have no covariance"))
-        target = _gaussian(seen.real)
-        distance, baseline = frechet_distance(*_gaussian(seen.features), *target), None
-        if len(seen.unseen) >= 2:
-            baseline = frechet_distance(*_gaussian(seen.unseen), *target).value
+        target, baseline = _gaussian(seen.real), None
+        value, raw = frechet_distance(*_gaussian(seen.features), *target)
+        if len(seen.unseen) >= 2:  # real images, too: what a perfect model would get
+            baseline, _ = frechet_distance(*_gaussian(seen.unseen), *target)
         few = min(num_images, num_real) <= dim
-        result = measured(
-            distance.value,
-            f"{counts} are too few for a covariance of {dim} features" if few else None,
-            raw=distance.raw,
-            real_value=baseline,  # unseen real images: what a perfect model would get
-            n=num_images,
-            n_real=num_real,
-            n_unseen=len(seen.unseen),
-            num_features=dim,
-        )
-        return seen.judged(result)
+        doubt = f"{counts} are too few for a covariance of {dim} features" if few else None
+        details = {"n": num_images, "n_real": num_real, "n_unseen": len(seen.unseen)}
+        details |= {"num_features": dim, "raw": raw, "real_value": baseline}
+        return seen.judged(measured(value, doubt, **details))
 
     @classmethod
     def note(cls, result: Entry) -> str:

@@ -6,6 +6,7 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.real import RealImages, RealSets
+from metrics.base import Collector, Context, Entry
 from utils.checkpoint import save_checkpoint
+from utils.distributed import Runtime
 from utils.errors import one_line
 from utils.files import content_key
 from utils.images import to_float
@@ -33,6 +36,8 @@ MAX_TRAIN_IMAGES = 60_000
 MAX_TEST_IMAGES = 10_000
 HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
 TEST_BATCH = 500
+MIN_CEILING = 0.9
+MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
 
 log = logging.getLogger("diffusion")
 
@@ -199,12 +204,6 @@ def accuracy(confusion: Tensor) -> float:
     return confusion.diagonal().sum().item() / int(confusion.sum()) if confusion.any() else math.nan
 
 
-def per_class(confusion: Tensor) -> list[float | None]:
-    """The accuracy of each class; None where it has no image."""
-    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
-    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
-
-
 def split_images(real: RealSets, *, seed: int) -> tuple[RealImages, RealImages]:
     """The train images to learn from, at most `MAX_TRAIN_IMAGES`, and other images to test on.
 
@@ -215,9 +214,8 @@ def split_images(real: RealSets, *, seed: int) -> tuple[RealImages, RealImages]:
     order = rng.permutation(num_images).tolist()
     num_held_out = max(1, int(num_images * HELD_OUT_SHARE)) if test is None else 0
     seen = sorted(order[num_held_out:][:MAX_TRAIN_IMAGES])
-    if test is None:
-        unseen = replace(real.train, indices=sorted(order[:num_held_out]))
-    else:
+    unseen = replace(real.train, indices=sorted(order[:num_held_out]))
+    if test is not None:
         unseen = replace(test, indices=list(test.indices[:MAX_TEST_IMAGES]))
     return replace(real.train, indices=seen), unseen
 
@@ -248,12 +246,10 @@ def trained_classifier(
     count = len(seen.indices)
     size = f"{spec.num_steps} steps of {min(spec.batch_size, count)}"
     log.info("training the classifier of class_acc: %d real images, %s", count, size)
-    images = seen.load(seen.indices)
-    network = train_classifier(images, seen.labels[seen.indices], spec, device)
+    network = train_classifier(seen.load(seen.indices), seen.labels[seen.indices], spec, device)
     probs, _ = classify(network, unseen.load(unseen.indices), device)
     confusion = count_pairs(unseen.labels[unseen.indices], probs.argmax(1), spec.num_classes)
-    right = accuracy(confusion)
-    log.info("  accuracy on %d unseen real images: %.4f", len(unseen.indices), right)
+    log.info("  accuracy on %d unseen real images: %.4f", len(unseen.indices), accuracy(confusion))
     if path is not None:
         state = {k: v.cpu() for k, v in network.state_dict().items()}
         content = {"state_dict": state, "ceiling_confusion": confusion}
@@ -263,3 +259,89 @@ def trained_classifier(
         except (OSError, RuntimeError) as error:
             log.info("the classifier could not be stored, the next run trains it again: %s", error)
     return network, confusion, details
+
+
+class ClassifierViews(Collector):
+    """The classes that are seen in images, and their features.
+
+    The main process trains the classifier, or takes it from the cache, and hands it to the others.
+    All that follows is of the main process, after `reduce_real` and `reduce`.
+
+    Attributes:
+        details: what identifies the classifier, for the report.
+        confusion: (K, K) int64, class x class seen, of real images that are new to the classifier.
+        real, unseen: if "domain" is kept, features (N, F) of the real images to compare with, and
+            of other real images.
+        views, features: float64 (N, 3) and (N, F) of the generated images: the class seen, its
+            probability, and that of the requested class; and the features.
+        mistakes: if "accuracy" is kept, some images of a wrong class: (image, class requested,
+            class seen).
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.device = context, context.runtime.device
+        self.num_images = context.generated.num_images
+        self.labels = context.generated.labels if "accuracy" in context.keeps else None
+
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
+        if real is None:
+            raise ValueError("the classifier needs real images to train on")
+        train, keeps = real.train, self.context.keeps
+        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
+        shape, flip = self.context.generated.spec.shape, self.context.real.flip
+        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
+        self.network = new_classifier(spec, self.device)
+        if not runtime.is_main:
+            return
+        trained = trained_classifier(real, spec, self.device, self.context.cache_dir)
+        self.network, self.confusion, self.details = trained
+        if real.test is None and "accuracy" in keeps:
+            self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
+        if "domain" in keeps:
+            seen, unseen = split_images(real, seed=spec.seed)
+            wanted = set(train.indices)
+            seen = replace(seen, indices=[index for index in seen.indices if index in wanted])
+            if real.reference is not train:
+                seen, unseen = real.reference, seen
+            self.real, self.unseen = self._features(seen), self._features(unseen)
+
+    def _features(self, images: RealImages) -> Tensor:
+        rows = [torch.zeros(0, self.network.head.in_features)]
+        for batch, _ in images.fetch(images.indices):
+            rows.append(classify(self.network, batch, self.device)[1])
+        return torch.cat(rows)
+
+    def reduce_real(self, runtime: Runtime) -> None:
+        for tensor in self.network.state_dict().values():
+            runtime.broadcast(tensor)
+
+    def reset(self) -> None:
+        self.parts = [torch.zeros(0, 3 + self.network.head.in_features, dtype=torch.float64)]
+        self.mistakes: list[tuple[Tensor, int, int]] = []
+
+    def update(self, images: Tensor, indices: range) -> None:
+        probs, features = classify(self.network, images, self.device)
+        sure, seen = probs.max(1)
+        asked = seen
+        if self.labels is not None:
+            asked = torch.tensor(self.labels[indices.start : indices.stop])
+        views = torch.stack([seen, sure, probs.gather(1, asked[:, None])[:, 0]], 1)
+        self.parts.append(torch.cat([views, features], 1).double())
+        for i in (seen != asked).nonzero()[:, 0].tolist():
+            if len(self.mistakes) < MAX_MISTAKES:
+                self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
+
+    def reduce(self, runtime: Runtime) -> None:
+        rows = runtime.gather(torch.cat(self.parts), self.num_images)
+        if rows is not None:
+            self.views, self.features = rows[:, :3], rows[:, 3:]
+        shares = runtime.gather_objects(self.mistakes)
+        self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
+
+    def judged(self, result: Entry) -> Entry:
+        """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
+        right = accuracy(self.confusion)
+        if result["status"] == "ok" and not right >= MIN_CEILING:  # it may be NaN
+            doubt = f"the classifier itself is right on only {right:.1%} of real images"
+            result |= {"status": "unreliable", "reason": doubt}
+        return result | {"classifier": self.details}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from metrics import METRICS, networks_of
 from metrics.base import Context, Entry, Generated, Real, entry
 from metrics.gallery import Gallery
 from metrics.reference import write_reference
-from metrics.report import Report, build_report, compare, save_report, warnings_of
+from metrics.report import Report, build_report, compare, save_report
 from metrics.scoring import Part, Scoring
 from metrics.weights import Network, Weights, find_weights
 from utils.distributed import Runtime
@@ -26,24 +27,14 @@ log = logging.getLogger("diffusion")
 
 
 class Plan:
-    """What will run, and why the rest will not; made on every process, see `Evaluation`.
-
-    Attributes:
-        weights: of each network that the metrics need.
-        skipped: the entry in the report of each metric that will not run.
-    """
+    """What will run, and why the rest will not; made on every process, see `Evaluation`."""
 
     def __init__(
-        self,
-        names: tuple[str, ...],
-        context: Context,
-        weights: Mapping[str, str | None],
-        *,
-        download: bool = True,
+        self, names: Sequence[str], context: Context, given: dict[str, str | None], download: bool
     ) -> None:
         self.names = names
-        self.weights: dict[Network, Weights] = {}
-        self.skipped: dict[str, Entry] = {}
+        self.weights: dict[Network, Weights] = {}  # of each network that the metrics need
+        self.skipped: dict[str, Entry] = {}  # the entries of the metrics that will not run
         generated, real, runtime = context.generated, context.real, context.runtime
         num_classes = generated.spec.num_classes
         no_classes = None if num_classes else "the data set has no class labels"
@@ -63,7 +54,7 @@ class Plan:
             file, problem = None, None
             if runtime.is_main:
                 try:
-                    file = find_weights(network, weights.get(network.name), download=download)
+                    file = find_weights(network, given.get(network.name), download=download)
                 except MissingWeightsError as error:
                     problem = str(error)
             file, problem = runtime.broadcast_object((file, problem))
@@ -99,19 +90,14 @@ class Plan:
                 yield f"{name}: nothing to download"
 
     def load_networks(self, runtime: Runtime) -> dict[Network, Any]:
-        """Load the networks, on every process.
-
-        The users of one that cannot be loaded on some process are skipped on all.
-        """
+        """Load the networks. What needs one that some process cannot load is skipped on all."""
         networks = {}
         for network, weights in self.weights.items():
             problem = None
             try:
                 networks[network] = network.load(weights.path, runtime.device)
-            except MissingWeightsError as error:
+            except (MissingWeightsError, ImportError, torch.OutOfMemoryError) as error:
                 problem = str(error)
-            except (ImportError, torch.OutOfMemoryError) as error:
-                problem = f"{type(error).__name__}: {error}"
             if runtime.any(problem is not None):
                 networks.pop(network, None)
                 reason = problem or "its weights cannot be read on another process"
@@ -141,7 +127,6 @@ class Evaluation:
 
     Args:
         names: the metrics that are asked for; `plan` says which of them can run.
-        generated, real: the images to score, and what to compare them with.
         cache_dir: for what serves the next evaluation: classifiers, statistics.
         weights: name of a network -> path that the user gave for its weights, or None.
         download: False looks for weights on this machine only.
@@ -149,13 +134,13 @@ class Evaluation:
 
     def __init__(
         self,
-        names: tuple[str, ...],
+        names: Sequence[str],
         generated: Generated,
         real: Real,
         *,
         runtime: Runtime,
         cache_dir: Path,
-        weights: Mapping[str, str | None] | None = None,
+        weights: dict[str, str | None] | None = None,
         download: bool = True,
     ) -> None:
         if real.sets is not None and real.sets.train.spec.shape != generated.spec.shape:
@@ -165,7 +150,7 @@ class Evaluation:
             real = real._replace(sets=None, missing=missing)
         self.context = Context(runtime, generated, real, cache_dir=cache_dir)
         self.generated, self.runtime = generated, runtime
-        self.plan = Plan(names, self.context, weights or {}, download=download)
+        self.plan = Plan(names, self.context, weights or {}, download)
         self.scoring: Scoring | None = None
 
     def prepare(self) -> None:
@@ -187,14 +172,15 @@ class Evaluation:
         started = time.perf_counter()
         if self.scoring is None:
             self.prepare()
-        count = self.generated.num_images
+        count, channels = self.generated.num_images, self.generated.spec.channels
         entries = self.scoring.score(batches, count, always_sample=always_sample)
         if not self.runtime.is_main:
             return None
+        told = (METRICS[name].warnings(count, channels) for name in self.plan.runnable)
         return build_report(
             self.plan.skipped | entries,
             provenance={**facts, "seconds": round(time.perf_counter() - started, 1)},
-            warnings=warnings_of(self.plan.runnable, count, self.generated.spec.channels),
+            warnings=list(dict.fromkeys(itertools.chain.from_iterable(told))),
         )
 
     def save(self, path: Path, report: Report, old: Report | None = None) -> None:
@@ -212,12 +198,12 @@ class Evaluation:
         """Write the statistics that fid compares with, for others. A refusal stops nothing."""
         if not self.runtime.is_main:
             return
-        metrics = [part.metrics["fid"] for part in self.scoring.alive if "fid" in part.metrics]
-        if not metrics:
-            log.warning("--write_reference: fid does not run, so there is nothing to write")
-            return
+        fids = [part.metrics["fid"] for part in self.scoring.alive if "fid" in part.metrics]
         try:
-            write_reference(path, metrics[0].collected.statistics())
-            log.info("statistics of the real images: %s", path)
+            if fids:
+                write_reference(path, fids[0].collected.statistics())
+                log.info("statistics of the real images: %s", path)
+            else:
+                log.warning("--write_reference: fid does not run, so there is nothing to write")
         except (OSError, ValueError) as error:
             log.warning("--write_reference %s: not written, %s", path, error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +16,22 @@ from torch import Tensor
 from metrics.base import Entry, Metric, Row, measured, number
 from metrics.inception import INCEPTION, InceptionFeatures
 
-# A covariance of D = 2048 features is singular at or below this many images.
-SINGULAR_BELOW = 2048
+SINGULAR_BELOW = 2048  # or at as many images: a covariance of 2048 features is singular
 COMPARABLE_FROM = 10_000
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 NUM_SPLITS = 10  # of IS
 
 
-class Frechet(NamedTuple):
-    """`value` is `raw` clamped at 0: a set against itself gives -1e-13 to -1e-7."""
-
-    value: float
-    raw: float
-
-
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Frechet:
+def frechet_distance(
+    mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor
+) -> tuple[float, float]:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64.
 
     Takes means (D,) and covariances (D, D); raises a ValueError if their shapes do not fit or a
-    value is not finite. With any R for which R R^T = S1 the last trace is the sum of the root
-    eigenvalues of R^T S2 R. It is symmetric, so they are real. R is a Cholesky factor, or, where a
-    covariance is singular (fewer images than features), made of eigenvectors.
+    value is not finite. Returns the distance clamped at 0, and as it came out: a set against
+    itself gives -1e-13 to -1e-7. With any R for which R R^T = S1 the last trace is the sum of the
+    root eigenvalues of R^T S2 R. It is symmetric, so they are real. R is a Cholesky factor, or,
+    where a covariance is singular (fewer images than features), made of eigenvectors.
     """
     mu1, sigma1, mu2, sigma2 = (x.double().cpu() for x in (mu1, sigma1, mu2, sigma2))
     dim = len(mu1)
@@ -53,7 +47,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     product = root.T @ (sigma2 @ root)
     cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()  # reads its lower triangle
     raw = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return Frechet(max(0.0, raw.item()), raw.item())
+    return max(0.0, raw.item()), raw.item()
 
 
 def count_name(num_images: int) -> str:
@@ -96,19 +90,12 @@ class Fid(Metric):
         if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
             return measured(None, f"{counts} have no covariance")
         real, dim, doubt = seen.statistics(), seen.extractor.feature_dim, None
-        distance = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
+        value, raw = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
         if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
             doubt = f"{counts} are too few for a covariance of {dim} features"
-        return measured(
-            distance.value,
-            doubt,
-            name=count_name(seen.num_images),
-            raw=distance.raw,
-            n=seen.num_images,
-            n_real=num_real,
-            extractor=seen.details,
-            reference=dict(seen.reference.meta) or None if seen.reference else None,
-        )
+        meta = dict(seen.reference.meta) or None if seen.reference else None
+        details = {"raw": raw, **seen.counts(), "n_real": num_real, "reference": meta}
+        return measured(value, doubt, name=count_name(seen.num_images), **details)
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
@@ -127,9 +114,8 @@ def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> tup
     sets = [features.double() for features in (generated, real)]
     if not all(features.isfinite().all() for features in sets):
         raise ValueError("features are not finite")
-    result = kid_features_to_metric(
-        *sets, kid_subsets=NUM_SUBSETS, kid_subset_size=subset_size, verbose=False
-    )
+    sizes = {"kid_subsets": NUM_SUBSETS, "kid_subset_size": subset_size}
+    result = kid_features_to_metric(*sets, **sizes, verbose=False)
     return tuple(result[f"kernel_inception_distance_{part}"] for part in ("mean", "std"))
 
 
@@ -149,8 +135,7 @@ class Kid(Metric):
             return measured(None, "KID needs 2 images of each kind", **seen.counts())
         features = (kind.rows["features"] for kind in (seen.generated, seen.real))
         mean, std = kernel_distance(*features, subset_size=size)
-        few = size < SUBSET_SIZE
-        doubt = f"subsets of {size} images instead of {SUBSET_SIZE}" if few else None
+        doubt = f"subsets of {size} images instead of {SUBSET_SIZE}" if size < SUBSET_SIZE else None
         return measured(mean, doubt, std=std, subset_size=size, **seen.counts())
 
     @classmethod

@@ -42,9 +42,7 @@ class Extractor:
         """Take uint8 (B, 1 or 3, H, W), grey repeated to three channels, through the network."""
         with torch.inference_mode(), full_float32(images.device):
             features, logits = self.extract(to_rgb(images).contiguous())
-        shape = (len(images), self.feature_dim)
-        if features.shape != shape:
-            raise ValueError(f"features of shape {tuple(features.shape)}, not {shape}")
+        assert features.shape == (len(images), self.feature_dim), features.shape
         return features, logits
 
 
@@ -82,14 +80,10 @@ INCEPTION = Network(
 
 
 class FeatureSet:
-    """What is kept of the features of one set of images.
+    """What is kept of one set of images: of "moments", "features" and "logits" those in `keeps`.
 
-    Args:
-        keeps: of "moments" (their sums, for FID), "features" and "logits" (all of them).
-
-    Attributes:
-        moments: the sums over all processes after `reduce`; None if they are not kept.
-        rows: after `reduce`, on the main process, float32 (N, width) for "features" and "logits".
+    After `reduce`, `moments` has the sums of features over all processes, None if they are not
+    kept, and `rows`, on the main process, float32 (N, width) for "features" and "logits".
     """
 
     def __init__(self, keeps: Collection[str], extractor: Extractor, device: torch.device) -> None:
@@ -117,10 +111,8 @@ class FeatureSet:
 class InceptionFeatures(Collector):
     """Features of real and generated images, as far as the metrics ask for them.
 
-    Attributes:
-        reference: statistics that take the place of the real images' own: those of --reference, or
-            those that an earlier evaluation left in the cache; on the main process.
-        num_real: how many real images were looked at.
+    On the main process, `reference` has the statistics that take the place of the real images' own:
+    those of --reference, or those that an earlier evaluation left in the cache.
     """
 
     def __init__(self, context: Context) -> None:
@@ -151,7 +143,7 @@ class InceptionFeatures(Collector):
         known = self.runtime.broadcast_object(self.reference is not None)
         self.keeps_real = self.keeps - ({"logits", "moments"} if known else {"logits"})
         self.real = FeatureSet(self.keeps_real, self.extractor, self.runtime.device)
-        self.num_real = 0
+        self.num_real = 0  # of those that were looked at
         self.reset()
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datasets.real import RealSets
 from metrics.base import Context, Entry, Metric, Row, measured, number
-from metrics.gallery import ChosenRows
+from metrics.gallery import ChosenImages
 from metrics.weights import Network, load_plain
 from utils.distributed import Runtime
 from utils.errors import one_line
@@ -70,10 +70,9 @@ ALEXNET = Network(
 def lpips_input(images: Tensor) -> Tensor:
     """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], smaller side >= 64."""
     x = to_float(to_rgb(images))
-    height, width = x.shape[-2:]
-    if min(height, width) < MIN_SIZE:
-        scale = MIN_SIZE / min(height, width)
-        size = (round(height * scale), round(width * scale))
+    side = min(x.shape[-2:])
+    if side < MIN_SIZE:
+        size = [round(length * (MIN_SIZE / side)) for length in x.shape[-2:]]
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return x
 
@@ -81,17 +80,14 @@ def lpips_input(images: Tensor) -> Tensor:
 def distances(
     distance: Distance, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Tensor:
-    """(N,) float64 on the CPU: the distance of each image to the one in the same row beside it.
-
-    The `pairs` are uint8 (b, C, H, W) twice, batch by batch.
-    """
+    """(N,) float64 on the CPU: the distances of pairs, batches of uint8 (b, C, H, W) twice."""
     with torch.inference_mode(), full_float32(device):
         parts = [distance(*(lpips_input(x.to(device)) for x in pair)).cpu() for pair in pairs]
     return torch.cat(parts).double()
 
 
 def draw_pairs(num_images: int, num_pairs: int, *index: int) -> Tensor:
-    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`.
+    """(P, 2) int64 pairs of different images, all if there are at most `num_pairs`.
 
     They are a function of the arguments alone; `index` is the number of the draw.
     """
@@ -133,7 +129,7 @@ def diversity(
     return results
 
 
-class Lpips(ChosenRows, Metric):
+class Lpips(ChosenImages, Metric):
     """LPIPS diversity of the generated images, beside that of the real ones, if there are any.
 
     Processes send the images that pairs are drawn from (4000 at most) to the main one, which alone

@@ -7,7 +7,7 @@ with real images that are not in the set searched (Meehan et al. 2020, arXiv:200
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Context, Entry, Metric, measured
-from metrics.gallery import ChosenRows
+from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
 from metrics.reference import float64_device
 from reporting.pages import Picture
@@ -57,13 +57,10 @@ def nearest_images(
 ) -> tuple[Tensor, Tensor]:
     """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
-    Returns, of the k nearest train images of each query, nearest first and of equal ones the first:
-    the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
-
-    Args:
-        queries: uint8 (Q, C, H, W).
-        train: batches of uint8 (b, C, H, W), `num_train` images in all.
-        left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
+    Takes queries uint8 (Q, C, H, W), batches of `num_train` train images uint8 (b, C, H, W), and
+    (Q,) int64 the position of the one train image that a query must not find, or -1. Returns, of
+    the k nearest train images of each query, nearest first and of equal ones the first: the squared
+    distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
@@ -134,20 +131,17 @@ def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     }
 
 
-class Memorization(ChosenRows, Metric):
+class Memorization(ChosenImages, Metric):
     """The share of generated images that are as close to a train image as few held-out ones are.
 
     Processes send the images that are checked to the main one, which alone searches the train
     images: one pass for the held-out images and one for each set of generated ones. Without test
     images, train images take their place, each left out of its own search, so that copies of them
-    are still found.
+    are still found. Where LPIPS is there for another metric, it compares the ten nearest in pixels
+    again. That takes twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
 
-    Where LPIPS is there for another metric, it compares the ten nearest in pixels again. That takes
-    twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
-
-    Attributes:
-        closest: after `compute`, the closest generated images, and the train images nearest to them
-            in pixels, and by LPIPS if it is there: uint8 (n, C, H, W) each.
+    After `compute` the closest generated images, and the train images nearest to them in pixels,
+    and by LPIPS if it is there, are in `closest`: uint8 (n, C, H, W) each.
     """
 
     better = "lower"
@@ -166,8 +160,7 @@ class Memorization(ChosenRows, Metric):
         if runtime.is_main:
             source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
             chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
-            own = None if self.test else chosen
-            self.held_out = self._search(_load(source, chosen), left_out=own)
+            self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
 
     def reset(self) -> None:
         super().reset()
@@ -188,17 +181,19 @@ class Memorization(ChosenRows, Metric):
             {"index": index, "train_index": train.indices[place], "distance": distance}
             for index, place, distance in zip(*(c.tolist() for c in columns), strict=True)
         ]
-        return measured(
-            compared["generated"]["share_close"],
-            "; ".join(self._doubts()),
-            **compared,
-            lpips=by_lpips,
-            closest=closest,
-            baseline=self.test.split if self.test else LEFT_OUT,
-            n_checked=len(images),
-            n_held_out=len(held_out.pixels),
-            n_train=len(train.indices),
-        )
+        doubts, num_held_out, num_train = [], len(held_out.pixels), len(train.indices)
+        if len(images) < MIN_CHECKED:
+            doubts.append(f"only {len(images)} generated images are checked")
+        if num_held_out < MIN_CHECKED:
+            doubts.append(f"only {num_held_out} held-out real images to compare with")
+        if num_train < len(train.labels):
+            searched = f"{num_train} of {len(train.labels)} train images are searched"
+            doubts.append(f"{searched}, copies of the others are missed")
+        counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
+        baseline = self.test.split if self.test else LEFT_OUT
+        details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
+        share = compared["generated"]["share_close"]
+        return measured(share, "; ".join(doubts), **compared, **details)
 
     def pictures(self) -> dict[str, Picture]:
         if not self.closest:
@@ -207,8 +202,8 @@ class Memorization(ChosenRows, Metric):
         images = torch.stack(self.closest, 1).flatten(0, 1)  # each image before its neighbours
         lines = torch.arange(len(images)).split(width * PAIRS_PER_ROW)
         grid = make_grid(images, [line.tolist() for line in lines])
-        columns = ("generated", "nearest train image", "nearest by LPIPS")[:width]
-        caption = "In turn: " + ", ".join(columns)
+        columns = ("generated", "nearest train image", "nearest by LPIPS")
+        caption = f"In turn: {', '.join(columns[:width])}"
         return {"neighbours": Picture(to_array(grid), "Closest to the train images", caption)}
 
     @classmethod
@@ -242,16 +237,6 @@ class Memorization(ChosenRows, Metric):
             pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
             parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
-
-    def _doubts(self) -> Iterator[str]:
-        num_held_out, num_searched = len(self.held_out.pixels), len(self.train.indices)
-        if len(self.chosen) < MIN_CHECKED:
-            yield f"only {len(self.chosen)} generated images are checked"
-        if num_held_out < MIN_CHECKED:
-            yield f"only {num_held_out} held-out real images to compare with"
-        if num_searched < (num_train := len(self.train.labels)):
-            searched = f"{num_searched} of {num_train} train images are searched"
-            yield f"{searched}, copies of the others are missed"
 
 
 def _load(real: RealImages, positions: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2), density and
 coverage (Naeem et al. 2020, arXiv:2002.09797, section 3).
 
-Each point has a ball that reaches to the k-th nearest other point of its own set.
-
-Conventions. The point itself is not among its neighbours; a duplicate of it is, at distance 0, so
-k or more duplicates make a ball of radius 0. Balls are closed (<=), as in Kynkaanniemi's eq. 1:
-a duplicate lies inside even such a ball, and a set against itself has precision, recall and
-coverage 1 and, without ties, density (k + 1) / k. Naeem's own code has open balls (<), which
-differs in such ties only. Distances are float64; what exceeds a radius by no more than rounding
-(see `SLACK`) is a tie, and inside.
+Each point has a ball that reaches to the k-th nearest other point of its own set. A duplicate of
+the point counts as such, at distance 0, so k or more duplicates make a ball of radius 0. Balls are
+closed (<=), as in Kynkaanniemi's eq. 1: a duplicate lies inside even such a ball, and a set against
+itself has precision, recall and coverage 1 and, without ties, density (k + 1) / k. Naeem's own code
+has open balls (<), which differs in such ties only. Distances are float64; what exceeds a radius by
+no more than rounding (see `SLACK`) is a tie, and inside.
 """
 
 from __future__ import annotations

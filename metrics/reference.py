@@ -87,10 +87,8 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"--reference {path}: cannot be read ({error}); it takes an .npz with the plain arrays "
-            "mu and sigma, as --write_reference makes it"
-        ) from error
+        needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"
+        raise ConfigError(f"--reference {path}: cannot be read ({error}); {needs}") from error
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
         raise ConfigError(f"--reference {path}: {shapes} are not of {dim} features")
@@ -100,11 +98,8 @@ def read_reference(path: str | Path, dim: int) -> Reference:
 def write_reference(path: Path, reference: Reference) -> None:
     """Write the statistics to an .npz, the whole file or none; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        "mu": reference.mu.cpu().numpy(),
-        "sigma": reference.sigma.cpu().numpy(),
-        "meta": np.array(json.dumps(dict(reference.meta))),
-    }
+    arrays = {name: getattr(reference, name).cpu().numpy() for name in ("mu", "sigma")}
+    arrays["meta"] = np.array(json.dumps(dict(reference.meta)))
     if reference.num_images is not None:
         arrays["num_images"] = np.array(reference.num_images)
     with atomic_path(path) as temporary, temporary.open("wb") as file:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,9 +39,7 @@ Report = dict[str, Any]
 
 def report_path(output: str | None, eval_dir: Path) -> Path:
     """Take `output` if it ends in .json, else report.json in the folder `output` or `eval_dir`."""
-    if output is None:
-        return eval_dir / "report.json"
-    path = Path(output)
+    path = eval_dir if output is None else Path(output)
     return path if path.suffix == ".json" else path / "report.json"
 
 
@@ -69,20 +67,12 @@ def build_report(
     }
 
 
-def warnings_of(names: Iterable[str], num_images: int, channels: int) -> list[str]:
-    """Collect what readers of these metrics' values have to know."""
-    told = (METRICS[name].warnings(num_images, channels) for name in names)
-    return list(dict.fromkeys(itertools.chain.from_iterable(told)))
-
-
 def plain(value: Any) -> Any:
     """Turn tuples into lists, paths into text, and what JSON cannot say into None."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
-def save_report(
-    path: Path, report: Mapping[str, Any], pictures: Mapping[str, Picture] | None = None
-) -> None:
+def save_report(path: Path, report: Report, pictures: Mapping[str, Picture] | None = None) -> None:
     """Write `path`, and the page to read beside it: report.json and report.html."""
     write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(path.with_suffix(".html"), render_html(report, pictures or {}))
@@ -170,15 +160,12 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (scale, steps), group in groups.items():
         if len(group) == 1:
             continue
-        values = {name: [row["metrics"][name] for row in group] for name in group[0]["metrics"]}
-        of_metrics = {
-            name: {"mean": mean(known), "std": stdev(known), "min": min(known)}
-            for name, known in values.items()
-            if None not in known
-        }
-        row = {"cfg_scale": scale, "num_inference_steps": steps}
-        row["seeds"] = [single["seed"] for single in group]
-        repeats.append(row | {"metrics": of_metrics})
+        spreads, setting = {}, {"cfg_scale": scale, "num_inference_steps": steps}
+        for name in group[0]["metrics"]:
+            values = [row["metrics"][name] for row in group]
+            if None not in values:
+                spreads[name] = {"mean": mean(values), "std": stdev(values), "min": min(values)}
+        repeats.append({**setting, "seeds": [row["seed"] for row in group], "metrics": spreads})
     return repeats
 
 
@@ -194,14 +181,13 @@ def stamped(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def code_version() -> dict[str, Any] | None:
     """The commit of this code and whether it was changed since; None outside a git clone."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    ask = partial(subprocess.check_output, text=True, timeout=10, stderr=subprocess.DEVNULL)
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], **options).stdout.strip()
-        changes = subprocess.run([*command, "status", "--porcelain"], **options).stdout.strip()
+        commit = ask([*git, "rev-parse", "HEAD"]).strip()
+        return {"commit": commit, "dirty": bool(ask([*git, "status", "--porcelain"]).strip())}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def summary(report: Report) -> str:

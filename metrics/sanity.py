@@ -30,10 +30,9 @@ def pixel_statistics(counts: Tensor) -> dict[str, Any] | None:
     levels = torch.arange(256, dtype=torch.float64) / 255
     shares = counts / counts.sum(1, keepdim=True).double()  # (C, 256)
     mean = shares @ levels
-    variance = (shares * (levels - mean[:, None]).square()).sum(1)
-    at_0, at_255 = (counts[:, value].sum() / total.double() for value in (0, 255))
-    moments = {"mean": mean.tolist(), "std": variance.sqrt().tolist()}
-    return {"at_0": at_0.item(), "at_255": at_255.item(), **moments}
+    std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
+    at_0, at_255 = (counts[:, value].sum().item() / total.item() for value in (0, 255))
+    return {"at_0": at_0, "at_255": at_255, "mean": mean.tolist(), "std": std.tolist()}
 
 
 def image_hash(image: Tensor) -> int:

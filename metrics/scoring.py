@@ -53,12 +53,9 @@ class Scoring:
     ) -> dict[str, Entry]:
         """Score one set of images; returns the entries of all metrics on the main process.
 
-        What `batches` raises on one process is raised there, and a RuntimeError on the others.
-
-        Args:
-            batches: uint8 (b, C, H, W) on the CPU: this process's `runtime.share(num_images)`,
-                contiguous and in order.
-            always_sample: go through `batches` even if no metric is left.
+        The `batches` are uint8 (b, C, H, W) on the CPU: this process's `runtime.share(num_images)`,
+        contiguous and in order. What they raise on one process is raised there, and a RuntimeError
+        on the others. With `always_sample` they are gone through even if no metric is left.
         """
         for part in self.alive:
             part.collector.reset()

@@ -21,7 +21,7 @@ import evaluate
 import train
 from datasets import real
 from generation import evaluated
-from metrics import METRICS, class_accuracy, classifier
+from metrics import METRICS, classifier
 from metrics.base import Collector, Metric, measured
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
@@ -72,10 +72,12 @@ def tiny_networks(monkeypatch, tmp_path):
 def quick_classifier(monkeypatch):
     """Five steps of training: for tests of the plumbing, not of the classifier."""
 
-    def short(*args, **options):
-        return dataclasses.replace(classifier.classifier_spec(*args, **options), num_steps=5)
+    usual = classifier.classifier_spec
 
-    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
+    def short(*args, **options):
+        return dataclasses.replace(usual(*args, **options), num_steps=5)
+
+    monkeypatch.setattr(classifier, "classifier_spec", short)
 
 
 def read(path: Path) -> dict:
