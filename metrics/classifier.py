@@ -265,7 +265,7 @@ class ClassifierViews(Collector):
     """The classes that are seen in images, and their features.
 
     The main process trains the classifier, or takes it from the cache, and hands it to the others.
-    All that follows is of the main process, after `reduce_real` and `reduce`.
+    It alone has these attributes, after `reduce_real` and `reduce`.
 
     Attributes:
         details: what identifies the classifier, for the report.
@@ -335,6 +335,7 @@ class ClassifierViews(Collector):
         rows = runtime.gather(torch.cat(self.parts), self.num_images)
         if rows is not None:
             self.views, self.features = rows[:, :3], rows[:, 3:]
+        self.parts = []
         shares = runtime.gather_objects(self.mistakes)
         self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
 
