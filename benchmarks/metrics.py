@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from metrics.fid import frechet_distance
-from metrics.moments import FeatureMoments
+from metrics.reference import FeatureMoments
 
 BATCH_SIZE = 128
 MANY = 5  # times as many images, for memory
@@ -79,7 +79,7 @@ def our_moments(batches: Iterable[Tensor], dim: int) -> Moments:
 
 
 def our_distance(moments1: Moments, moments2: Moments) -> float:
-    return frechet_distance(*moments1, *moments2).value
+    return frechet_distance(*moments1, *moments2)[0]
 
 
 def kept_moments(batches: Iterable[Tensor], dim: int) -> Moments:

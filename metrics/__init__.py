@@ -7,13 +7,11 @@ or printing the list costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from metrics.base import Metric
-from metrics.class_accuracy import ClassAccuracy
-from metrics.domain import FdDomain, PrdcDomain
-from metrics.fid import Fid
-from metrics.fidelity import InceptionScore, Kid
+from metrics.class_accuracy import ClassAccuracy, FdDomain, PrdcDomain
+from metrics.fid import Fid, InceptionScore, Kid
 from metrics.lpips_score import Lpips
 from metrics.memorization import Memorization
 from metrics.prdc import Prdc
@@ -36,28 +34,23 @@ METRICS: dict[str, type[Metric]] = {  # in the order of the report
 }
 ALL = "all"
 HINTS = {  # what else metrics are called -> the name here
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc"),
+    **dict.fromkeys(("inception_score", "isc"), "is"),
     "accuracy": "class_acc",
-    "inception_score": "is",
-    "isc": "is",
-    "precision": "prdc",
-    "recall": "prdc",
-    "density": "prdc",
-    "coverage": "prdc",
     "duplicates": "sanity",
 }
 
 
-def networks_of(names: Iterable[str]) -> list[Network]:
+def networks_of(names: Container[str]) -> list[Network]:
     """The pretrained networks that these metrics need, in the order of the table."""
-    needed = {METRICS[name].network for name in names}
-    return [n for n in dict.fromkeys(m.network for m in METRICS.values()) if n and n in needed]
+    needed = dict.fromkeys(METRICS[name].network for name in METRICS if name in names)
+    return [network for network in needed if network is not None]
 
 
 def check_metric_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return the names without repeats, in the given order; `ALL` alone stands for all of them.
 
-    Raises:
-        ConfigError: a name that is not in `METRICS`, or none at all.
+    Raises a ConfigError for a name that is not in `METRICS`, or none at all.
     """
     names = tuple(dict.fromkeys(name.strip() for name in names))
     if names == (ALL,):
@@ -78,20 +71,15 @@ def check_config(config: Config) -> Iterator[Problem]:
     except ConfigError as error:
         yield Problem(("eval_metrics",), f"eval_metrics: {' '.join(str(error).split())}")
         return
-    best = config.eval_best_metric
-    if best is None:
+    if (best := config.eval_best_metric) is None:
         return
     if config.eval_interval == 0:
-        yield Problem(
-            ("eval_best_metric", "eval_interval"),
-            f"eval_best_metric={best!r} needs evaluations during training; set eval_interval to "
-            "a number of epochs",
-        )
+        text = f"eval_best_metric={best!r} needs evaluations during training"
+        where = ("eval_best_metric", "eval_interval")
+        yield Problem(where, f"{text}; set eval_interval to a number of epochs")
     usable = [name for name in names if METRICS[name].better in ("lower", "higher")]
     if best not in usable:
-        hint = did_you_mean(best, usable)
-        yield Problem(
-            ("eval_best_metric", "eval_metrics"),
-            f"eval_best_metric={best!r}: must be one of the eval_metrics that are better when "
-            f"lower or higher: {', '.join(usable) or 'there is none'}{hint}",
-        )
+        text = "must be one of the eval_metrics that are better when lower or higher"
+        choice = f"{', '.join(usable) or 'there is none'}{did_you_mean(best, usable)}"
+        where = ("eval_best_metric", "eval_metrics")
+        yield Problem(where, f"eval_best_metric={best!r}: {text}: {choice}")

@@ -37,88 +37,71 @@ def entry(status: str, value: Any = None, reason: str | None = None, **details: 
     return {"status": status, "value": value, "reason": reason, **details}
 
 
+def measured(value: Any, doubt: str | None = None, **details: Any) -> Entry:
+    """Make the entry of a metric that has run: "unreliable" if there is a reason for `doubt`."""
+    return entry("unreliable" if doubt else "ok", value, doubt or None, **details)
+
+
 class Generated(NamedTuple):
-    """The images that are scored.
+    """The images that are scored."""
 
-    Attributes:
-        spec: their shape, and the number of classes of the data set that they imitate.
-        num_images: how many there are over all processes.
-        labels: the class that was asked for, by global index; None if none was.
-        unlabelled: why there are no labels.
-    """
-
-    spec: ImageSpec
-    num_images: int
-    labels: Sequence[int] | None
-    unlabelled: str = "no class was asked for"
+    spec: ImageSpec  # their shape, and the number of classes of the data set that they imitate
+    num_images: int  # over all processes
+    labels: Sequence[int] | None  # the class asked for, by global index; None if none was
+    unlabelled: str = "no class was asked for"  # why there are no labels
 
 
 class Real(NamedTuple):
-    """What the images are compared with.
+    """What the images are compared with."""
 
-    Attributes:
-        sets: the real images; None if there are none, for the reason `missing`.
-        statistics: mean and covariance that FID takes in the place of the real images' own.
-        name: of the data set.
-        flip: whether mirrored images are as good as the originals.
-    """
-
-    sets: RealSets | None
-    missing: str | None = None
-    statistics: Reference | None = None
-    name: str | None = None
-    flip: bool = False
+    sets: RealSets | None  # the real images
+    missing: str | None = None  # why there are none
+    statistics: Reference | None = None  # what FID takes in the place of the real images' own
+    name: str | None = None  # of the data set
+    flip: bool = False  # whether mirrored images are as good as the originals
 
     def facts(self) -> dict[str, Any]:
         """Which images these are, for the report."""
-        images = None if self.sets is None else self.sets.reference
-        return {
-            "split": images and images.split,
-            "dataset": {
-                "name": self.name,
-                "fingerprint": images and images.fingerprint,
-                "num_images": images and len(images.indices),
-            },
+        images = self.sets and self.sets.reference
+        dataset = {
+            "name": self.name,
+            "fingerprint": images and images.fingerprint,
+            "num_images": images and len(images.indices),
         }
+        return {"split": images and images.split, "dataset": dataset}
 
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a collector is built from.
-
-    Attributes:
-        networks: the pretrained networks that were loaded, each as its `Network.load` returns it.
-        weights: the files they were read from.
-        keeps: the `Metric.keeps` of all metrics that run.
-        cache_dir: where a later evaluation finds classifiers and statistics; None keeps nothing.
-    """
+    """Everything that a collector is built from."""
 
     runtime: Runtime
     generated: Generated
     real: Real
-    networks: Mapping[Network, Any] = field(default_factory=dict)
-    weights: Mapping[Network, Weights] = field(default_factory=dict)
-    keeps: frozenset[str] = frozenset()
-    cache_dir: Path | None = None
+    networks: Mapping[Network, Any] = field(default_factory=dict)  # as `Network.load` returns them
+    weights: Mapping[Network, Weights] = field(default_factory=dict)  # which they were read from
+    keeps: frozenset[str] = frozenset()  # the `Metric.keeps` of all metrics that run
+    cache_dir: Path | None = None  # where a later evaluation finds classifiers and statistics
 
-    def origin_of(self, network: Network) -> dict[str, str]:
+    def origin_of(self, network: Network) -> dict[str, Any]:
         """The path and the SHA-256 of a network's weights, for the report."""
-        weights = self.weights.get(network)
-        return {} if weights is None else {"path": str(weights.path), "sha256": weights.sha256}
+        return self.weights[network]._asdict() if network in self.weights else {}
 
 
 class Collector:
     """Looks at the real images once, then at any number of sets of generated ones.
 
-    The methods are called in the order in which they stand here; from `reset` on again for each
-    further set. The constructor takes a `Context`.
+    The constructor takes a `Context`. The methods are called in the order in which they stand
+    here, from `reset` on again for each further set. `update_real` and `update` are local work:
+    they may raise, and must not communicate. In `reduce_real` and `reduce`, which put together
+    what the processes have seen, only collectives belong.
     """
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        """Look at real images. This is local work: it may raise, and must not communicate."""
+        """Look at the real images, or at this process's share of them."""
 
     def reduce_real(self, runtime: Runtime) -> None:
-        """Put together what the processes have seen. Only collectives belong here."""
+        """Put together what the processes have seen of the real images."""
 
     def reset(self) -> None:
         """Forget the generated images, but not the real ones."""
@@ -126,42 +109,29 @@ class Collector:
     def update(self, images: Tensor, indices: range) -> None:
         """Look at generated images, uint8 (b, C, H, W) on the CPU, with these global indices.
 
-        This is local work, as in `update_real`. Each process sees its share, in order.
+        Each process sees its share, in order.
         """
         raise NotImplementedError
 
     def reduce(self, runtime: Runtime) -> None:
-        """Put together what the processes have seen. Only collectives belong here."""
+        """Put together what the processes have seen of the generated images."""
         raise NotImplementedError
 
 
 class Metric:
-    """One metric: what it needs, its result, and how that is shown.
+    """One metric: what it needs, its result, and how that is shown."""
 
-    Attributes:
-        better: "lower" or "higher"; any other text, or None, where neither is.
-        network: the pretrained network without which it cannot run.
-        real_images: it needs the real images.
-        statistics_suffice: given mean and covariance of real images can take their place.
-        classes: it needs the classes of the real images.
-        labels: it needs to know the class that each generated image was asked for.
-        collector: the class that looks at the images, shared with other metrics; None: the
-            metric is a `Collector` itself.
-        keeps: what a shared collector has to keep for this metric.
-    """
-
-    better: ClassVar[str | None] = None
-    network: ClassVar[Network | None] = None
-    real_images: ClassVar[bool] = False
-    statistics_suffice: ClassVar[bool] = False
-    classes: ClassVar[bool] = False
-    labels: ClassVar[bool] = False
-    collector: ClassVar[type[Collector] | None] = None
-    keeps: ClassVar[str] = ""
+    better: ClassVar[str | None] = None  # "lower" or "higher"; other text, or None, for neither
+    network: ClassVar[Network | None] = None  # the pretrained one without which it cannot run
+    real_images: ClassVar[bool] = False  # it needs the real images
+    statistics_suffice: ClassVar[bool] = False  # given mean and covariance can take their place
+    classes: ClassVar[bool] = False  # it needs the classes of the real images
+    labels: ClassVar[bool] = False  # it needs the class that each generated image was asked for
+    collector: ClassVar[type[Collector] | None] = None  # shared; None: the metric is one itself
+    keeps: ClassVar[str] = ""  # what a shared collector has to keep for this metric
 
     def __init__(self, collected: Any) -> None:
-        """Take the shared collector, an instance of `collector`. A metric that is a collector
-        itself has a constructor of its own, which takes the `Context`."""
+        """Take the shared collector; a metric that is one itself takes the `Context` instead."""
         self.collected = collected
 
     def compute(self) -> Entry:
@@ -172,22 +142,18 @@ class Metric:
         """Pictures for the page, by name; asked for on the main process, after `compute`."""
         return {}
 
-    def statistics(self) -> Reference | None:
-        """Mean and covariance of the real images, to be written to a file, if there are any."""
-        return None
-
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         """The lines of this metric in the summary; normally one."""
-        if result["status"] in ("skipped", "failed"):
-            return [(name, result["status"], result["reason"])]
-        reason = f"{result['status']}: {result['reason']}" if result["reason"] else ""
-        notes = filter(None, (cls.note(result), reason))
-        return [(name, number(result["value"]), "; ".join(notes))]
+        status, value, reason = result["status"], result["value"], result["reason"]
+        if status in ("skipped", "failed"):
+            return [(name, status, reason)]
+        notes = ["" if value is None else cls.note(result), reason and f"{status}: {reason}"]
+        return [(name, number(value), "; ".join(filter(None, notes)))]
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        """What to read beside the value in the summary, of a result that is not skipped."""
+        """What to read beside the value in the summary, of a result that has one."""
         return ""
 
     @classmethod

@@ -1,158 +1,25 @@
-"""Does the model draw the class it was asked for? Judged by a classifier trained on real images.
+"""What a classifier trained on the real images makes of generated ones.
 
-Its own accuracy on real images it has not seen is the ceiling of what generated images can be
-expected to reach. Values compare only under one classifier (`key` in the report).
+Does the model draw the class it was asked for? The classifier's own accuracy on unseen real images
+is the ceiling of what generated ones can be expected to reach. Frechet distance and precision to
+coverage are as with Inception, but in features that fit the data, need no download and mean
+something on grey images. Values compare only under one classifier (`key` in the report).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from datasets.real import RealImages, RealSets
-from metrics.base import Collector, Context, Entry, Metric, Row, entry, number
-from metrics.classifier import (
-    MAX_TEST_IMAGES,
-    Classifier,
-    Rows,
-    accuracy,
-    classifier_spec,
-    classify,
-    count_pairs,
-    new_classifier,
-    per_class,
-    trained_classifier,
-)
-from metrics.gallery import ChosenRows
-from metrics.moments import FeatureMoments
-from metrics.prdc import searched
+from metrics.base import Entry, Metric, Row, measured, number
+from metrics.classifier import ClassifierViews, accuracy, count_pairs
+from metrics.fid import frechet_distance
+from metrics.prdc import Prdc, prdc_entry
+from metrics.reference import FeatureMoments
 from reporting.pages import Picture
-from utils.distributed import Runtime
 from utils.images import grid_rows, make_grid, to_array
 
-MIN_CEILING = 0.9
 UNSURE_BELOW = 0.5  # probability of the class that is seen
-MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
-
-
-class Mistake(NamedTuple):
-    """A generated image in which the classifier sees another class than the requested one."""
-
-    image: Tensor  # uint8 (C, H, W)
-    requested: int
-    seen: int
-
-
-class ClassifierViews(Collector):
-    """Classes that are seen, for "accuracy", and features, for "domain", as far as they are kept.
-
-    The main process trains the classifier, or takes it from the cache, and hands it to the others.
-
-    Attributes:
-        views: after `reduce`, on the main process, float64 (N, 3) of all images: the class seen,
-            its probability, and the probability of the requested class.
-        mistakes: some images with a wrong class.
-        moments, kept: sums, and some rows, of the features (N, F) of the generated images.
-        real, unseen: on the main process, features of the real images to compare with, and of
-            other real images.
-        confusion: (K, K) int64, class x class seen, of unseen real images.
-        details: what identifies the classifier, for the report.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self.context, self.keeps = context, context.keeps
-        self.device = context.runtime.device
-        self.num_images, self.labels = context.generated.num_images, context.generated.labels
-        self.network: Classifier | None = None
-        self.class_names: Sequence[str] = ()
-        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
-        self.details: dict[str, Any] = {}
-        self.real = self.unseen = torch.zeros(0)
-        self.kept = ChosenRows(searched(self.num_images))
-
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None:
-            raise ValueError("the classifier needs real images to train on")
-        train = real.train
-        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
-        shape, flip = self.context.generated.spec.shape, self.context.real.flip
-        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
-        self.network = new_classifier(spec, self.device)
-        if not runtime.is_main:
-            return
-        self.network, self.confusion, rows, self.details = trained_classifier(
-            real, spec, self.device, self.context.cache_dir
-        )
-        if real.test is None and "accuracy" in self.keeps:
-            self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
-        if "domain" in self.keeps:
-            self.real, self.unseen = self._real_features(real, rows)
-
-    def _real_features(self, real: RealSets, rows: Rows) -> tuple[Tensor, Tensor]:
-        wanted = set(real.train.indices)
-        seen = real.train, [index for index in rows.train if index in wanted]
-        unseen = real.train, rows.test
-        if real.test is not None:
-            unseen = real.test, list(real.test.indices)[:MAX_TEST_IMAGES]
-        if real.reference is not real.train:
-            seen, unseen = (real.reference, real.reference.indices), seen
-        return self._features(*seen), self._features(*unseen)
-
-    def _features(self, images: RealImages, indices: Sequence[int]) -> Tensor:
-        batches = (batch for batch, _ in images.fetch(indices))
-        rows = [classify(self.network, batch, self.device).features for batch in batches]
-        return torch.cat([torch.zeros(0, self.network.head.in_features), *rows])
-
-    def reduce_real(self, runtime: Runtime) -> None:
-        for tensor in self.network.state_dict().values():
-            runtime.broadcast(tensor)
-
-    def reset(self) -> None:
-        self.views = torch.zeros(0, 3, dtype=torch.float64)
-        self.mistakes: list[Mistake] = []
-        self.moments = FeatureMoments(self.network.head.in_features)
-        self.kept.reset()
-
-    def update(self, images: Tensor, indices: range) -> None:
-        probs, features = classify(self.network, images, self.device)
-        if "domain" in self.keeps:
-            self.moments.update(features)
-            self.kept.update(features, indices)
-        if "accuracy" in self.keeps:
-            requested = torch.tensor(self.labels[indices.start : indices.stop])
-            sure, seen = probs.max(1)
-            asked_for = probs.gather(1, requested[:, None])[:, 0]
-            self.views = torch.cat([self.views, torch.stack([seen, sure, asked_for], 1).double()])
-            for i in (seen != requested).nonzero()[:, 0].tolist():
-                if len(self.mistakes) < MAX_MISTAKES:
-                    self.mistakes.append(Mistake(images[i], int(requested[i]), int(seen[i])))
-
-    def reduce(self, runtime: Runtime) -> None:
-        if "domain" in self.keeps:
-            self.moments.all_reduce(runtime)
-            self.kept.reduce(runtime)
-        if "accuracy" in self.keeps:
-            views = runtime.gather(self.views, self.num_images)
-            self.views = self.views if views is None else views
-            shares = runtime.gather_objects(self.mistakes)
-            self.mistakes = [mistake for share in shares for mistake in share][:MAX_MISTAKES]
-
-    @property
-    def weakness(self) -> str | None:
-        """Why the classifier is not to be trusted; None if it is."""
-        ceiling = accuracy(self.confusion)
-        if ceiling >= MIN_CEILING:
-            return None
-        return f"the classifier itself is right on only {ceiling:.1%} of real images"
-
-    def judged(self, result: Entry) -> Entry:
-        """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
-        if result["status"] == "ok" and self.weakness:
-            result |= {"status": "unreliable", "reason": self.weakness}
-        return result | {"classifier": self.details}
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:
@@ -162,6 +29,12 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     if count == 0:
         return 0.0, 1.0
     return tuple(binomtest(hits, count).proportion_ci(method="wilson"))
+
+
+def per_class(confusion: Tensor) -> list[float | None]:
+    """The accuracy of each class; None where it has no image."""
+    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
 
 
 class ClassAccuracy(Metric):
@@ -176,54 +49,93 @@ class ClassAccuracy(Metric):
 
     def compute(self) -> Entry:
         seen: ClassifierViews = self.collected
-        labels = torch.tensor(seen.labels, dtype=torch.int64)
-        confusion = count_pairs(labels, seen.views[:, 0].long(), len(seen.class_names))
-        count = seen.num_images
-        hits = int(confusion.diagonal().sum())
-        by_name = dict(zip(seen.class_names, per_class(confusion), strict=True))
-        known = {name: share for name, share in by_name.items() if share is not None}
-        result = entry(
-            "ok",
+        names, labels = seen.class_names, torch.tensor(seen.labels, dtype=torch.int64)
+        confusion = count_pairs(labels, seen.views[:, 0].long(), len(names))
+        hits, count = int(confusion.diagonal().sum()), seen.num_images
+        shares = dict(zip(names, per_class(confusion), strict=True))
+        real = dict(zip(names, per_class(seen.confusion), strict=True))
+        known = {name: share for name, share in shares.items() if share is not None}
+        result = measured(
             hits / count,
-            None,
             ci95=list(wilson_interval(hits, count)),
             real_ceiling=accuracy(seen.confusion),
-            per_class=by_name,
-            per_class_real=dict(zip(seen.class_names, per_class(seen.confusion), strict=True)),
+            per_class=shares,
+            per_class_real=real,
             worst_class=min(known, key=known.get) if known else None,
             mean_requested_prob=seen.views[:, 2].mean().item(),
             unsure_share=(seen.views[:, 1] < UNSURE_BELOW).double().mean().item(),
             confusion=confusion.tolist(),
             n=count,
             n_real=int(seen.confusion.sum()),
-            better=self.better,
         )
         return seen.judged(result)
 
     def pictures(self) -> dict[str, Picture]:
-        seen: ClassifierViews = self.collected
-        if not seen.mistakes:
+        mistakes, names = self.collected.mistakes, self.collected.class_names
+        if not mistakes:
             return {}
-        images = torch.stack([mistake.image for mistake in seen.mistakes])
+        images = torch.stack([image for image, *_ in mistakes])
         grid = make_grid(images, grid_rows(len(images)))
-        names = seen.class_names
-        told = (f"{names[m.requested]} drawn as {names[m.seen]}" for m in seen.mistakes)
+        told = (f"{names[asked]} drawn as {names[seen]}" for _, asked, seen in mistakes)
         return {"failures": Picture(to_array(grid), "Wrong classes", "; ".join(told))}
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        low, high = result["ci95"]
-        return (
-            f"95 % interval {number(low)} to {number(high)}, real images "
-            f"{number(result['real_ceiling'])}, unsure {result['unsure_share']:.1%}"
-        )
+        low, high = map(number, result["ci95"])
+        real, unsure = number(result["real_ceiling"]), result["unsure_share"]
+        return f"95 % interval {low} to {high}, real images {real}, unsure {unsure:.1%}"
 
     @classmethod
     def table(cls, result: Entry) -> tuple[str, list[Row]] | None:
         shares, real = result.get("per_class"), result.get("per_class_real")
-        if not shares:
-            return None
-        rows = [
-            (name, number(share), f"real {number(real[name])}") for name, share in shares.items()
-        ]
-        return "requested class, accuracy", rows
+        rows = [(name, number(shares[name]), f"real {number(real[name])}") for name in shares or ()]
+        return ("requested class, accuracy", rows) if rows else None
+
+
+class FdDomain(Metric):
+    """The Frechet distance in the classifier's features, beside that of unseen real images."""
+
+    better = "lower"
+    real_images = True
+    classes = True
+    collector = ClassifierViews
+    keeps = "domain"
+
+    def compute(self) -> Entry:
+        seen: ClassifierViews = self.collected
+        num_images, num_real, dim = seen.num_images, *seen.real.shape
+        counts = f"{num_images} generated and {num_real} real images"
+        if min(num_images, num_real) < 2:
+            return seen.judged(measured(None, f"{counts} have no covariance"))
+        target, baseline = _gaussian(seen.real), None
+        value, raw = frechet_distance(*_gaussian(seen.features), *target)
+        if len(seen.unseen) >= 2:  # real images, too: what a perfect model would get
+            baseline, _ = frechet_distance(*_gaussian(seen.unseen), *target)
+        few = min(num_images, num_real) <= dim
+        doubt = f"{counts} are too few for a covariance of {dim} features" if few else None
+        details = {"n": num_images, "n_real": num_real, "n_unseen": len(seen.unseen)}
+        details |= {"num_features": dim, "raw": raw, "real_value": baseline}
+        return seen.judged(measured(value, doubt, **details))
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return f"unseen real images {number(result['real_value'])}"
+
+
+class PrdcDomain(Prdc):
+    """Precision, recall, density and coverage in the classifier's features."""
+
+    network = None
+    classes = True
+    collector = ClassifierViews
+    keeps = "domain"
+
+    def compute(self) -> Entry:
+        seen: ClassifierViews = self.collected
+        return seen.judged(prdc_entry(seen.real, seen.features))
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    moments = FeatureMoments(features.shape[1])
+    moments.update(features)
+    return moments.mean_cov()

@@ -6,20 +6,24 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.real import RealSets
+from datasets.real import RealImages, RealSets
+from metrics.base import Collector, Context, Entry
 from utils.checkpoint import save_checkpoint
+from utils.distributed import Runtime
 from utils.errors import one_line
 from utils.files import content_key
 from utils.images import to_float
@@ -32,6 +36,8 @@ MAX_TRAIN_IMAGES = 60_000
 MAX_TEST_IMAGES = 10_000
 HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
 TEST_BATCH = 500
+MIN_CEILING = 0.9
+MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
 
 log = logging.getLogger("diffusion")
 
@@ -130,12 +136,10 @@ def train_classifier(
     The global random state is left as it was.
     """
     network = new_classifier(spec, device)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(step, spec.num_steps)
-    )
+    rates = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
+    optimizer = torch.optim.AdamW(network.parameters(), **rates)
+    factor = partial(rate_factor, num_steps=spec.num_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     batch_size = min(spec.batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
     network.train()
@@ -181,19 +185,12 @@ def deterministic_cudnn() -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-class View(NamedTuple):
-    """What a classifier makes of images: probabilities (N, K) and features (N, F), on the CPU."""
-
-    probs: Tensor
-    features: Tensor
-
-
-def classify(network: Classifier, images: Tensor, device: torch.device) -> View:
-    """Take uint8 images (N, C, H, W) through the network, some hundred at a time."""
+def classify(network: Classifier, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, H, W) -> probabilities (N, K) and features (N, F), on the CPU."""
     with torch.inference_mode(), full_float32(device), deterministic_cudnn():
         parts = [network.features(to_float(part.to(device))) for part in images.split(TEST_BATCH)]
         features = torch.cat(parts)
-        return View(network.head(features).softmax(1).cpu(), features.cpu())
+        return network.head(features).softmax(1).cpu(), features.cpu()
 
 
 def count_pairs(labels: Tensor, seen: Tensor, num_classes: int) -> Tensor:
@@ -207,99 +204,145 @@ def accuracy(confusion: Tensor) -> float:
     return confusion.diagonal().sum().item() / int(confusion.sum()) if confusion.any() else math.nan
 
 
-def per_class(confusion: Tensor) -> list[float | None]:
-    """The accuracy of each class; None where it has no image."""
-    hits, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
-    return [h / n if n else None for h, n in zip(hits, totals, strict=True)]
+def split_images(real: RealSets, *, seed: int) -> tuple[RealImages, RealImages]:
+    """The train images to learn from, at most `MAX_TRAIN_IMAGES`, and other images to test on.
 
-
-class Rows(NamedTuple):
-    """Rows of the train split to train on, and to measure the ceiling on (none: a test split)."""
-
-    train: list[int]
-    test: list[int]
-
-
-def split_train(num_images: int, *, hold_out: bool, seed: int) -> Rows:
-    """Cut off a tenth if `hold_out`, and cap the rest at `MAX_TRAIN_IMAGES`."""
+    Those are test images, or where there are none, a tenth of the train images, held out.
+    """
+    num_images, test = len(real.train.labels), real.test
     rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
     order = rng.permutation(num_images).tolist()
-    num_test = max(1, int(num_images * HELD_OUT_SHARE)) if hold_out else 0
-    return Rows(sorted(order[num_test:][:MAX_TRAIN_IMAGES]), sorted(order[:num_test]))
-
-
-class Trained(NamedTuple):
-    """A classifier, and which train images it saw.
-
-    Attributes:
-        confusion: (K, K) int64, class x class seen, of unseen real images.
-        details: what identifies it, as plain types.
-    """
-
-    network: Classifier
-    confusion: Tensor
-    rows: Rows
-    details: dict[str, Any]
+    num_held_out = max(1, int(num_images * HELD_OUT_SHARE)) if test is None else 0
+    seen = sorted(order[num_held_out:][:MAX_TRAIN_IMAGES])
+    unseen = replace(real.train, indices=sorted(order[:num_held_out]))
+    if test is not None:
+        unseen = replace(test, indices=list(test.indices[:MAX_TEST_IMAGES]))
+    return replace(real.train, indices=seen), unseen
 
 
 def trained_classifier(
     real: RealSets, spec: ClassifierSpec, device: torch.device, cache_dir: Path | None
-) -> Trained:
+) -> tuple[Classifier, Tensor, dict[str, Any]]:
     """Take the classifier of `real.train` from `cache_dir`, or train it and keep it there.
 
-    It is measured on `real.test`, or else on a tenth of the train images, held out.
+    Returns it, the (K, K) int64 confusion of the unseen images of `split_images`, class x class
+    seen, and what identifies it, as plain types.
     """
     train, test = real.train, real.test
     fingerprints = [train.fingerprint, test.fingerprint if test else "held out"]
     key = content_key([VERSION, asdict(spec), fingerprints])
     path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
-    details = {
-        "key": key,
-        "path": path and str(path),
-        "spec": asdict(spec),
-        "ceiling_split": test.split if test else "a tenth of train, held out",
-    }
-    rows = split_train(len(train.labels), hold_out=test is None, seed=spec.seed)
+    details = {"key": key, "path": path and str(path), "spec": asdict(spec)}
+    details["ceiling_split"] = test.split if test else "a tenth of train, held out"
     network = new_classifier(spec, device)
-    confusion = None if path is None else _load(path, network)
-    if confusion is None:
-        log.info(
-            "training the classifier of class_acc: %d real images, %d steps of %d",
-            len(rows.train),
-            spec.num_steps,
-            min(spec.batch_size, len(rows.train)),
-        )
-        images, labels = train.load(rows.train), train.labels[rows.train]
-        network = train_classifier(images, labels, spec, device)
-        judge = test or train
-        unseen = list(test.indices)[:MAX_TEST_IMAGES] if test else rows.test
-        seen = classify(network, judge.load(unseen), device).probs.argmax(1)
-        confusion = count_pairs(judge.labels[unseen], seen, spec.num_classes)
-        right = accuracy(confusion)
-        log.info("  accuracy on %d unseen real images: %.4f", len(unseen), right)
-        if path is not None:
-            _store(path, network, confusion, details)
-    return Trained(network, confusion, rows, details)
+    if path is not None and path.is_file():
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            network.load_state_dict(stored["state_dict"])
+            return network, stored["ceiling_confusion"], details
+        except Exception as error:  # whatever a damaged file makes torch raise
+            log.info("%s is damaged and will be made again: %s", path, one_line(error))
+    seen, unseen = split_images(real, seed=spec.seed)
+    count = len(seen.indices)
+    size = f"{spec.num_steps} steps of {min(spec.batch_size, count)}"
+    log.info("training the classifier of class_acc: %d real images, %s", count, size)
+    network = train_classifier(seen.load(seen.indices), seen.labels[seen.indices], spec, device)
+    probs, _ = classify(network, unseen.load(unseen.indices), device)
+    confusion = count_pairs(unseen.labels[unseen.indices], probs.argmax(1), spec.num_classes)
+    log.info("  accuracy on %d unseen real images: %.4f", len(unseen.indices), accuracy(confusion))
+    if path is not None:
+        state = {k: v.cpu() for k, v in network.state_dict().items()}
+        content = {"state_dict": state, "ceiling_confusion": confusion}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(path, content | {"details": json.dumps(details)})
+        except (OSError, RuntimeError) as error:
+            log.info("the classifier could not be stored, the next run trains it again: %s", error)
+    return network, confusion, details
 
 
-def _load(path: Path, network: Classifier) -> Tensor | None:
-    """Take over what `_store` wrote; returns the confusion, None if there is nothing to use."""
-    if not path.is_file():
-        return None
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(stored["state_dict"])
-        return stored["ceiling_confusion"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        log.info("%s is damaged and will be made again: %s", path, one_line(error))
-        return None
+class ClassifierViews(Collector):
+    """The classes that are seen in images, and their features.
 
+    The main process trains the classifier, or takes it from the cache, and hands it to the others.
+    It alone has these attributes, after `reduce_real` and `reduce`.
 
-def _store(path: Path, network: Classifier, confusion: Tensor, details: dict[str, Any]) -> None:
-    state = {k: v.cpu() for k, v in network.state_dict().items()}
-    content = {"state_dict": state, "ceiling_confusion": confusion, "details": json.dumps(details)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, content)
-    except (OSError, RuntimeError) as error:
-        log.info("the classifier could not be stored, the next run trains it again: %s", error)
+    Attributes:
+        details: what identifies the classifier, for the report.
+        confusion: (K, K) int64, class x class seen, of real images that are new to the classifier.
+        real, unseen: if "domain" is kept, features (N, F) of the real images to compare with, and
+            of other real images.
+        views, features: float64 (N, 3) and (N, F) of the generated images: the class seen, its
+            probability, and that of the requested class; and the features.
+        mistakes: if "accuracy" is kept, some images of a wrong class: (image, class requested,
+            class seen).
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.device = context, context.runtime.device
+        self.num_images = context.generated.num_images
+        self.labels = context.generated.labels if "accuracy" in context.keeps else None
+
+    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
+        if real is None:
+            raise ValueError("the classifier needs real images to train on")
+        train, keeps = real.train, self.context.keeps
+        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
+        shape, flip = self.context.generated.spec.shape, self.context.real.flip
+        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
+        self.network = new_classifier(spec, self.device)
+        if not runtime.is_main:
+            return
+        trained = trained_classifier(real, spec, self.device, self.context.cache_dir)
+        self.network, self.confusion, self.details = trained
+        if real.test is None and "accuracy" in keeps:
+            self.details["note"] = "no test split: the ceiling is from a held-out tenth of train"
+        if "domain" in keeps:
+            seen, unseen = split_images(real, seed=spec.seed)
+            wanted = set(train.indices)
+            seen = replace(seen, indices=[index for index in seen.indices if index in wanted])
+            if real.reference is not train:
+                seen, unseen = real.reference, seen
+            self.real, self.unseen = self._features(seen), self._features(unseen)
+
+    def _features(self, images: RealImages) -> Tensor:
+        rows = [torch.zeros(0, self.network.head.in_features)]
+        for batch, _ in images.fetch(images.indices):
+            rows.append(classify(self.network, batch, self.device)[1])
+        return torch.cat(rows)
+
+    def reduce_real(self, runtime: Runtime) -> None:
+        for tensor in self.network.state_dict().values():
+            runtime.broadcast(tensor)
+
+    def reset(self) -> None:
+        self.parts = [torch.zeros(0, 3 + self.network.head.in_features, dtype=torch.float64)]
+        self.mistakes: list[tuple[Tensor, int, int]] = []
+
+    def update(self, images: Tensor, indices: range) -> None:
+        probs, features = classify(self.network, images, self.device)
+        sure, seen = probs.max(1)
+        asked = seen
+        if self.labels is not None:
+            asked = torch.tensor(self.labels[indices.start : indices.stop])
+        views = torch.stack([seen, sure, probs.gather(1, asked[:, None])[:, 0]], 1)
+        self.parts.append(torch.cat([views, features], 1).double())
+        for i in (seen != asked).nonzero()[:, 0].tolist():
+            if len(self.mistakes) < MAX_MISTAKES:
+                self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
+
+    def reduce(self, runtime: Runtime) -> None:
+        rows = runtime.gather(torch.cat(self.parts), self.num_images)
+        if rows is not None:
+            self.views, self.features = rows[:, :3], rows[:, 3:]
+        self.parts = []
+        shares = runtime.gather_objects(self.mistakes)
+        self.mistakes = list(itertools.chain.from_iterable(shares))[:MAX_MISTAKES]
+
+    def judged(self, result: Entry) -> Entry:
+        """`result`, with the classifier it comes from; "unreliable" if that one is weak."""
+        right = accuracy(self.confusion)
+        if result["status"] == "ok" and not right >= MIN_CEILING:  # it may be NaN
+            doubt = f"the classifier itself is right on only {right:.1%} of real images"
+            result |= {"status": "unreliable", "reason": doubt}
+        return result | {"classifier": self.details}

@@ -1,43 +1,37 @@
-"""Frechet distance between two Gaussians (Heusel et al. 2017, arXiv:1706.08500, eq. 6)."""
+"""FID, KID and IS, all from Inception features.
+
+The Frechet distance between two Gaussians is that of Heusel et al. 2017, arXiv:1706.08500, eq. 6.
+The kernel distance (Binkowski et al. 2018, arXiv:1801.01401) and the Inception score (Salimans et
+al. 2016, arXiv:1606.03498) are torch-fidelity's.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metrics.base import Entry, Metric, Row, entry
+from metrics.base import Entry, Metric, Row, measured, number
 from metrics.inception import INCEPTION, InceptionFeatures
-from metrics.reference import Reference
 
-# A covariance of D = 2048 features is singular at or below this many images.
-SINGULAR_BELOW = 2048
+SINGULAR_BELOW = 2048  # or at as many images: a covariance of 2048 features is singular
 COMPARABLE_FROM = 10_000
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
+NUM_SPLITS = 10  # of IS
 
 
-class Frechet(NamedTuple):
-    """`value` is `raw` clamped at 0: a set against itself gives -1e-13 to -1e-7."""
-
-    value: float
-    raw: float
-
-
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Frechet:
+def frechet_distance(
+    mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor
+) -> tuple[float, float]:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64.
 
-    With any R for which R R^T = S1 the last trace is the sum of the root eigenvalues of R^T S2 R.
-    It is symmetric, so they are real. R is a Cholesky factor, or, where a covariance is singular
-    (fewer images than features), made of eigenvectors.
-
-    Args:
-        mu1, mu2: (D,) means.
-        sigma1, sigma2: (D, D) covariances.
-
-    Raises:
-        ValueError: shapes that do not fit, or values that are not finite.
+    Takes means (D,) and covariances (D, D); raises a ValueError if their shapes do not fit or a
+    value is not finite. Returns the distance clamped at 0, and as it came out: a set against
+    itself gives -1e-13 to -1e-7. With any R for which R R^T = S1 the last trace is the sum of the
+    root eigenvalues of R^T S2 R. It is symmetric, so they are real. R is a Cholesky factor, or,
+    where a covariance is singular (fewer images than features), made of eigenvectors.
     """
     mu1, sigma1, mu2, sigma2 = (x.double().cpu() for x in (mu1, sigma1, mu2, sigma2))
     dim = len(mu1)
@@ -53,7 +47,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     product = root.T @ (sigma2 @ root)
     cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()  # reads its lower triangle
     raw = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return Frechet(max(0.0, raw.item()), raw.item())
+    return max(0.0, raw.item()), raw.item()
 
 
 def count_name(num_images: int) -> str:
@@ -94,28 +88,81 @@ class Fid(Metric):
         num_real = seen.num_real if seen.reference is None else seen.reference.num_images
         counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
         if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
-            return entry("unreliable", None, f"{counts} have no covariance")
-        real = seen.statistics()
-        distance = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
-        reason, dim = None, seen.extractor.feature_dim
+            return measured(None, f"{counts} have no covariance")
+        real, dim, doubt = seen.statistics(), seen.extractor.feature_dim, None
+        value, raw = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
         if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
-            reason = f"{counts} are too few for a covariance of {dim} features"
-        return entry(
-            "unreliable" if reason else "ok",
-            distance.value,
-            reason,
-            name=count_name(seen.num_images),
-            raw=distance.raw,
-            n=seen.num_images,
-            n_real=num_real,
-            better=self.better,
-            extractor=seen.details,
-            reference=dict(seen.reference.meta) or None if seen.reference else None,
-        )
-
-    def statistics(self) -> Reference | None:
-        return self.collected.statistics()
+            doubt = f"{counts} are too few for a covariance of {dim} features"
+        meta = dict(seen.reference.meta) or None if seen.reference else None
+        details = {"raw": raw, **seen.counts(), "n_real": num_real, "reference": meta}
+        return measured(value, doubt, name=count_name(seen.num_images), **details)
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         return super().rows(result.get("name", name), result)
+
+
+def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> tuple[float, float]:
+    """Compare `NUM_SUBSETS` subsets of features (N, D) and (M, D) in float64.
+
+    Returns the mean squared discrepancy, and its deviation over the subsets. Subsets as large as
+    both sets are all equal. The mean is unbiased, so it can be slightly negative. Raises a
+    ValueError if the features are not finite.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    sets = [features.double() for features in (generated, real)]
+    if not all(features.isfinite().all() for features in sets):
+        raise ValueError("features are not finite")
+    sizes = {"kid_subsets": NUM_SUBSETS, "kid_subset_size": subset_size}
+    result = kid_features_to_metric(*sets, **sizes, verbose=False)
+    return tuple(result[f"kernel_inception_distance_{part}"] for part in ("mean", "std"))
+
+
+class Kid(Metric):
+    """The kernel distance between the Inception features of generated and real images."""
+
+    better = "lower"
+    network = INCEPTION
+    real_images = True
+    collector = InceptionFeatures
+    keeps = "features"
+
+    def compute(self) -> Entry:
+        seen: InceptionFeatures = self.collected
+        size = min(SUBSET_SIZE, seen.num_images, seen.num_real)
+        if size < 2:
+            return measured(None, "KID needs 2 images of each kind", **seen.counts())
+        features = (kind.rows["features"] for kind in (seen.generated, seen.real))
+        mean, std = kernel_distance(*features, subset_size=size)
+        doubt = f"subsets of {size} images instead of {SUBSET_SIZE}" if size < SUBSET_SIZE else None
+        return measured(mean, doubt, std=std, subset_size=size, **seen.counts())
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return f"+- {number(result['std'])} over subsets of {result['subset_size']}"
+
+
+class InceptionScore(Metric):
+    """How clear the ImageNet classes of the images are, and how varied."""
+
+    better = "higher"
+    network = INCEPTION
+    collector = InceptionFeatures
+    keeps = "logits"
+    warnings = staticmethod(inception_warnings)
+
+    def compute(self) -> Entry:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        seen: InceptionFeatures = self.collected
+        count, num_splits = seen.num_images, min(NUM_SPLITS, seen.num_images)
+        score = isc_features_to_metric(seen.generated.rows["logits"], splits=num_splits)
+        mean, std = (score[f"inception_score_{part}"] for part in ("mean", "std"))
+        doubt = f"biased low at {count} images" if count <= SINGULAR_BELOW else None
+        details = {"num_splits": num_splits, "n": count, "extractor": seen.details}
+        return measured(mean, doubt, std=std, **details)
+
+    @classmethod
+    def note(cls, result: Entry) -> str:
+        return f"+- {number(result['std'])} over {result['num_splits']} splits"

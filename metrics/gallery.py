@@ -1,4 +1,4 @@
-"""Rows of some of the images, such as the pictures that the report shows."""
+"""Some of the images, such as those that the report shows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ MAX_IMAGES = 100
 MAX_CLASSES = 20
 
 
-class ChosenRows(Collector):
-    """Keeps chosen images, or other rows that belong to them, for the main process.
+class ChosenImages(Collector):
+    """Keeps the images with the `chosen` global indices, which ascend, for the main process.
 
-    Args:
-        chosen: the global indices of these images, ascending.
-
-    Attributes:
-        values: after `reduce`, the rows of all chosen images on the CPU, (len(chosen), ...).
+    After `reduce` they are in `values`, on the CPU: uint8 (len(chosen), C, H, W).
     """
 
     def __init__(self, chosen: Sequence[int] | np.ndarray) -> None:
@@ -46,7 +42,7 @@ class ChosenRows(Collector):
         self.parts = []
 
 
-class Gallery(ChosenRows):
+class Gallery(ChosenImages):
     """Keeps the first generated images, of every class if there are classes, to be shown."""
 
     def __init__(self, context: Context) -> None:

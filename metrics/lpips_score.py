@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.real import RealSets
-from metrics.base import Context, Entry, Metric, Row, entry, number
-from metrics.gallery import ChosenRows
-from metrics.weights import Network, load_plain, wrong_weights
+from metrics.base import Context, Entry, Metric, Row, measured, number
+from metrics.gallery import ChosenImages
+from metrics.weights import Network, load_plain
 from utils.distributed import Runtime
+from utils.errors import one_line
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
 from utils.rng import Stream, fixed_subset, numpy_generator
@@ -31,33 +31,14 @@ MIN_SIZE = 64  # pixels; AlexNet fails below 31, and values at different sizes d
 PAIR_BATCH = 32
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-class MeanError(NamedTuple):
-    """A mean and its standard error (None where one pair cannot give it)."""
-
-    mean: float
-    sem: float | None
-
-
-class Diversity(NamedTuple):
-    """The mean distance of any two images, and of two with one label, averaged over the labels.
-
-    `intra` is None without labels, or where no label has two images.
-    """
-
-    inter: MeanError
-    intra: MeanError | None
+MeanError = tuple[float, float | None]  # mean, and standard error: one pair cannot give it
 
 
 def load_lpips(path: Path, device: torch.device) -> Distance:
     """Load LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
 
-    Returns:
-        distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,).
-
-    Raises:
-        MissingWeightsError: the file is damaged, not plain tensors, or of another network.
+    Returns distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,). Raises a
+    MissingWeightsError if the file is damaged, not plain tensors, or of another network.
     """
     import lpips
 
@@ -71,13 +52,9 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
             layer, kind = re.fullmatch(r"slice\d\.(\d+)\.(weight|bias)", name).groups()
             parameter.data.copy_(state[f"features.{layer}.{kind}"])
     except (KeyError, RuntimeError) as error:
-        raise wrong_weights(path, ALEXNET, error) from error
+        raise ALEXNET.missing(f"{path} does not fit ({one_line(error)})") from error
     network.requires_grad_(False).eval().to(device)
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return network(a, b).flatten()
-
-    return distance
+    return lambda a, b: network(a, b).flatten()
 
 
 ALEXNET = Network(
@@ -85,7 +62,6 @@ ALEXNET = Network(
     title="LPIPS (AlexNet)",
     load=load_lpips,
     url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    file_names=("alexnet-owt-7be5be79.pth",),
     help="AlexNet for lpips; default: cache or download",
     hash_prefix="7be5be79",
 )
@@ -94,10 +70,9 @@ ALEXNET = Network(
 def lpips_input(images: Tensor) -> Tensor:
     """uint8 (B, 1 or 3, H, W) -> float32 (B, 3, H', W') in [-1, 1], smaller side >= 64."""
     x = to_float(to_rgb(images))
-    height, width = x.shape[-2:]
-    if min(height, width) < MIN_SIZE:
-        scale = MIN_SIZE / min(height, width)
-        size = (round(height * scale), round(width * scale))
+    side = min(x.shape[-2:])
+    if side < MIN_SIZE:
+        size = [round(length * (MIN_SIZE / side)) for length in x.shape[-2:]]
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return x
 
@@ -105,18 +80,14 @@ def lpips_input(images: Tensor) -> Tensor:
 def distances(
     distance: Distance, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Tensor:
-    """(N,) float64 on the CPU: the distance of each image to the one in the same row beside it.
-
-    Args:
-        pairs: uint8 (b, C, H, W) twice, batch by batch.
-    """
+    """(N,) float64 on the CPU: the distances of pairs, batches of uint8 (b, C, H, W) twice."""
     with torch.inference_mode(), full_float32(device):
         parts = [distance(*(lpips_input(x.to(device)) for x in pair)).cpu() for pair in pairs]
     return torch.cat(parts).double()
 
 
 def draw_pairs(num_images: int, num_pairs: int, *index: int) -> Tensor:
-    """(P, 2) int64 pairs of different images: every pair if there are at most `num_pairs`.
+    """(P, 2) int64 pairs of different images, all if there are at most `num_pairs`.
 
     They are a function of the arguments alone; `index` is the number of the draw.
     """
@@ -128,65 +99,37 @@ def draw_pairs(num_images: int, num_pairs: int, *index: int) -> Tensor:
     return torch.stack([torch.from_numpy(first), torch.from_numpy(second)], dim=1)
 
 
-def mean_distance(
-    distance: Distance,
-    images: Tensor,
-    groups: Mapping[tuple[int, ...], Tensor],
-    device: torch.device,
-    *,
-    num_pairs: int,
-) -> MeanError | None:
-    """Average, over groups of images, the mean distance between two images of a group.
-
-    Pairs share images, so the error is a little too small where `num_pairs` is large beside the
-    number of images.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        groups: number of the draw -> rows of the images. None of them gives None.
-        num_pairs: in all groups together.
-    """
-    means, errors = [], []
-    for index, rows in groups.items():
-        pairs = rows[draw_pairs(len(rows), max(1, num_pairs // len(groups)), *index)]
-        batches = ((images[some[:, 0]], images[some[:, 1]]) for some in pairs.split(PAIR_BATCH))
-        values = distances(distance, batches, device)
-        means.append(values.mean().item())
-        if len(values) > 1:
-            errors.append(values.std().item() / math.sqrt(len(values)))
-    if not means:
-        return None
-    sem = math.hypot(*errors) / len(means) if len(errors) == len(means) else None
-    return MeanError(sum(means) / len(means), sem)
-
-
 def diversity(
-    distance: Distance,
-    images: Tensor,
-    labels: Tensor | None,
-    device: torch.device,
-    *,
-    num_pairs: int = NUM_PAIRS,
-) -> Diversity:
-    """Compare pairs of uint8 images (N, C, H, W), drawn with a fixed seed.
+    distance: Distance, images: Tensor, labels: Tensor | None, device: torch.device
+) -> dict[str, MeanError | None]:
+    """Compare pairs of uint8 images (N, C, H, W), at most `NUM_PAIRS`, drawn with a fixed seed.
 
-    Raises:
-        ValueError: fewer than two images.
+    Returns the mean distance of any two images as "lpips_inter", and of two with one label,
+    averaged over the labels, as "lpips_intra"; that is None without labels, or where no label has
+    two images. Pairs share images, so the errors are a little too small where the pairs are many
+    beside the images. Raises a ValueError if there are fewer than two images.
     """
     if len(images) < 2:
         raise ValueError(f"a distance needs at least 2 images, there are {len(images)}")
-    everything = {(1,): torch.arange(len(images))}
     classes = [] if labels is None else [(labels == k).nonzero()[:, 0] for k in labels.unique()]
     by_class = {(2, k): rows for k, rows in enumerate(r for r in classes if len(r) > 1)}
-    return Diversity(
-        *(
-            mean_distance(distance, images, groups, device, num_pairs=num_pairs)
-            for groups in (everything, by_class)
-        )
-    )
+    results: dict[str, MeanError | None] = {"lpips_inter": None, "lpips_intra": None}
+    for name, groups in zip(results, ({(1,): torch.arange(len(images))}, by_class), strict=True):
+        means, errors = [], []
+        for draw, rows in groups.items():
+            pairs = rows[draw_pairs(len(rows), max(1, NUM_PAIRS // len(groups)), *draw)]
+            batches = ((images[some[:, 0]], images[some[:, 1]]) for some in pairs.split(PAIR_BATCH))
+            values = distances(distance, batches, device)
+            means.append(values.mean().item())
+            if len(values) > 1:
+                errors.append(values.std().item() / math.sqrt(len(values)))
+        if means:
+            sem = math.hypot(*errors) / len(means) if len(errors) == len(means) else None
+            results[name] = (sum(means) / len(means), sem)
+    return results
 
 
-class Lpips(ChosenRows, Metric):
+class Lpips(ChosenImages, Metric):
     """LPIPS diversity of the generated images, beside that of the real ones, if there are any.
 
     Processes send the images that pairs are drawn from (4000 at most) to the main one, which alone
@@ -197,14 +140,13 @@ class Lpips(ChosenRows, Metric):
     network = ALEXNET
 
     def __init__(self, context: Context) -> None:
-        generated = context.generated
+        generated, labels = context.generated, context.generated.labels
         super().__init__(fixed_subset(generated.num_images, 2 * NUM_PAIRS))
         self.distance: Distance = context.networks[ALEXNET]
         self.device = context.runtime.device
         self.num_images = generated.num_images
-        labels = generated.labels
         self.labels = None if labels is None else torch.tensor(labels)[self.chosen]
-        self.real: Diversity | None = None
+        self.real: dict[str, MeanError | None] = {}
         size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
         self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
 
@@ -217,42 +159,24 @@ class Lpips(ChosenRows, Metric):
         self.real = diversity(self.distance, images.load(pool), labels, self.device)
 
     def compute(self) -> Entry:
-        generated = diversity(self.distance, self.values, self.labels, self.device)
         parts = {}
-        for name, part in generated._asdict().items():
-            real = getattr(self.real, name, None)
-            parts[f"lpips_{name}"] = part and {
-                "value": part.mean,
-                "sem": part.sem,
-                "real_value": real and real.mean,
-                "real_sem": real and real.sem,
-            }
-        inter = parts["lpips_inter"]
-        return entry(
-            "ok",
-            inter["value"],
-            sem=inter["sem"],
-            real_value=inter["real_value"],
-            **parts,
-            n=self.num_images,
-            num_pairs=min(NUM_PAIRS, self.num_images * (self.num_images - 1) // 2),
-            better=self.better,
-            extractor=self.details,
-        )
+        for name, ours in diversity(self.distance, self.values, self.labels, self.device).items():
+            keys, real = ("value", "sem", "real_value", "real_sem"), self.real.get(name)
+            parts[name] = ours and dict(zip(keys, (*ours, *(real or (None, None))), strict=True))
+        value, sem, real_value, _ = parts["lpips_inter"].values()
+        num_pairs = min(NUM_PAIRS, self.num_images * (self.num_images - 1) // 2)
+        details = {"n": self.num_images, "num_pairs": num_pairs, "extractor": self.details}
+        return measured(value, sem=sem, real_value=real_value, **parts, **details)
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         intra = result.get("lpips_intra")
-        more = [("lpips_intra", number(intra["value"]), _note(intra))] if intra else []
+        more = [("lpips_intra", number(intra["value"]), cls.note(intra))] if intra else []
         return [*super().rows("lpips_inter", result), *more]
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        return _note(result["lpips_inter"])
-
-
-def _note(part: Mapping[str, Any]) -> str:
-    notes = [] if part["sem"] is None else [f"+- {number(part['sem'])}"]
-    if part["real_value"] is not None:
-        notes.append(f"real {number(part['real_value'])}")
-    return ", ".join(notes)
+        notes = [] if result["sem"] is None else [f"+- {number(result['sem'])}"]
+        if result["real_value"] is not None:
+            notes.append(f"real {number(result['real_value'])}")
+        return ", ".join(notes)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
-from metrics.base import Context, Entry, Metric, entry
-from metrics.gallery import ChosenRows
+from metrics.base import Context, Entry, Metric, measured
+from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
+from metrics.reference import float64_device
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array
@@ -56,14 +57,10 @@ def nearest_images(
 ) -> tuple[Tensor, Tensor]:
     """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
-    Args:
-        queries: uint8 (Q, C, H, W).
-        train: batches of uint8 (b, C, H, W), `num_train` images in all.
-        left_out: (Q,) int64 position of the one train image that a query must not find, or -1.
-
-    Returns:
-        of the k nearest train images of each query, nearest first and of equal ones the first:
-        the squared distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
+    Takes queries uint8 (Q, C, H, W), batches of `num_train` train images uint8 (b, C, H, W), and
+    (Q,) int64 the position of the one train image that a query must not find, or -1. Returns, of
+    the k nearest train images of each query, nearest first and of equal ones the first: the squared
+    distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
@@ -134,20 +131,17 @@ def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
     }
 
 
-class Memorization(ChosenRows, Metric):
+class Memorization(ChosenImages, Metric):
     """The share of generated images that are as close to a train image as few held-out ones are.
 
     Processes send the images that are checked to the main one, which alone searches the train
     images: one pass for the held-out images and one for each set of generated ones. Without test
     images, train images take their place, each left out of its own search, so that copies of them
-    are still found.
+    are still found. Where LPIPS is there for another metric, it compares the ten nearest in pixels
+    again. That takes twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
 
-    Where LPIPS is there for another metric, it compares the ten nearest in pixels again. That takes
-    twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
-
-    Attributes:
-        closest: after `compute`, the closest generated images, and the train images nearest to them
-            in pixels, and by LPIPS if it is there: uint8 (n, C, H, W) each.
+    After `compute` the closest generated images, and the train images nearest to them in pixels,
+    and by LPIPS if it is there, are in `closest`: uint8 (n, C, H, W) each.
     """
 
     better = "lower"
@@ -158,57 +152,48 @@ class Memorization(ChosenRows, Metric):
         super().__init__(fixed_subset(context.generated.num_images, NUM_CHECKED, draw))
         self.device = context.runtime.device
         self.distance: Distance | None = context.networks.get(ALEXNET)
-        self.train: RealImages | None = None
-        self.test: RealImages | None = None
-        self.held_out: Distances | None = None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
         if real is None or len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
         self.train, self.test = real.train, real.test
         if runtime.is_main:
-            source = self.test or self.train
-            draw = EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
+            source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
             chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
-            self.held_out = self._search(
-                _load(source, chosen), chosen if self.test is None else torch.full_like(chosen, -1)
-            )
+            self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
 
     def reset(self) -> None:
         super().reset()
         self.closest: list[Tensor] = []
 
     def compute(self) -> Entry:
-        held_out, images, checked = self.held_out, self.values, self.chosen
-        searched = self._search(images, torch.full_like(checked, -1))
-        compared, by_lpips = compare(searched.pixels, held_out.pixels), None
-        rows = searched.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
-        nearest = [searched.positions[rows, 0]]
-        if searched.lpips is not None:
-            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (searched, held_out)))
-            nearest.append(searched.positions[rows, searched.lpips[rows].argmin(1)])
-        self.closest = [images[rows], *(_load(self.train, positions) for positions in nearest)]
-        doubts = self._doubts()
-        return entry(
-            "unreliable" if doubts else "ok",
-            compared["generated"]["share_close"],
-            "; ".join(doubts) or None,
-            **compared,
-            lpips=by_lpips,
-            closest=[
-                {
-                    "index": int(checked[row]),
-                    "train_index": self.train.indices[place],
-                    "distance": float(searched.pixels[row, 0]),
-                }
-                for row, place in zip(rows, nearest[0].tolist(), strict=True)
-            ],
-            baseline=self.test.split if self.test else LEFT_OUT,
-            n_checked=len(images),
-            n_held_out=len(held_out.pixels),
-            n_train=len(self.train.indices),
-            better=self.better,
-        )
+        train, images, held_out = self.train, self.values, self.held_out
+        near = self._search(images)
+        compared, by_lpips = compare(near.pixels, held_out.pixels), None
+        rows = near.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
+        nearest = [near.positions[rows, 0]]
+        if near.lpips is not None:
+            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)))
+            nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
+        self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
+        columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
+        closest = [
+            {"index": index, "train_index": train.indices[place], "distance": distance}
+            for index, place, distance in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+        doubts, num_held_out, num_train = [], len(held_out.pixels), len(train.indices)
+        if len(images) < MIN_CHECKED:
+            doubts.append(f"only {len(images)} generated images are checked")
+        if num_held_out < MIN_CHECKED:
+            doubts.append(f"only {num_held_out} held-out real images to compare with")
+        if num_train < len(train.labels):
+            searched = f"{num_train} of {len(train.labels)} train images are searched"
+            doubts.append(f"{searched}, copies of the others are missed")
+        counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
+        baseline = self.test.split if self.test else LEFT_OUT
+        details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
+        share = compared["generated"]["share_close"]
+        return measured(share, "; ".join(doubts), **compared, **details)
 
     def pictures(self) -> dict[str, Picture]:
         if not self.closest:
@@ -217,8 +202,8 @@ class Memorization(ChosenRows, Metric):
         images = torch.stack(self.closest, 1).flatten(0, 1)  # each image before its neighbours
         lines = torch.arange(len(images)).split(width * PAIRS_PER_ROW)
         grid = make_grid(images, [line.tolist() for line in lines])
-        columns = ("generated", "nearest train image", "nearest by LPIPS")[:width]
-        caption = "In turn: " + ", ".join(columns)
+        columns = ("generated", "nearest train image", "nearest by LPIPS")
+        caption = f"In turn: {', '.join(columns[:width])}"
         return {"neighbours": Picture(to_array(grid), "Closest to the train images", caption)}
 
     @classmethod
@@ -226,17 +211,16 @@ class Memorization(ChosenRows, Metric):
         verdict = "more than held-out images" if result["flagged"] else "no sign of copies"
         return f"share nearer to the train images than 99 % of held-out ones: {verdict}"
 
-    def _search(self, images: Tensor, left_out: Tensor) -> Distances:
-        """All train images for each image, but for the position `left_out`."""
+    def _search(self, images: Tensor, left_out: Tensor | None = None) -> Distances:
+        """The nearest train images of each image, but for the position `left_out` if given."""
         num_train = len(self.train.indices)
         squared, positions = nearest_images(
             images,
             (batch for batch, _ in self.train.fetch(self.train.indices)),
             num_train,
             num_neighbours=min(NUM_NEIGHBOURS, num_train - (self.test is None)),
-            left_out=left_out,
-            # MPS has no float64.
-            device=torch.device("cpu") if self.device.type == "mps" else self.device,
+            left_out=torch.full((len(images),), -1) if left_out is None else left_out,
+            device=float64_device(self.device),
         )
         pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
         lpips = None if self.distance is None else self._lpips(images, positions)
@@ -253,17 +237,6 @@ class Memorization(ChosenRows, Metric):
             pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
             parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
-
-    def _doubts(self) -> list[str]:
-        doubts, num_held_out = [], len(self.held_out.pixels)
-        if len(self.chosen) < MIN_CHECKED:
-            doubts.append(f"only {len(self.chosen)} generated images are checked")
-        if num_held_out < MIN_CHECKED:
-            doubts.append(f"only {num_held_out} held-out real images to compare with")
-        if len(self.train.indices) < len(self.train.labels):
-            searched = f"{len(self.train.indices)} of {len(self.train.labels)}"
-            doubts.append(f"{searched} train images are searched, copies of the others are missed")
-        return doubts
 
 
 def _load(real: RealImages, positions: Tensor) -> Tensor:

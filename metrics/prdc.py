@@ -1,25 +1,22 @@
 """Precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2), density and
 coverage (Naeem et al. 2020, arXiv:2002.09797, section 3).
 
-Each point has a ball that reaches to the k-th nearest other point of its own set.
-
-Conventions. The point itself is not among its neighbours; a duplicate of it is, at distance 0, so
-k or more duplicates make a ball of radius 0. Balls are closed (<=), as in Kynkaanniemi's eq. 1:
-a duplicate lies inside even such a ball, and a set against itself has precision, recall and
-coverage 1 and, without ties, density (k + 1) / k. Naeem's own code has open balls (<), which
-differs in such ties only. Distances are float64; what exceeds a radius by no more than rounding
-(see `SLACK`) is a tie, and inside.
+Each point has a ball that reaches to the k-th nearest other point of its own set. A duplicate of
+the point counts as such, at distance 0, so k or more duplicates make a ball of radius 0. Balls are
+closed (<=), as in Kynkaanniemi's eq. 1: a duplicate lies inside even such a ball, and a set against
+itself has precision, recall and coverage 1 and, without ties, density (k + 1) / k. Naeem's own code
+has open balls (<), which differs in such ties only. Distances are float64; what exceeds a radius by
+no more than rounding (see `SLACK`) is a tie, and inside.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.base import Entry, Metric, Row, entry, number
+from metrics.base import Entry, Metric, Row, measured, number
 from metrics.inception import INCEPTION, InceptionFeatures
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, fixed_subset
@@ -42,18 +39,6 @@ class Shares(NamedTuple):
     num_generated: int
 
 
-def too_few(num_real: int, num_generated: int, k: int = K) -> str | None:
-    """Say why k neighbours cannot be found, or None if they can."""
-    if min(num_real, num_generated) > k:
-        return None
-    return f"{k} neighbours need more than {k} images: {num_real} real, {num_generated} generated"
-
-
-def searched(num_images: int) -> np.ndarray:
-    """The sorted indices of the images that neighbours are searched among, always the same."""
-    return fixed_subset(num_images, MAX_ROWS, EvaluationDraw.NEIGHBOUR_ROWS)
-
-
 def squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
     """(m, D), (n, D) -> (m, n): |x|^2 + |y|^2 - 2 x.y, less the share `slack` of the first two."""
     norms = [torch.linalg.vector_norm(points, dim=1).square() for points in (x, y)]
@@ -72,19 +57,15 @@ def squared_radii(points: Tensor, k: int, block: int) -> Tensor:
 
 
 def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> Shares:
-    """Compare real (N, D) with generated (M, D) features, see `searched` for how many.
+    """Compare real (N, D) with generated (M, D) features.
 
-    Time grows with N M D, memory with `block` max(N, M).
-
-    Raises:
-        ValueError: a set of k or fewer points, another D, or features that are not finite.
+    Time grows with N M D, memory with `block` max(N, M). Raises a ValueError for a set of k or
+    fewer points, for another D, and for features that are not finite.
     """
     x, y = (points.to("cpu", torch.float64, copy=True) for points in (real, generated))
     if k < 1 or min(len(x), len(y)) <= k:
-        raise ValueError(
-            f"k={k} nearest neighbours need k >= 1 and more than k images of each kind, "
-            f"got {len(x)} real and {len(y)} generated"
-        )
+        needs = f"k={k} nearest neighbours need k >= 1 and more than k images of each kind"
+        raise ValueError(f"{needs}, got {len(x)} real and {len(y)} generated")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"need features of one D, got {x.shape[1]} and {y.shape[1]}")
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -100,15 +81,23 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> 
         num_around += inside_real.sum(0)
         num_covered += int(inside_real.any(1).sum())
         num_recalled += int((squared <= radii_y).any(1).sum())
-    return Shares(
-        precision=float((num_around > 0).double().mean()),
-        recall=num_recalled / len(x),
-        density=float(num_around.double().mean()) / k,
-        coverage=num_covered / len(x),
-        k=k,
-        num_real=len(x),
-        num_generated=len(y),
-    )
+    precision = float((num_around > 0).double().mean())
+    density = float(num_around.double().mean()) / k
+    recall, coverage = num_recalled / len(x), num_covered / len(x)
+    return Shares(precision, recall, density, coverage, k, len(x), len(y))
+
+
+def prdc_entry(real: Tensor, generated: Tensor, **details: Any) -> Entry:
+    """The entry on features (N, D) and (M, D); without a value where they are too few.
+
+    Of more than `MAX_ROWS` rows, neighbours are searched among as many, always the same ones.
+    """
+    counts = f"{len(real)} real, {len(generated)} generated"
+    if min(len(real), len(generated)) <= K:
+        return measured(None, f"{K} neighbours need more than {K} images: {counts}", **details)
+    draw = EvaluationDraw.NEIGHBOUR_ROWS
+    shares = prdc(*(x[fixed_subset(len(x), MAX_ROWS, draw)] for x in (real, generated)))
+    return measured(shares.precision, **shares._asdict(), **details)
 
 
 class Prdc(Metric):
@@ -122,19 +111,13 @@ class Prdc(Metric):
 
     def compute(self) -> Entry:
         seen: InceptionFeatures = self.collected
-        counts = {"n": seen.num_images, "n_real": seen.num_real, "extractor": seen.details}
-        if reason := too_few(seen.num_real, seen.num_images):
-            return entry("unreliable", None, reason, **counts)
-        rows = (kind.rows["features"] for kind in (seen.real, seen.generated))
-        shares = prdc(*(features[searched(len(features))] for features in rows))
-        return entry("ok", shares.precision, **shares._asdict(), better=self.better, **counts)
+        real, generated = (kind.rows["features"] for kind in (seen.real, seen.generated))
+        return prdc_entry(real, generated, **seen.counts())
 
     @classmethod
     def rows(cls, name: str, result: Entry) -> list[Row]:
         if result["value"] is None:
             return super().rows(name, result)
         others = ("recall", "density", "coverage")
-        return [
-            *super().rows(f"{name} precision", result),
-            *((f"{name} {other}", number(result[other]), "") for other in others),
-        ]
+        more = [(f"{name} {other}", number(result[other]), "") for other in others]
+        return [*super().rows(f"{name} precision", result), *more]

@@ -1,4 +1,4 @@
-"""Statistics of real images in a file: mean and covariance of Inception features.
+"""Mean and covariance of features: streamed and summed over processes, and in a file.
 
 The arrays `mu` and `sigma` of an .npz are what pytorch-fid, EDM and ADM write and read; ours add
 the number of images and how the statistics were made, as JSON in `meta`.
@@ -9,39 +9,76 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from utils.distributed import Runtime
 from utils.errors import ConfigError
 from utils.files import atomic_path
 
+BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
 
-@dataclass(frozen=True)
-class Reference:
-    """The statistics that FID takes of one set of images.
 
-    Attributes:
-        mu, sigma: their mean (D,) and covariance (D, D), float64.
-        num_images: how many there were; None where the file does not say.
-        meta: extractor, data set and whatever else identifies them; empty in others' files.
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device if it can compute in float64, else the CPU: MPS (Apple GPUs) has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class FeatureMoments:
+    """Count, sum and sum of outer products of features, in float64.
+
+    In float32 the covariance is lost where the mean is large beside the spread. Of `outer`, which
+    is symmetric, only the blocks on and below the diagonal are filled: nearly half the work.
     """
 
-    mu: Tensor
-    sigma: Tensor
-    num_images: int | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        device = float64_device(device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add features (b, D); b may be 0."""
+        x = features.to(self.sum.device).double()
+        self.count += len(x)
+        self.sum += x.sum(0)
+        for start in range(0, x.shape[1], BLOCK):
+            stop = start + BLOCK
+            self.outer[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+    def all_reduce(self, runtime: Runtime) -> None:
+        for total in (self.count, self.sum, self.outer):
+            runtime.all_reduce(total)
+
+    def mean_cov(self) -> tuple[Tensor, Tensor]:
+        """(D,) mean and (D, D) unbiased covariance; a ValueError for fewer than two images."""
+        count = self.count.item()
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, there are {count:.0f}")
+        mean, outer = self.sum / count, self.outer.tril()
+        outer += outer.tril(-1).T
+        return mean, outer.addr_(mean, mean, alpha=-count).div_(count - 1)
+
+
+class Reference(NamedTuple):
+    """The statistics that FID takes of one set of images."""
+
+    mu: Tensor  # their mean (D,), float64
+    sigma: Tensor  # their covariance (D, D), float64
+    num_images: int | None = None  # None where the file does not say
+    meta: Mapping[str, Any] = MappingProxyType({})  # what identifies them; empty in others' files
 
 
 def read_reference(path: str | Path, dim: int) -> Reference:
     """Read an .npz with statistics of `dim` features.
 
-    Raises:
-        ConfigError: the file is missing, damaged, would run code, or is of another network.
+    Raises a ConfigError if it is missing, damaged, would run code, or is of another network.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -50,26 +87,19 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"--reference {path}: cannot be read ({error}); an .npz with the plain arrays mu and "
-            "sigma is needed, as --write_reference makes it"
-        ) from error
+        needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"
+        raise ConfigError(f"--reference {path}: cannot be read ({error}); {needs}") from error
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise ConfigError(
-            f"--reference {path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} are not of "
-            f"{dim} features"
-        )
+        shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
+        raise ConfigError(f"--reference {path}: {shapes} are not of {dim} features")
     return Reference(mu, sigma, num_images, meta)
 
 
 def write_reference(path: Path, reference: Reference) -> None:
     """Write the statistics to an .npz, the whole file or none; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        "mu": reference.mu.cpu().numpy(),
-        "sigma": reference.sigma.cpu().numpy(),
-        "meta": np.array(json.dumps(dict(reference.meta))),
-    }
+    arrays = {name: getattr(reference, name).cpu().numpy() for name in ("mu", "sigma")}
+    arrays["meta"] = np.array(json.dumps(dict(reference.meta)))
     if reference.num_images is not None:
         arrays["num_images"] = np.array(reference.num_images)
     with atomic_path(path) as temporary, temporary.open("wb") as file:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
@@ -39,9 +39,7 @@ Report = dict[str, Any]
 
 def report_path(output: str | None, eval_dir: Path) -> Path:
     """Take `output` if it ends in .json, else report.json in the folder `output` or `eval_dir`."""
-    if output is None:
-        return eval_dir / "report.json"
-    path = Path(output)
+    path = eval_dir if output is None else Path(output)
     return path if path.suffix == ".json" else path / "report.json"
 
 
@@ -50,55 +48,31 @@ def build_report(
 ) -> Report:
     """Make the report as plain JSON types, with null and a reason for NaN and infinity.
 
-    Args:
-        entries: metric name -> entry, as `Scoring.score` returns them.
-        provenance: how the images came about.
+    Takes the entry of each metric, as `Scoring.score` returns them, and how the images came about.
     """
-    ordered = {name: plain(dict(entries[name])) for name in METRICS if name in entries}
+    ordered = {name: plain(entries[name]) for name in METRICS if name in entries}
     for result in ordered.values():
         if result["value"] is None and result["reason"] is None:
             result["reason"] = "the value is not a finite number"
     report = {key: ordered.get(name, {}).get(part) for key, (name, part) in KNOWN_KEYS.items()}
     report |= {result["name"]: result["value"] for result in ordered.values() if "name" in result}
+    there = {result["status"] in ("ok", "unreliable") for result in ordered.values()}
+    status = "partial" if len(there) == 2 else "complete" if True in there else "empty"
     return report | {
         "schema_version": SCHEMA_VERSION,
-        "status": overall_status(ordered),
+        "status": status,
         "warnings": list(warnings),
         "metrics": ordered,
         "provenance": stamped(provenance),
     }
 
 
-def overall_status(entries: Mapping[str, Entry]) -> str:
-    """Say "complete" if every metric has a value, "partial" if some do, "empty" if none does."""
-    there = {result["status"] in ("ok", "unreliable") for result in entries.values()}
-    if there == {True, False}:
-        return "partial"
-    return "complete" if True in there else "empty"
-
-
-def warnings_of(names: Iterable[str], num_images: int, channels: int) -> list[str]:
-    """Collect what readers of these metrics' values have to know."""
-    told = (METRICS[name].warnings(num_images, channels) for name in names)
-    return list(dict.fromkeys(warning for warnings in told for warning in warnings))
-
-
 def plain(value: Any) -> Any:
     """Turn tuples into lists, paths into text, and what JSON cannot say into None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
-def save_report(
-    path: Path, report: Mapping[str, Any], pictures: Mapping[str, Picture] | None = None
-) -> None:
+def save_report(path: Path, report: Report, pictures: Mapping[str, Picture] | None = None) -> None:
     """Write `path`, and the page to read beside it: report.json and report.html."""
     write_text(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(path.with_suffix(".html"), render_html(report, pictures or {}))
@@ -109,9 +83,7 @@ def save_sweep(
 ) -> None:
     """Write one report over several: a row for each, and a summary of repeats.
 
-    Args:
-        reports: (setting, its own report's path, that report).
-        facts: provenance that all share.
+    Takes (setting, its own report's path, that report) of each, and the provenance they share.
     """
     rows = [
         {
@@ -136,12 +108,8 @@ def save_sweep(
     save_report(path, report)
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """Read a report.json of this project.
-
-    Raises:
-        ConfigError: it is not one.
-    """
+def read_report(path: str | Path) -> Report:
+    """Read a report.json of this project; raises a ConfigError if it is not one."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -161,8 +129,8 @@ def compare(report: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str,
         differing = [key for key in SAME if _essence(new.get(key)) != _essence(before.get(key))]
         row = {"metric": name, "old": before["value"], "new": new["value"]}
         row |= {"delta": new["value"] - before["value"], "better": new.get("better")}
-        row["note"] = f"not comparable, {', '.join(differing)} differ" if differing else None
-        rows.append(row)
+        note = f"not comparable, {', '.join(differing)} differ" if differing else None
+        rows.append(row | {"note": note})
     return rows
 
 
@@ -192,15 +160,12 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (scale, steps), group in groups.items():
         if len(group) == 1:
             continue
-        values = {name: [row["metrics"][name] for row in group] for name in group[0]["metrics"]}
-        of_metrics = {
-            name: {"mean": mean(known), "std": stdev(known), "min": min(known)}
-            for name, known in values.items()
-            if None not in known
-        }
-        setting = {"cfg_scale": scale, "num_inference_steps": steps}
-        seeds = [row["seed"] for row in group]
-        repeats.append({**setting, "seeds": seeds, "metrics": of_metrics})
+        spreads, setting = {}, {"cfg_scale": scale, "num_inference_steps": steps}
+        for name in group[0]["metrics"]:
+            values = [row["metrics"][name] for row in group]
+            if None not in values:
+                spreads[name] = {"mean": mean(values), "std": stdev(values), "min": min(values)}
+        repeats.append({**setting, "seeds": [row["seed"] for row in group], "metrics": spreads})
     return repeats
 
 
@@ -216,14 +181,13 @@ def stamped(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def code_version() -> dict[str, Any] | None:
     """The commit of this code and whether it was changed since; None outside a git clone."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    ask = partial(subprocess.check_output, text=True, timeout=10, stderr=subprocess.DEVNULL)
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], **options).stdout.strip()
-        changes = subprocess.run([*command, "status", "--porcelain"], **options).stdout.strip()
+        commit = ask([*git, "rev-parse", "HEAD"]).strip()
+        return {"commit": commit, "dirty": bool(ask([*git, "status", "--porcelain"]).strip())}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def summary(report: Report) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealSets
-from metrics.base import Collector, Context, Entry, Metric, entry
+from metrics.base import Collector, Context, Entry, Metric, measured
 from utils.distributed import Runtime
 
 
@@ -22,8 +22,7 @@ def count_pixels(images: Tensor) -> Tensor:
 def pixel_statistics(counts: Tensor) -> dict[str, Any] | None:
     """The shares of pixels at either end, and mean and deviation of each channel in [0, 1].
 
-    Args:
-        counts: see `count_pixels`; without any pixel there are no statistics.
+    `counts` is what `count_pixels` returns; without any pixel there are no statistics.
     """
     total = counts.sum()
     if total == 0:
@@ -31,10 +30,9 @@ def pixel_statistics(counts: Tensor) -> dict[str, Any] | None:
     levels = torch.arange(256, dtype=torch.float64) / 255
     shares = counts / counts.sum(1, keepdim=True).double()  # (C, 256)
     mean = shares @ levels
-    variance = (shares * (levels - mean[:, None]).square()).sum(1)
-    at_0, at_255 = (counts[:, value].sum() / total.double() for value in (0, 255))
-    moments = {"mean": mean.tolist(), "std": variance.sqrt().tolist()}
-    return {"at_0": at_0.item(), "at_255": at_255.item(), **moments}
+    std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
+    at_0, at_255 = (counts[:, value].sum().item() / total.item() for value in (0, 255))
+    return {"at_0": at_0, "at_255": at_255, "mean": mean.tolist(), "std": std.tolist()}
 
 
 def image_hash(image: Tensor) -> int:
@@ -82,15 +80,13 @@ class Sanity(Metric, Collector):
 
     def reduce(self, runtime: Runtime) -> None:
         runtime.all_reduce(self.generated)
-        marks = runtime.gather(self.marks, self.num_images)
-        self.marks = self.marks if marks is None else marks
+        self.marks = runtime.gather(self.marks, self.num_images)
 
     def compute(self) -> Entry:
         hashes, blank = self.marks.unbind(1)
         num_images, num_blank = self.num_images, int(blank.sum())
         num_repeats = num_images - len(hashes.unique())
-        return entry(
-            "ok",
+        return measured(
             len(hashes[blank == 0].unique()) / num_images,
             num_repeats=num_repeats,
             share_repeats=num_repeats / num_images,
@@ -100,5 +96,4 @@ class Sanity(Metric, Collector):
             real=pixel_statistics(self.real),
             n=num_images,
             n_real=self.num_real,
-            better=self.better,
         )

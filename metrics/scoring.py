@@ -22,24 +22,18 @@ log = logging.getLogger("diffusion")
 
 @dataclass
 class Part:
-    """A collector with the metrics that are computed from it.
-
-    Attributes:
-        seconds: how long the collector and its metrics have worked on the present set of images.
-        error: why it failed on this process; None if it did not.
-    """
+    """A collector with the metrics that are computed from it."""
 
     collector: Collector
     metrics: dict[str, Metric] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: str | None = None
+    seconds: float = 0.0  # of work, its own and its metrics', on the present set of images
+    error: str | None = None  # why it failed on this process
 
 
 class Scoring:
     """All collectors together: the real images once, then any number of sets of generated ones.
 
-    Attributes:
-        alive: the parts that have not failed on any process.
+    Every method is to be called on every process. The parts in `alive` have failed on none.
     """
 
     def __init__(self, parts: Sequence[Part], runtime: Runtime) -> None:
@@ -47,7 +41,7 @@ class Scoring:
         self.runtime = runtime
 
     def update_real(self, real: RealSets | None) -> None:
-        """Show the real images to every collector. To be called on every process."""
+        """Show the real images to every collector."""
         self._each(lambda part: part.collector.update_real(real, self.runtime))
         self.runtime.patient_barrier()  # a classifier may be trained
         self._agree()
@@ -57,18 +51,11 @@ class Scoring:
     def score(
         self, batches: Iterable[Tensor], num_images: int, *, always_sample: bool = False
     ) -> dict[str, Entry]:
-        """Score one set of images. To be called on every process.
+        """Score one set of images; returns the entries of all metrics on the main process.
 
-        Args:
-            batches: uint8 (b, C, H, W) on the CPU: this process's `runtime.share(num_images)`,
-                contiguous and in order.
-            always_sample: go through `batches` even if no metric is left.
-
-        Returns:
-            metric name -> entry, complete on the main process only.
-
-        Raises:
-            Exception: whatever `batches` raises on one process, a RuntimeError on the others.
+        The `batches` are uint8 (b, C, H, W) on the CPU: this process's `runtime.share(num_images)`,
+        contiguous and in order. What they raise on one process is raised there, and a RuntimeError
+        on the others. With `always_sample` they are gone through even if no metric is left.
         """
         for part in self.alive:
             part.collector.reset()
@@ -78,10 +65,15 @@ class Scoring:
         for part in self.alive:
             part.collector.reduce(self.runtime)
         entries: dict[str, Entry] = {}
+
+        def compute(part: Part) -> None:
+            for name, metric in part.metrics.items():
+                entries[name] = metric.compute()
+                if entries[name]["value"] is not None:
+                    entries[name]["better"] = metric.better
+
         if self.runtime.is_main:
-            self._each(
-                lambda part: entries.update({n: m.compute() for n, m in part.metrics.items()})
-            )
+            self._each(compute)
         self.runtime.patient_barrier()
         for part in self.parts:
             for name in part.metrics:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Context, Entry, Generated, Real
-from metrics.evaluation import Plan, build_parts
+from metrics.evaluation import build_parts
 from metrics.scoring import Scoring
 from metrics.weights import Network
 from utils.distributed import Runtime
@@ -72,7 +72,7 @@ def scoring_of(
     spec = ImageSpec(*images.shape[1:], 0 if real is None else real.train.num_classes)
     generated = Generated(spec, len(images), labels)
     context = Context(runtime, generated, Real(real), networks=networks or {}, **options)
-    scoring = Scoring(build_parts(Plan(tuple(names)), context), runtime)
+    scoring = Scoring(build_parts(tuple(names), context), runtime)
     scoring.update_real(real)
     return scoring
 

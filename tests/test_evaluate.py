@@ -21,8 +21,8 @@ import evaluate
 import train
 from datasets import real
 from generation import evaluated
-from metrics import METRICS, class_accuracy, classifier
-from metrics.base import Collector, Metric, entry
+from metrics import METRICS, classifier
+from metrics.base import Collector, Metric, measured
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
 from metrics.reference import read_reference
@@ -72,10 +72,12 @@ def tiny_networks(monkeypatch, tmp_path):
 def quick_classifier(monkeypatch):
     """Five steps of training: for tests of the plumbing, not of the classifier."""
 
-    def short(*args, **options):
-        return dataclasses.replace(classifier.classifier_spec(*args, **options), num_steps=5)
+    usual = classifier.classifier_spec
 
-    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
+    def short(*args, **options):
+        return dataclasses.replace(usual(*args, **options), num_steps=5)
+
+    monkeypatch.setattr(classifier, "classifier_spec", short)
 
 
 def read(path: Path) -> dict:
@@ -388,7 +390,6 @@ DOUBLER = Network(
     title="Doubler",
     load=lambda path, device: lambda images: 2 * images.double(),
     url="https://example.org/doubler.pth",
-    file_names=("doubler.pth",),
     help="for twice",
 )
 
@@ -413,7 +414,7 @@ class Twice(Metric, Collector):
         runtime.all_reduce(self.total)
 
     def compute(self):
-        return entry("ok", (self.total[0] / self.total[1]).item(), better=self.better)
+        return measured((self.total[0] / self.total[1]).item())
 
     def pictures(self):
         return {"twice": Picture(to_array(self.image), "An image that was doubled")}

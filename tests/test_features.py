@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metrics.fidelity import kernel_distance
+from metrics.fid import kernel_distance
 from metrics.prdc import prdc, squared_distances, squared_radii
 
 

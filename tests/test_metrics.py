@@ -20,7 +20,6 @@ from datasets.real import RealImages, chosen_images
 from metrics import (
     METRICS,
     check_metric_names,
-    class_accuracy,
     classifier,
     fid,
     inception,
@@ -28,13 +27,13 @@ from metrics import (
     weights,
 )
 from metrics.base import Collector, Context, Generated, Metric, Real, entry
-from metrics.class_accuracy import ClassifierViews, Mistake, wilson_interval
-from metrics.classifier import ClassifierSpec, accuracy, count_pairs, per_class
-from metrics.evaluation import plan_metrics
+from metrics.class_accuracy import per_class, wilson_interval
+from metrics.classifier import ClassifierSpec, ClassifierViews, accuracy, count_pairs
+from metrics.evaluation import Plan
 from metrics.inception import INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
-from metrics.moments import FeatureMoments
-from metrics.report import build_report, report_path, save_report, summary, warnings_of
+from metrics.reference import FeatureMoments
+from metrics.report import build_report, report_path, save_report, summary
 from metrics.scoring import Part, Scoring
 from tests.scored import (
     CPU,
@@ -90,7 +89,7 @@ def test_frechet_of_commuting_gaussians_is_the_closed_form():
     sigma1 = basis @ torch.diag(var1).double() @ basis.T
     sigma2 = basis @ torch.diag(var2).double() @ basis.T
     expected = (mu1 - mu2).square().sum() + (var1.sqrt() - var2.sqrt()).square().sum()
-    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2).value == pytest.approx(expected.item())
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2)[0] == pytest.approx(expected.item())
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,10 +102,10 @@ def test_frechet_is_symmetric_and_zero_for_equal_sets():
     a = moments(torch.randn(100, 8, generator=rng(1)))
     b = moments(torch.randn(90, 8, generator=rng(2)) * 2 + 1)
     there, back = fid.frechet_distance(*a, *b), fid.frechet_distance(*b, *a)
-    assert there.value == pytest.approx(back.value, rel=1e-10)
-    same = fid.frechet_distance(*a, *a)
-    assert same.value >= 0
-    assert abs(same.raw) < 1e-9
+    assert there == pytest.approx(back, rel=1e-10)
+    value, raw = fid.frechet_distance(*a, *a)
+    assert value >= 0
+    assert abs(raw) < 1e-9
 
 
 def test_frechet_with_fewer_images_than_features_is_the_nuclear_norm():
@@ -115,8 +114,8 @@ def test_frechet_with_fewer_images_than_features_is_the_nuclear_norm():
     roots = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
     cross = torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
     expected = (a.mean(0) - b.mean(0)).square().sum() + sum(r.square().sum() for r in roots)
-    found = fid.frechet_distance(*moments(a), *moments(b))
-    assert found.value == pytest.approx((expected - 2 * cross).item(), rel=1e-7)
+    found, _ = fid.frechet_distance(*moments(a), *moments(b))
+    assert found == pytest.approx((expected - 2 * cross).item(), rel=1e-7)
 
 
 def test_frechet_refuses_what_does_not_fit():
@@ -328,7 +327,7 @@ def test_weights_come_from_the_cache_and_are_not_fetched_in_a_dry_run(tmp_path, 
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(MissingWeightsError, match="a run downloads them"):
         weights.find_weights(inception.INCEPTION, None, download=False)
-    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.file_names[1]
+    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.other_names[0]
     path.parent.mkdir(parents=True)
     torch.save({"a": torch.zeros(1)}, path)
     found = weights.find_weights(inception.INCEPTION, None)
@@ -357,17 +356,15 @@ def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content)
 def test_metrics_without_their_needs_are_skipped_and_the_rest_planned(tmp_path):
     absent = {"inception": str(tmp_path / "a.pth"), "lpips": str(tmp_path / "b.pth")}
     generated = Generated(ImageSpec(1, 8, 8, 2), 4, [0, 1, 0, 1])
-    plan = plan_metrics(tuple(METRICS), generated, Real(None), SINGLE, weights=absent)
+    plan = Plan(tuple(METRICS), Context(SINGLE, generated, Real(None)), absent, True)
     offline = ("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity")
     assert plan.runnable == offline
     assert set(plan.skipped) == set(METRICS) - set(offline)
     unlabelled = Generated(ImageSpec(1, 8, 8, 2), 4, None, "trained without labels")
-    plan = plan_metrics(
-        ("class_acc", "memorization"), unlabelled, Real(None, "no data"), SINGLE,
-        weights={},
-    )  # fmt: skip
+    context = Context(SINGLE, unlabelled, Real(None, "no data"))
+    plan = Plan(("class_acc", "memorization"), context, {}, True)
     assert plan.skipped["memorization"]["reason"] == "no data"
-    plan = plan_metrics(("class_acc",), unlabelled, Real(None), SINGLE, weights={})
+    plan = Plan(("class_acc",), Context(SINGLE, unlabelled, Real(None)), {}, True)
     assert plan.skipped["class_acc"]["reason"] == "trained without labels"
 
 
@@ -448,10 +445,11 @@ def test_diversity_is_the_mean_over_all_pairs_when_there_are_few():
     table = torch.stack([pixel_distance(x, x[i : i + 1].expand_as(x)) for i in range(5)])
     rows, columns = torch.triu_indices(5, 5, offset=1)
     expected = table[rows, columns]
-    assert found.inter.mean == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert found.inter.sem == pytest.approx(expected.std().item() / math.sqrt(10), rel=1e-5)
+    mean, sem = found["lpips_inter"]
+    assert mean == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert sem == pytest.approx(expected.std().item() / math.sqrt(10), rel=1e-5)
     within = torch.stack([table[0, 1], table[0, 2], table[1, 2]]).mean().item()
-    assert found.intra.mean == pytest.approx(within, rel=1e-6)
+    assert found["lpips_intra"][0] == pytest.approx(within, rel=1e-6)
 
 
 # --- classifier
@@ -471,11 +469,12 @@ def digits() -> tuple[RealImages, RealImages, Tensor, Tensor]:
 
 
 def short_training(monkeypatch, num_steps: int) -> None:
-    def short(*args, **options) -> ClassifierSpec:
-        spec = classifier.classifier_spec(*args, **options)
-        return dataclasses.replace(spec, num_steps=num_steps)
+    usual = classifier.classifier_spec
 
-    monkeypatch.setattr(class_accuracy, "classifier_spec", short)
+    def short(*args, **options) -> ClassifierSpec:
+        return dataclasses.replace(usual(*args, **options), num_steps=num_steps)
+
+    monkeypatch.setattr(classifier, "classifier_spec", short)
 
 
 def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path, monkeypatch, caplog):
@@ -535,10 +534,8 @@ def test_a_weak_classifier_makes_the_accuracy_unreliable(digits, monkeypatch):
 def test_classifier_takes_any_shape_and_shifts_keep_it(shape):
     spec = classifier.classifier_spec(shape, 4, 10, flip=False)
     images = random_images(2, shape)
-    assert classifier.classify(classifier.Classifier(spec).eval(), images, CPU).probs.shape == (
-        2,
-        4,
-    )
+    probs, _ = classifier.classify(classifier.Classifier(spec).eval(), images, CPU)
+    assert probs.shape == (2, 4)
     assert classifier.shift_randomly(images.float(), rng()).shape == images.shape
 
 
@@ -565,7 +562,7 @@ def test_how_sure_the_classifier_is_comes_from_its_probabilities(digits, monkeyp
     scoring = scoring_of(["class_acc"], images[:30], asked, real=real_sets(train))
     found = scoring.score(batches_of(images[:30]), 30)["class_acc"]
     network = scoring.parts[0].collector.network
-    probs = classifier.classify(network, images[:30], CPU).probs.double()
+    probs = classifier.classify(network, images[:30], CPU)[0].double()
     assert found["unsure_share"] == pytest.approx((probs.amax(1) < 0.5).double().mean().item())
     expected = probs[range(30), asked].mean().item()
     assert found["mean_requested_prob"] == pytest.approx(expected, rel=1e-6)
@@ -577,7 +574,7 @@ def test_how_sure_the_classifier_is_comes_from_its_probabilities(digits, monkeyp
 def test_the_main_process_knows_the_mistakes_of_all():
     """Each of two processes hands in its own; the report shows the union, first rank first."""
     images = random_images(3)
-    mistakes = [Mistake(images[i], i, i + 1) for i in range(3)]
+    mistakes = [(images[i], i, i + 1) for i in range(3)]
     collector = ClassifierViews(
         Context(SINGLE, Generated(ImageSpec(1, 16, 16, 4), 3, [0, 1, 2]), Real(None))
     )
@@ -587,12 +584,11 @@ def test_the_main_process_knows_the_mistakes_of_all():
             return [value, mistakes[2:]]
 
     collector.mistakes = mistakes[:2]
-    collector.keeps = {"accuracy"}
-    collector.views = torch.zeros(3, 3, dtype=torch.float64)
+    collector.parts = [torch.zeros(3, 5)]
     collector.reduce(Gathering(CPU))
     assert len(collector.mistakes) == 3
     for ours, expected in zip(collector.mistakes, mistakes, strict=True):
-        assert torch.equal(ours.image, expected.image)
+        assert torch.equal(ours[0], expected[0])
         assert ours[1:] == expected[1:]
 
 
@@ -604,10 +600,14 @@ def test_wilson_interval_of_known_shares():
 
 
 def test_held_out_rows_are_no_training_rows():
-    parts = classifier.split_train(100, hold_out=True, seed=0)
-    assert len(parts.test) == 10
-    assert sorted(parts.train + parts.test) == list(range(100))
-    assert classifier.split_train(100, hold_out=False, seed=0).test == []
+    train = real_images_of(random_images(100))
+    seen, held_out = classifier.split_images(real_sets(train), seed=0)
+    assert len(held_out.indices) == 10
+    assert sorted(seen.indices + held_out.indices) == list(range(100))
+    test = real_images_of(random_images(20), split="test")
+    seen, unseen = classifier.split_images(real_sets(train, test), seed=0)
+    assert seen.indices == list(range(100))
+    assert (unseen.split, unseen.indices) == ("test", list(range(20)))
 
 
 # --- report
@@ -655,7 +655,10 @@ def test_report_path_takes_a_file_or_a_folder(tmp_path):
 
 
 def test_warnings_follow_the_number_of_images():
-    assert "unreliable" in warnings_of(["fid"], 2048, 3)[0]
-    assert "not comparable" in warnings_of(["fid"], 9999, 3)[0]
-    assert warnings_of(["fid"], 10_000, 3) == warnings_of(["class_acc"], 10, 1) == []
-    assert "grey" in warnings_of(["is"], 10_000, 1)[0]
+    def told(name: str, num_images: int, channels: int) -> str:
+        return "; ".join(METRICS[name].warnings(num_images, channels))
+
+    assert "unreliable" in told("fid", 2048, 3)
+    assert "not comparable" in told("fid", 9999, 3)
+    assert told("fid", 10_000, 3) == told("class_acc", 10, 1) == ""
+    assert "grey" in told("is", 10_000, 1)
