@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torchvision.models import resnet18
 
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n# (\S+\.py)(.*?)\n(.*?)```", PAGE, flags=re.DOTALL)
-FOLDERS = ("configs", "datasets", "diffusion", "generation", "metrics", "models")
+FOLDERS = ("configs", "datasets", "diffusion", "editing", "generation", "metrics", "models")
 FOLDERS += ("reporting", "training", "utils")
 SMALL = ("max_steps=12", "num_inference_steps=3", "num_samples=4", "batch_size=32")
 
@@ -26,7 +29,7 @@ def project(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("project")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("train.py", "sample.py", "evaluate.py"):
+    for script in ("train.py", "sample.py", "edit.py", "evaluate.py"):
         shutil.copy(ROOT / script, root)
     for name, how, code in BLOCKS:
         is_new = not how
@@ -53,11 +56,11 @@ def test_the_parts_work_together(project):
     """The backbone learns the data set; the sampler draws; the metric chooses the best model."""
     parts = ["model_type=plain", "model_params.width=16", "dataset=stripes"]
     evaluation = ["eval_interval=1", "eval_num_samples=8", "eval_metrics=brightness,sanity"]
-    evaluation += ["eval_best_metric=brightness", "sampling_method=renoise"]
+    evaluation += ["eval_best_metric=brightness", "sampling_method=same_noise"]
     config = ["--config", "configs/digits_unet.py", "experiment_name=own"]
     run(project, "train.py", *config, *parts, *SMALL, *evaluation)
     checkpoint = ["--checkpoint", "checkpoints/own"]
-    assert "renoise, 3 steps" in run(project, "sample.py", *checkpoint, "--num_samples", "4")
+    assert "same_noise, 3 steps" in run(project, "sample.py", *checkpoint, "--num_samples", "4")
     run(project, "evaluate.py", *checkpoint, "--n", "8", "--metrics", "brightness", "--seed", "1")
     report = json.loads((project / "checkpoints/own/eval/report.json").read_text())
     found = report["metrics"]["brightness"]
@@ -67,11 +70,33 @@ def test_the_parts_work_together(project):
     assert status["best"]["metric"] == "brightness"
 
 
+def test_a_deterministic_sampler_serves_the_commands_that_need_one(project):
+    command = ["--checkpoint", "checkpoints/own", "--sampling_method", "same_noise", "--steps", "3"]
+    run(project, "edit.py", "interpolate", *command, "--seeds", "3,8", "--labels", "0,1")
+    x_T = np.random.default_rng(0).standard_normal((2, 1, 16, 16), dtype=np.float32)
+    np.savez(project / "x_T.npz", x_T=x_T, labels=[0, 1], num_inference_steps=3, cfg_scale=1.0)
+    run(project, "edit.py", "decode", *command, "--latents", "x_T.npz")
+    assert {"interpolate.png", "decode.png"} <= {p.name for p in (project / "samples").iterdir()}
+
+
+def test_a_metric_may_have_a_network_a_note_and_a_picture(project):
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), project / "resnet.pth")
+    command = ["--checkpoint", "checkpoints/own", "--n", "8", "--steps", "3", "--device", "cpu"]
+    command += ["--metrics", "variety", "--output", "variety"]
+    assert "variety: skipped" in run(project, "evaluate.py", *command, "--dry_run")
+    told = run(project, "evaluate.py", *command, "--resnet_weights", "resnet.pth")
+    result = json.loads((project / "variety/report.json").read_text())["metrics"]["variety"]
+    assert result["value"] == result["num_classes_seen"] / 8
+    assert f"{result['num_classes_seen']} classes seen" in told
+    assert "An image of each class" in (project / "variety/report.html").read_text()
+
+
 def test_mistakes_in_their_parameters_are_caught_like_any_others(project):
     for wrong, words in (
         ("model_params.widht=16", "did you mean 'width'"),
         ("model_params.width=-1", "model_params.width=-1"),
-        ("sampling_method=renoize", "did you mean 'renoise'"),
+        ("sampling_method=same_noize", "did you mean 'same_noise'"),
     ):
         command = ["train.py", "--config", "configs/digits_unet.py", "model_type=plain", wrong]
         done = subprocess.run(
