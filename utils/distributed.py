@@ -60,6 +60,8 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one. Goes over gloo: no GPU synchronisation."""
+        if self.world_size == 1:
+            return flag
         return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
 
     def broadcast_object(self, value: Any) -> Any:
