@@ -272,7 +272,7 @@ def test_a_level_is_known_by_its_shorter_side(shape):
 
     assert count(attention_resolutions=(4,)) == 1 + 1 + 2
     assert count() == 1 + 3 + 6
-    with pytest.raises(ConfigError, match=r"\[64\] match no level; .* has levels with the sides 16, 8, 4"):
+    with pytest.raises(ConfigError, match=r"\[64\] match no level; .* the sides 16, 8, 4"):
         count(attention_resolutions=(64,))
 
 
