@@ -1,4 +1,4 @@
-"""Work with a trained checkpoint: morphs, pictures as a start, holes filled, pictures inverted.
+"""Edit with a trained checkpoint: interpolation, img2img (SDEdit), inpainting, inversion.
 
 python edit.py interpolate --checkpoint checkpoints/digits_unet --seeds 3,8 --labels 2,7
 python edit.py img2img --checkpoint checkpoints/digits_unet --real_split test --n 8 --labels 3

@@ -96,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def config_of_pictures(args: argparse.Namespace) -> Config:
-    """That of --config, or the default one, with what the command line says laid over it."""
+    """The config of --config, or the default one, with the command line's values laid over it."""
     if args.config is not None:
         return load_config(args.config, args.overrides, checks=CONFIG_CHECKS)
     raw = RawConfig({"experiment_name": Path(args.images).stem or "pictures"}, {})

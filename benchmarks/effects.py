@@ -7,7 +7,7 @@ python -m benchmarks.effects --device cuda --batch_size 128
 
 ema         one foreach call beside a loop over the state_dict and one over the parameters
 optimizer   fused AdamW beside foreach and the loop; clipping the gradient norm
-data        resident images beside Pillow and a DataLoader; what they cost of a training step
+data        resident images beside Pillow and a DataLoader; their share of a training step
 attention   scaled_dot_product_attention beside its definition
 precision   bf16 autocast beside fp32
 checkpoint  what a training waits for, beside a blocking torch.save; wall clock

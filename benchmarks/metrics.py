@@ -1,4 +1,4 @@
-"""FID from features: our streamed moments and distance beside features kept, np.cov and sqrtm.
+"""FID from features: our streamed moments and distance beside kept features, np.cov and sqrtm.
 
 python -m benchmarks.metrics
 python -m benchmarks.metrics --num_images 50000 --rounds 3

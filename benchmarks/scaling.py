@@ -3,8 +3,8 @@
 python -m benchmarks.scaling
 python -m benchmarks.scaling --processes 8 --device cuda --batch_size 128
 
-Every process gets `batch_size` images a step, and on a CPU one thread. Needs an idle machine: the
-clock is the wall's. One and several take turns, and the ratio is taken within each round.
+Every process gets `batch_size` images a step, and on a CPU one thread. Needs an idle machine, as
+wall-clock time is measured. One and several take turns; the ratio is taken within each round.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def replace_bad_images(config: Config, listing: Listing) -> Listing:
 
 
 def next_good(is_bad: Sequence[bool]) -> list[int]:
-    """For each index itself if it is good, else the next good one, the first following the last."""
+    """Map each index to itself if it is good, else to the next good one, in a circle."""
     good = np.flatnonzero(~np.asarray(is_bad))
     place = np.searchsorted(good, np.arange(len(is_bad)))
     return good[place % len(good)].tolist()

@@ -48,7 +48,7 @@ def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDa
     import torchvision.datasets
 
     dataset_class = getattr(torchvision.datasets, class_name)
-    if hasattr(dataset_class, "resources"):  # of the kind of MNIST
+    if hasattr(dataset_class, "resources"):  # MNIST and FashionMNIST
         folder = Path(config.data_root) / class_name / "raw"
         files = [name.removesuffix(".gz") for name, _ in dataset_class.resources]
     else:

@@ -34,10 +34,10 @@ BESIDE_SUBDIRS = (
 
 
 class Children(NamedTuple):
-    """The names in a folder that are not hidden, each list sorted by its bytes."""
+    """The names in a folder that are not hidden; folders and images are sorted by their bytes."""
 
     folders: list[str]
-    images: list[str]  # by their extension
+    images: list[str]  # files with the extension of an image
     others: list[str]  # not sorted
 
 

@@ -64,7 +64,7 @@ def read_pictures(
     no pictures, broken ones, or labels that are no classes.
 
     Args:
-        class_names: of the data set that the pictures imitate; empty: it has none.
+        class_names: those of the data set that the pictures imitate; empty if it has none.
         image_size: (height, width) to bring files to; None: they have one size.
         image_channels: 1 or 3, for files; None: 3.
     """

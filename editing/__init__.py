@@ -35,10 +35,10 @@ PICTURES = {
 }
 WAY = dict(type=parse_int_list, action="append")
 FILM = {
-    "--seeds": WAY | dict(help="noise along the way; again: a row"),
-    "--labels": WAY | dict(help="classes along the way, likewise"),
+    "--seeds": WAY | dict(help="stops of the noise; given again: another row"),
+    "--labels": WAY | dict(help="stops of the class, likewise"),
     "--frames": dict(type=int, default=16, help="from one stop to the next, both counted"),
-    "--format": dict(choices=("gif", "mp4"), default="gif", help="of the film"),
+    "--format": dict(choices=("gif", "mp4"), default="gif", help="format of the film"),
     "--fps": dict(type=float, default=12.0, help="frames a second"),
     "--final_seconds": dict(type=float, default=1.0, help="how long the last frame stays"),
 }
@@ -54,7 +54,7 @@ ITERATIONS = {
     "--iterations": dict(type=int, default=5, help="forwards a step on the way to the noise")
 }
 NOISE = {
-    "--latents": dict(required=True, metavar="NPZ", help="the file"),
+    "--latents": dict(required=True, metavar="NPZ", help="the file that invert wrote"),
     "--labels": dict(type=parse_int_list, help="other classes than those in the file"),
 }
 

@@ -29,7 +29,7 @@ class Pictures(NamedTuple):
     seeds: list[int]
 
     def batch(self, rows: slice, device: torch.device) -> Pictures:
-        """Some of them, as floats on the device."""
+        """The pictures of these rows, on the device, as floats in [-1, 1]."""
         images = to_float(self.images[rows].to(device))
         return Pictures(images, self.labels and self.labels[rows], self.seeds[rows])
 
@@ -96,7 +96,7 @@ def spread(values: Sequence[Any], count: int, name: str) -> list[Any]:
 
 
 def spread_both(seeds: list[Any], labels: list[Any], where: str = "") -> tuple[list, list]:
-    """As many seeds as labels, see `spread`; `where` ends the options' names in messages."""
+    """Make as many seeds as labels, see `spread`; `where` follows the options in messages."""
     count = max(len(seeds), len(labels))
     return spread(seeds, count, f"--seeds{where}"), spread(labels, count, f"--labels{where}")
 

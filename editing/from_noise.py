@@ -24,7 +24,7 @@ FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
 
 
 def interpolate(job: Job) -> Iterator[str]:
-    """A path through noise, classes, or both, as a strip and a film."""
+    """Draw a path through noise, classes, or both, as a strip and a film."""
     args, run, device, sampling = job.args, job.run, job.runtime.device, job.sampling()
     check_deterministic(sampling)
     chains = chains_of(job)
@@ -91,7 +91,7 @@ def check_deterministic(sampling: Sampling) -> None:
 
 
 def decode(job: Job) -> Iterator[str]:
-    """Samples from the noise that invert wrote."""
+    """Draw samples from the noise that invert wrote."""
     args, run, device = job.args, job.run, job.runtime.device
     if args.seed is not None:
         raise ConfigError("--seed: the noise is that of --latents")
@@ -140,7 +140,7 @@ def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] |
 
 
 def grid(job: Job) -> Iterator[str]:
-    """Guidance, a row for each scale, against numbers of steps, a column each, on one sheet."""
+    """Draw one sheet: a row for each guidance scale, a column for each number of steps."""
     args, run, device = job.args, job.run, job.runtime.device
     scales, counts = args.cfg_scale or [None], args.num_inference_steps or [None]
     method, eta, pairs = args.sampling_method, args.ddim_eta, product(scales, counts)

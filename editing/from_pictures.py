@@ -64,7 +64,7 @@ def inputs_of(job: Job) -> Pictures:
 
 
 def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Pictures) -> list[Path]:
-    """A sheet of all kinds, one above the other, and the results, which come last, one by one."""
+    """Write a sheet of all kinds, one above the other, and if asked each picture of the last."""
     count, captions = len(inputs.images), job.captions(inputs.labels, len(inputs.images))
     rows, above = [], []
     for start in range(0, count, MAX_COLUMNS):
@@ -98,7 +98,7 @@ def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
 
 
 def img2img(job: Job) -> Iterator[str]:
-    """Pictures, noised and drawn again."""
+    """Add noise to pictures and draw them again (SDEdit)."""
     run, device, strength = job.run, job.runtime.device, job.args.strength
     sampling = job.sampling()
     steps = last_timesteps(timesteps_of(run, sampling), strength)
@@ -116,7 +116,7 @@ def img2img(job: Job) -> Iterator[str]:
 
 
 def inpaint(job: Job) -> Iterator[str]:
-    """Parts of pictures drawn anew, the rest kept as it is."""
+    """Draw parts of pictures anew, and keep the rest as it is."""
     args, run, device, sampling = job.args, job.run, job.runtime.device, job.sampling()
     times, size = args.resample, run.spec.shape[1:]
     if (args.mask is None) == (args.box is None):
@@ -145,7 +145,7 @@ def inpaint(job: Job) -> Iterator[str]:
 
 
 def invert(job: Job) -> Iterator[str]:
-    """Pictures to the noise that gives them, and back."""
+    """Turn pictures into the noise that gives them, and back (DDIM inversion)."""
     args, run, device = job.args, job.run, job.runtime.device
     if args.seed is not None:
         raise ConfigError("--seed: inverting draws no noise, it finds some")

@@ -20,7 +20,7 @@ from generation.sampling import Sampling, sampler_names, sampling_from
 from utils.errors import ConfigError, UserError, require
 from utils.files import atomic_path
 
-MAX_DIFFERENCE = 1e-4  # of the networks' outputs, over the largest of ours; rounding gives 1e-6
+MAX_DIFFERENCE = 1e-4  # between the networks' outputs, over our largest; rounding gives 1e-6
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
 
 _PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}

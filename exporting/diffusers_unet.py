@@ -1,4 +1,4 @@
-"""Our UNet as the UNet2DModel of diffusers: the same network under other names, or a clear no."""
+"""Our UNet as the UNet2DModel of diffusers: the same network under other names, or an error."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Setting(NamedTuple):
     is_repeat: bool = False
 
     def name(self) -> str:
-        """Part of a file name."""
+        """The part of a file name that tells this setting from others."""
         scale, steps = self.sampling.cfg_scale, self.sampling.num_inference_steps
         return f"cfg{scale:g}_steps{steps}" + (f"_seed{self.seed}" if self.is_repeat else "")
 
@@ -68,7 +68,7 @@ class ImageSets(NamedTuple):
         name: what the images are of, in a line.
         home: the folder for reports, and for what serves later evaluations.
         facts: where the images come from, for the report.
-        settings: of each set that a model draws; a single None for pictures that exist.
+        settings: how a model draws each set; a single None for pictures that exist.
         draw: makes the images of a set with these global indices: uint8 (b, C, H, W), by batches.
     """
 
@@ -139,22 +139,22 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         image_size=config.image_size if has_size else None,
         image_channels=train.spec.channels if train else config.image_channels,
     )
-    data, labels, asked = pictures.data, pictures.labels, args.num_samples
-    if asked is not None and asked > len(data):
-        raise ConfigError(f"--num_samples {asked}: {path} holds {len(data)} pictures")
-    chosen = chosen_images(len(data), asked)
+    dataset, labels, asked = pictures.data, pictures.labels, args.num_samples
+    if asked is not None and asked > len(dataset):
+        raise ConfigError(f"--num_samples {asked}: {path} holds {len(dataset)} pictures")
+    chosen = chosen_images(len(dataset), asked)
 
     def draw(setting: None, indices: range) -> Iterator[Tensor]:
-        batches = image_batches(data, chosen[indices.start : indices.stop], args.batch_size)
+        batches = image_batches(dataset, chosen[indices.start : indices.stop], args.batch_size)
         return (images for images, _ in batches)
 
     generated = Generated(
-        data.spec._replace(num_classes=train.num_classes if train else 0),
+        dataset.spec._replace(num_classes=train.num_classes if train else 0),
         len(chosen),
         labels and [labels[i] for i in chosen],
         pictures.unlabelled or "",
     )
-    facts = {"images": str(path), "images_fingerprint": data.fingerprint}
+    facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
     home = path.with_name(f"{path.stem}_eval")
     return ImageSets(str(path), home, generated, facts, [None], draw)
 

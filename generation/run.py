@@ -81,7 +81,7 @@ def load_run(
     Args:
         use_ema: averaged or raw weights; None takes the averaged ones if there are any.
         config_path, overrides: settings laid over those stored in the checkpoint.
-        compile: the network, see `compile_model`. (The config's own `compile` is for training.)
+        compile: how, see `compile_model`. (The `compile` of the config is for training.)
     """
     path = resolve_checkpoint(checkpoint)
     state = load_any(path)

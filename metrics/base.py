@@ -26,7 +26,7 @@ from utils.distributed import Runtime
 from utils.images import ImageSpec
 
 Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
-Row = tuple[str, str, str]  # of the summary: name, value, note
+Row = tuple[str, str, str]  # a line of the summary: name, value, note
 
 
 def entry(status: str, value: Any = None, reason: str | None = None, **details: Any) -> Entry:
@@ -57,7 +57,7 @@ class Real(NamedTuple):
     sets: RealSets | None  # the real images
     missing: str | None = None  # why there are none
     statistics: Reference | None = None  # what FID takes in the place of the real images' own
-    name: str | None = None  # of the data set
+    name: str | None = None  # what the data set is called
     flip: bool = False  # whether mirrored images are as good as the originals
 
     def facts(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Context:
     generated: Generated
     real: Real
     networks: Mapping[Network, Any] = field(default_factory=dict)  # as `Network.load` returns them
-    weights: Mapping[Network, Weights] = field(default_factory=dict)  # which they were read from
+    weights: Mapping[Network, Weights] = field(default_factory=dict)  # the files they come from
     keeps: frozenset[str] = frozenset()  # the `Metric.keeps` of all metrics that run
     cache_dir: Path | None = None  # where a later evaluation finds classifiers and statistics
 
@@ -122,7 +122,7 @@ class Metric:
     """One metric: what it needs, its result, and how that is shown."""
 
     better: ClassVar[str | None] = None  # "lower" or "higher"; other text, or None, for neither
-    network: ClassVar[Network | None] = None  # the pretrained one without which it cannot run
+    network: ClassVar[Network | None] = None  # the pretrained one that it needs to run
     real_images: ClassVar[bool] = False  # it needs the real images
     statistics_suffice: ClassVar[bool] = False  # given mean and covariance can take their place
     classes: ClassVar[bool] = False  # it needs the classes of the real images

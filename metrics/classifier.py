@@ -30,11 +30,11 @@ from utils.images import to_float
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, Stream, derive_seed, numpy_generator, torch_generator
 
-VERSION = 1  # of the classifier and its training; part of its key
+VERSION = 1  # counts changes of the classifier and its training; a part of its key
 MAX_SIZE = 64  # pixels; larger images are scaled down for the classifier
 MAX_TRAIN_IMAGES = 60_000
 MAX_TEST_IMAGES = 10_000
-HELD_OUT_SHARE = 0.1  # of the train split, where there is no test split
+HELD_OUT_SHARE = 0.1  # of the train images, held out where there is no test split
 TEST_BATCH = 500
 MIN_CEILING = 0.9
 MAX_MISTAKES = 40  # pictures of wrong classes kept for the report

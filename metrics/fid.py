@@ -16,10 +16,10 @@ from torch import Tensor
 from metrics.base import Entry, Metric, Row, measured, number
 from metrics.inception import INCEPTION, InceptionFeatures
 
-SINGULAR_BELOW = 2048  # or at as many images: a covariance of 2048 features is singular
+SINGULAR_BELOW = 2048  # or at just as many images the covariance of 2048 features is singular
 COMPARABLE_FROM = 10_000
-NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
-NUM_SPLITS = 10  # of IS
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000  # KID: how many subsets, and images in each
+NUM_SPLITS = 10  # Inception score: parts of which each has a score of its own
 
 
 def frechet_distance(

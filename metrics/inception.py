@@ -26,7 +26,7 @@ from utils.images import to_rgb
 from utils.precision import full_float32
 
 NUM_LOGITS = 1008
-FID_FEATURES = 2048  # of the layer whose distance is called FID
+FID_FEATURES = 2048  # width of the layer whose distance is called FID
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class InceptionFeatures(Collector):
         known = self.runtime.broadcast_object(self.reference is not None)
         self.keeps_real = self.keeps - ({"logits", "moments"} if known else {"logits"})
         self.real = FeatureSet(self.keeps_real, self.extractor, self.runtime.device)
-        self.num_real = 0  # of those that were looked at
+        self.num_real = 0  # how many were looked at
         self.reset()
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:

@@ -21,11 +21,11 @@ from utils.errors import ConfigError
 from utils.files import write_text
 
 SCHEMA_VERSION = 1
-STATUSES = ("complete", "partial", "empty")  # of a report, from best to worst
+STATUSES = ("complete", "partial", "empty")  # what a report can be, from best to worst
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy")
 # A difference in these makes two values of a metric incomparable.
 SAME = ("n", "n_real", "num_pairs", "subset_size", "extractor", "classifier", "k")
-# Keys of the report that other programs read: -> metric, key of its entry.
+# Keys that other programs read in a report -> the metric and the key of its entry to repeat.
 KNOWN_KEYS = {
     "FID": ("fid", "value"),
     "IS_mean": ("is", "value"),

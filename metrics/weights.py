@@ -20,13 +20,13 @@ DOWNLOAD_TIMEOUT = 20  # seconds without a byte; urllib alone would wait for eve
 class Network:
     """A pretrained network that metrics name as the one they need."""
 
-    name: str  # a word, of which `flag` is made
+    name: str  # one word, from which `flag` is made
     title: str  # for messages
     load: Callable[[Path, torch.device], Any]  # (weights, device) -> whatever the metrics call
     url: str
-    help: str  # of `flag`
-    other_names: tuple[str, ...] = ()  # of the same file, accepted in torch.hub's cache as well
-    hash_prefix: str | None = None  # of the weights' SHA-256, checked after a download
+    help: str  # what --help says of `flag`
+    other_names: tuple[str, ...] = ()  # names of the same file, also accepted in the cache
+    hash_prefix: str | None = None  # how their SHA-256 begins; checked after a download
 
     @property
     def flag(self) -> str:

@@ -63,7 +63,7 @@ def computing_params(model_type: str) -> tuple[str, ...]:
 
 
 def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
-    """Compile a model in place by torch.compile, as one or each of its blocks for itself."""
+    """Compile a model in place by torch.compile: the whole, or each of its blocks by itself."""
     if how is not None and hasattr(torch._functorch.config, "backward_pass_autocast"):
         # As without compile: the backward of what is kept out of autocast stays out of it too.
         torch._functorch.config.backward_pass_autocast = "off"
@@ -136,8 +136,8 @@ def _arguments(config: Config, spec: ImageSpec | None) -> tuple[dict[str, Any], 
         elif spec is not None and value is not None:
             given = tuple(value) if isinstance(value, list) else value
             if expected[name] not in (given, (given, given)):
-                data = f"the data, which has {expected[name]}"
-                faults[name] = f"={value} contradicts {data}; leave it out of model_params"
+                source = f"the data, which has {expected[name]}"
+                faults[name] = f"={value} contradicts {source}; leave it out of model_params"
     if not config.conditional:
         expected["num_classes"] = 0
     params |= {name: value for name, value in expected.items() if name in accepted}

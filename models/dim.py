@@ -26,7 +26,7 @@ from models.scan_paths import Scan, mirrored, moves, scan_paths
 from utils.config_schema import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 NUM_TIME_FEATURES = 256
-INIT_STD = 0.02  # of the learned positions and padding tokens
+INIT_STD = 0.02  # standard deviation of the learned positions and padding tokens
 PAPER_PAD_TOKENS = 3
 
 # Width and depth: the paper's sizes, and smaller ones with names made of these numbers.

@@ -13,7 +13,7 @@ from models.layers import LabelEmbedding
 from utils.config_schema import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
-INIT_STD = 0.02  # of the timestep embedding; labels start at 1, as short runs then learn them
+INIT_STD = 0.02  # of the timestep embedding; labels have 1, as short runs then learn them
 
 # Table 1 of the paper; the number after the slash is the patch size.
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

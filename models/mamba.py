@@ -47,7 +47,7 @@ TORCH = Backend("torch")
 class Mamba(nn.Module):
     """Mamba's mixer (Gu and Dao 2023): a decay for every channel and state."""
 
-    reads_weights = ("dt_proj",)  # no adapter may stand between
+    reads_weights = ("dt_proj",)  # `forward` takes its weight, so no adapter may replace it
 
     def __init__(
         self, d_model: int, *, d_state: int = 16, d_conv: int = 3, expand: int = 2

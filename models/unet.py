@@ -103,7 +103,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by repetition and a convolution."""
 
-    reads_weights = ("conv",)  # no adapter may stand between
+    reads_weights = ("conv",)  # `forward` takes its weight, so no adapter may replace it
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class UNet(nn.Module):
             those of at most 16.
         use_attention: False removes all attention, that of the bottleneck too.
         num_head_channels: channels of one attention head.
-        norm_groups: of every group norm; default: at most 32, of at least 4 channels each.
+        norm_groups: groups of every group norm; default: at most 32, of 4 channels or more.
         dropout: probability within residual blocks.
         use_scale_shift_norm: condition by scale and shift (ADM) instead of by addition (DDPM).
         class_conditioning: `embedding` adds the class to the timestep embedding; `concat`

@@ -11,7 +11,7 @@ from typing import Any
 from reporting.charts import Chart, Legend, draw_chart, legend_of
 from reporting.pages import Pictures, Table, render_page, to_number, to_text
 
-MAX_BYTES = 2_000_000  # of the page
+MAX_BYTES = 2_000_000  # the largest page
 MAX_CLASSES, WORST = 100, 20  # with more classes than that, only the worst are shown
 SCHEMA = json.loads(Path(__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 

@@ -20,8 +20,8 @@ from training.run_dir import STATUS, is_trained
 from utils.errors import ConfigError
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
-WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # by training, and by it alone
-TAIL_BYTES = 65_536  # of metrics.jsonl hold the last loss
+WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # the files that training alone writes
+TAIL_BYTES = 65_536  # so much of the end of metrics.jsonl holds the last loss
 PREVIEW = re.compile(r"epoch_(\d+)\.png")
 
 Series = dict[str, list[tuple[float, float]]]

@@ -16,8 +16,8 @@ from reporting.charts import Chart, Legend, draw_chart, legend_of
 from reporting.pages import NOTHING, Picture, Table, render_page, to_text
 from utils.config import Config
 
-MAX_BYTES = 10_000_000  # of the page
-MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # of all runs together, of each
+MAX_BYTES = 10_000_000  # the largest page
+MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # on a page; of each run
 MAX_SIDE = 640  # pixels; larger grids are reduced by a whole factor
 LOSS, SPEED, MEMORY = "train/loss", "train/images_per_sec", "train/memory_mib"
 QUARTILES = [f"train/loss_q{k}" for k in (1, 2, 3, 4)]
@@ -36,9 +36,9 @@ class RunRecord(NamedTuple):
     facts: run_files.RunFacts
     config: Mapping[str, Any]  # as config.json has it; empty if there is none
     series: run_files.Series
-    num_torn: int  # lines of metrics.jsonl
+    num_torn: int  # lines of metrics.jsonl that could not be read
     pictures: Mapping[str, Picture]
-    unreadable: Sequence[str]  # pictures, and why
+    unreadable: Sequence[str]  # pictures that could not be read, and why
 
 
 def render_report(folders: Sequence[Path]) -> str:

@@ -15,8 +15,8 @@ class EMA:
     """A second, frozen copy of a model that follows it; `.model` is always in eval mode.
 
     The n-th update uses decay min(decay, (1 + n) / (10 + n)), so that a short run does not stay
-    near its random initialisation. Every rank keeps its own copy of the same numbers; of a
-    sharded model, of its slices.
+    near its random initialisation. Every rank keeps its own copy of the same numbers, or, of a
+    sharded model, the average of its slices.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,7 +26,7 @@ class EMA:
         self.decay, self.num_updates = decay, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Its part of a checkpoint: all that sampling needs."""
+        """The average's part of a checkpoint: all that sampling needs."""
         state = self.model.state_dict()
         return {"ema_model_state_dict": state, "ema_num_updates": self.num_updates}
 

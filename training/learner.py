@@ -40,7 +40,7 @@ class Learner:
         return self.model if self.ema is None else self.ema.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Its part of a checkpoint but for the average; of a sharded model, this rank's slices."""
+        """All that a checkpoint holds but the average; of a sharded model, this rank's slices."""
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),

@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 
 def quartile_of(t: Tensor, num_timesteps: int) -> Tensor:
-    """The place in `QUARTILES` of each t, (b,) int64: its quarter of [0, num_timesteps). The first
+    """Which of `QUARTILES` each t, (b,) int64, is in: its quarter of [0, num_timesteps). The first
     one has the least noise."""
     return t * len(QUARTILES) // num_timesteps
 

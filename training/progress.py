@@ -62,7 +62,7 @@ class LossStats:
         self._numbers = torch.arange(len(bucket_names), device=device)
 
     def add(self, loss: Tensor, losses: Tensor | None = None, bucket: Tensor | None = None) -> None:
-        """Take in one step's mean loss, a scalar on the device; one that is not finite is none.
+        """Take in one step's mean loss, a scalar on the device. One not finite is left out.
 
         `losses` and `bucket` (the place among the names) are (b,), of each example of that step.
         """

@@ -81,12 +81,12 @@ class Saver:
     best: BestScore  # decides which model becomes best_model.pth
     status: Status  # is told of each checkpoint that has arrived on disk
     fixed_state: Mapping[str, Any] = field(default_factory=dict)  # what every checkpoint holds
-    last_step: int | None = None  # of the newest checkpoint known to be on disk
+    last_step: int | None = None  # that of the newest checkpoint known to be on disk
 
     def __post_init__(self) -> None:
         self._num_failed = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._step: int | None = None  # of the one being written
+        self._step: int | None = None  # that of the checkpoint being written
         self._error: Future[str | None] | None = None
 
     def start(self, state: dict[str, Any], *, epoch: int | None, is_best: bool) -> None:

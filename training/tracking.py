@@ -130,7 +130,7 @@ Tracker = SwanlabTracker | TensorboardTracker
 class Lane:
     """A tracker in a thread of its own, where it may raise, hang or lag behind.
 
-    Each of these costs a warning. What finds the queue full is left out of this tracker. After
+    Each of these costs a warning. A call that finds the queue full is left out. After
     `MAX_FAILURES` in a row, or where `make` cannot start it, the run goes on without it.
     """
 

@@ -18,7 +18,7 @@ from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 Texts = Sequence[str]
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
-BASELINE = 13  # of the letters, from the top of the line
+BASELINE = 13  # pixels from the top of a line down to the foot of its letters
 MARGIN = 4  # pixels between words and what they stand beside
 TEXT_COLOUR = "#ebebeb"  # Pillow reads it as the grey level 235, too
 # Pillow's own font has Latin letters only. These have Chinese ones, too; Linux, Windows, macOS.

@@ -19,11 +19,11 @@ from utils.errors import CheckpointError, one_line, require
 from utils.files import atomic_path
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
-READ_BYTES = 2**20  # at a time
+READ_BYTES = 2**20  # read at a time
 CHECKSUM = b"crc32 %08x"  # the zip's comment, the last bytes of the file
 CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment stands its length
 BEST, CURRENT = "best_model.pth", "current_model.pth"
-FOLDER_ATTRIBUTE = 0x10  # of MS-DOS; no checksum covers it
+FOLDER_ATTRIBUTE = 0x10  # the folder bit of MS-DOS, which no checksum covers
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
 KEY_TYPES = {"format_version": int, "model_state_dict": dict, "epoch": int, "step": int}
 KEY_TYPES |= {"config": dict, "spec": list | tuple}

@@ -25,9 +25,9 @@ from utils.precision import allow_tf32
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 POLL_SECONDS = 0.01
-PATIENCE_HOURS = 12  # longest download, longest work of one process alone
+PATIENCE_HOURS = 12  # for the longest download, and the longest work of one process alone
 
-# Of glibc's malloc.h; see mallopt(3).
+# Constants of glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 NEVER = -1
 BLOCK_SIZES = (2**30, 2**25)  # bytes; not every glibc takes more than the second

@@ -20,7 +20,7 @@ GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
 MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
 MAX_COLUMNS = 16
-MAX_GRID_IMAGES = 400  # of one grid, sheet or GIF
+MAX_GRID_IMAGES = 400  # in one grid, sheet or GIF
 MIN_GIF_FRAME_MS = 20.0  # viewers slow down whatever is faster
 
 

@@ -23,7 +23,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(logging.FileHandler):
-    """A full disk costs lines, not a traceback for each; the console has them all."""
+    """A full disk costs lines of the file, not a traceback each; the console has them all."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         pass
