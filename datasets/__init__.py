@@ -124,8 +124,8 @@ def check_config(config: Config) -> Iterator[Problem]:
         return
     num_classes = _num_classes(config)
     has = f"{name} has " + ("labels" if num_classes is None else f"{num_classes} classes")
-    if num_classes == 0:
-        has += " (class folders or a label_file of dataset='custom' give some)"
+    if num_classes == 0 and entry.native is None:
+        has += " with use_subdirs=False and no label_file"
     faults: dict[str, str] = {}  # key -> what is wrong with its value
     if config.on_bad_image == "skip" and entry.in_files is None:
         of_files = ", ".join(other for other in DATASETS if DATASETS[other].in_files)
