@@ -98,6 +98,7 @@ def test_all_metrics_end_in_a_report(run_dir, tiny_networks, quick_classifier, t
     assert report["metrics"]["class_acc"]["n"] == 23
     confusion = report["metrics"]["class_acc"]["confusion"]
     assert [sum(row) for row in confusion] == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert ["too few" in line for line in report["warnings"]] == [True, False]  # each once
     made = report["provenance"]
     assert made["n"] == 23
     assert made["step"] == 3
