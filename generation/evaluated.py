@@ -70,6 +70,7 @@ class ImageSets(NamedTuple):
         facts: where the images come from, for the report.
         settings: how a model draws each set; a single None for pictures that exist.
         draw: makes the images of a set with these global indices: uint8 (b, C, H, W), by batches.
+        labels_from: what the first labels follow from, however many there are, as plain types.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ImageSets(NamedTuple):
     facts: dict[str, Any]
     settings: Sequence[Setting | None]
     draw: Callable[[Setting | None, range], Iterator[Tensor]]
+    labels_from: Sequence[int] | None = None
 
 
 def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtime) -> ImageSets:
@@ -85,7 +87,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
 
     Raises a ConfigError for settings or classes that the model does not know.
     """
-    config, mode, labels = run.config, args.label_mode, None
+    config, mode, labels, labels_from = run.config, args.label_mode, None, None
     count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
     count, repeats = args.num_samples or count, args.repeats or repeats
     if config.conditional:
@@ -94,6 +96,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         labels = requested_labels(
             mode, count, run.spec.num_classes, classes=classes, train_labels=seen
         )
+        labels_from = seen.bincount().tolist() if mode == "train" else list(classes)
     elif mode is not None:
         raise ConfigError("--label_mode: this model was trained without class labels")
     first_seed = config.seed if args.seed is None else args.seed
@@ -123,7 +126,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
 
     unlabelled = "the model was trained without class labels"
     generated, home = Generated(run.spec, count, labels, unlabelled), run.checkpoint.parent / "eval"
-    return ImageSets(run.describe(), home, generated, facts, settings, draw)
+    return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
 def existing_images(args: argparse.Namespace, config: Config, real: Real) -> ImageSets:
@@ -212,7 +215,8 @@ def score_sets(
             own, store, batches = {}, None, images.draw(None, share)
         else:
             own, draw = setting.facts(), partial(images.draw, setting)
-            key = content_key({**images.facts, "precision": config.precision, **own})
+            decisive = {"precision": config.precision, "labels_from": images.labels_from}
+            key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
             batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
         if args.save_images_dir is not None:

@@ -262,6 +262,15 @@ def test_inversion_and_decoding(do, runs):
     assert_same(first_row, sheet[1, :3])
 
 
+def test_another_sampler_decodes_in_its_own_number_of_steps(do):
+    """The steps in the file are those of the sampler that was undone."""
+    do("invert", "--real_split", "test", "--n", 2, "--steps", 5)
+    latents = ("decode", "--latents", "samples/invert.npz")
+    assert "ddim, 5 steps" in do(*latents)
+    assert "dpmpp_2m, 20 steps" in do(*latents, "--sampling_method", "dpmpp_2m")
+    assert "dpmpp_2m, 7 steps" in do(*latents, "--sampling_method", "dpmpp_2m", "--steps", 7)
+
+
 @pytest.mark.parametrize("model", ["dit", "dim"])
 def test_every_command_with_every_backbone(do, runs, model):
     options = ("--steps", 5, "--cfg_scale", 2)

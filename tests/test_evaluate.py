@@ -98,6 +98,7 @@ def test_all_metrics_end_in_a_report(run_dir, tiny_networks, quick_classifier, t
     assert report["metrics"]["class_acc"]["n"] == 23
     confusion = report["metrics"]["class_acc"]["confusion"]
     assert [sum(row) for row in confusion] == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert ["too few" in line for line in report["warnings"]] == [True, False]  # each once
     made = report["provenance"]
     assert made["n"] == 23
     assert made["step"] == 3
@@ -207,6 +208,27 @@ def test_kept_images_serve_another_evaluation(run_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluated, "generate", refuse)
     assert evaluate.main([*command, "--metrics", "memorization"]) == 0
+
+
+def classes_of_one_image(folder: Path, num_classes: int) -> Path:
+    """A folder of folders, one for each class, with a black image in it."""
+    for name in map(str, range(num_classes)):
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / name / "0.png")
+    return folder
+
+
+def test_kept_images_do_not_serve_what_would_draw_others(run_dir, tmp_path):
+    command = ["--checkpoint", str(run_dir), "--n", "3", *FAST, "--metrics", "sanity"]
+    command += ["--output", str(tmp_path), "--keep_samples"]
+    changes = [
+        *([], ["precision=bf16"], ["threshold=none"], ["--no_ema"], ["--seed", "7"]),
+        *(["classes=2,7"], ["--label_mode", "3"], ["--label_mode", "train"]),
+        ["--label_mode", "train", "--reference", str(classes_of_one_image(tmp_path / "images", 2))],
+    ]
+    for number, change in enumerate(changes, 1):
+        assert evaluate.main([*command, *change]) == 0
+        assert len(list(tmp_path.glob("samples_*"))) == number, change
 
 
 def test_statistics_of_real_images_are_kept_written_and_read(

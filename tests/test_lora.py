@@ -194,6 +194,7 @@ def test_an_exported_file_has_the_adapters_in_it(base):
     cpu = torch.device("cpu")
     a, b = (load_run(p, cpu) for p in ("checkpoints/a", "a.safetensors"))
     assert all(torch.equal(x, b.model.state_dict()[n]) for n, x in a.model.state_dict().items())
+    assert (a.config.lora_rank, b.config.lora_rank) == (2, 0)
     # and both are something to start from again, with adapters or without
     options = ("max_steps=1", "learning_rate=1e-30", "use_ema=false")
     for name, start in (("b", "checkpoints/a"), ("c", "a.safetensors")):

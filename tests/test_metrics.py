@@ -33,7 +33,7 @@ from metrics.evaluation import Plan
 from metrics.inception import INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
 from metrics.reference import FeatureMoments
-from metrics.report import build_report, report_path, save_report, summary
+from metrics.report import build_report, compare, report_path, save_report, summary
 from metrics.scoring import Part, Scoring
 from tests.scored import (
     CPU,
@@ -333,6 +333,21 @@ def test_weights_come_from_the_cache_and_are_not_fetched_in_a_dry_run(tmp_path, 
     found = weights.find_weights(inception.INCEPTION, None)
     assert found.path == path
     assert len(found.sha256) == 64
+
+
+def test_a_download_is_checked_against_the_hash_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def download(url, target, *, hash_prefix, progress):
+        asked.append((url, hash_prefix))
+        torch.save({}, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    network = dataclasses.replace(INCEPTION, hash_prefix="0123abcd")
+    assert weights.find_weights(network, None).path == network.cache_path
+    assert asked == [(network.url, "0123abcd")]
+    assert ALEXNET.hash_prefix
 
 
 class Dangerous:
@@ -646,6 +661,18 @@ def test_summary_shows_each_class_beside_the_real_ceiling():
     assert any(line.split() == ["cat", "0.5000", "real", "0.9800"] for line in lines)
     assert any(line.split() == ["dog", "-", "real", "1.0000"] for line in lines)
     assert lines[-1] == "note: few"
+
+
+@pytest.mark.parametrize(
+    "key", ["n", "n_real", "num_pairs", "subset_size", "extractor", "classifier", "k"]
+)
+def test_values_that_were_made_in_different_ways_are_not_compared(key):
+    new, same, other = (
+        {"metrics": {"fid": entry("ok", 1.0, **{key: {"path": path, "sha256": digest}})}}
+        for path, digest in (("a.pth", "1"), ("b.pth", "1"), ("a.pth", "2"))
+    )
+    notes = [compare(new, old)[0]["note"] for old in (same, other)]
+    assert notes == [None, f"not comparable, {key} differ"]
 
 
 def test_report_path_takes_a_file_or_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor
 import evaluate
 from datasets.builtin import build_digits
 from datasets.pictures import folder_settings, read_pictures
+from tests.scored import on_ranks
 from tests.test_evaluate import ABSENT, quick_classifier, read, tiny_networks  # noqa: F401
+from utils.cli import parse_args
 from utils.config import Config
-from utils.errors import ConfigError, DataError
+from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, DataError
 from utils.images import save_image
 from utils.labels import requested_labels
 
@@ -95,6 +98,13 @@ def test_layouts_of_pictures_give_the_same(layout, digits, tmp_path, quick_class
     assert sorted(path.name for path in tmp_path.iterdir() if "eval" in path.name) == [
         "a_eval", "pictures_eval",
     ]  # fmt: skip
+
+
+def test_the_label_of_a_picture_is_the_one_under_its_name(digits, tmp_path):
+    write_folder(tmp_path, digits[0][:3], [4, 0, 2], "json")
+    named = {"000002.png": 2, "000001.png": 0, "absent.png": 1, "000000.png": 4}
+    (tmp_path / "labels.json").write_text(json.dumps(named))
+    assert read_pictures(tmp_path, tuple("abcde")).labels == [4, 0, 2]
 
 
 def test_a_folder_named_as_a_class_is_that_class_even_if_the_name_is_a_number(digits, tmp_path):
@@ -199,6 +209,18 @@ def test_settings_of_a_folder(tmp_path):
     assert folder_settings(labelled)["label_file"] == "labels.json"
     classes = write_folder(tmp_path / "classes", DOTS, [0, 1], "classes")
     assert folder_settings(classes)["use_subdirs"] is True
+
+
+@pytest.mark.parametrize(
+    ("metrics", "code"), [("sanity", EXIT_OK), ("sanity,fid", EXIT_INCOMPLETE)]
+)
+def test_every_process_ends_with_the_code_that_strict_asks_for(metrics, code, digits, tmp_path):
+    """The main one alone has the report that tells it."""
+    path = write_npz(tmp_path / "a.npz", digits[0][:5], None)
+    command = ["--images", str(path), "--metrics", metrics, "--strict", *ABSENT]
+    args = parse_args(evaluate.make_parser(), command)
+    args.command, config = "", evaluate.config_of_pictures(args)
+    assert on_ranks(2, partial(evaluate.evaluate, args, config, None)) == [code, code]
 
 
 @pytest.mark.parametrize("option", ["--cfg_scale", "--steps", "--seed", "--repeats"])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from tests.conftest import ROOT, TINY_CONFIG
 from tests.test_html import EVIL, assert_self_contained, find_chromium, open_in_chromium
 from tests.test_train import assert_same_training, run, state_of
 from training.objective import quartile_of
-from training.progress import LossStats, memory_mib
+from training.progress import LossStats, Progress, Schedule, memory_mib
 from training.run_dir import locked
 from utils.config import Config
 from utils.distributed import Runtime
@@ -163,6 +164,20 @@ def test_memory_is_the_resident_set():
         assert 60 < memory_mib(torch.device("cpu")) - before < 70
 
 
+def test_time_in_a_pause_is_no_training(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("training.progress.time", SimpleNamespace(monotonic=lambda: now))
+    progress = Progress(Schedule(100, 10, 100), 0, Runtime(torch.device("cpu")))
+    speeds = []
+    for step, seconds, paused in ((4, 2.0, 5.0), (5, 0.5, 0.0), (9, 4.0, 100.0)):
+        now += seconds / 2
+        with progress.pause():
+            now += paused
+        now += seconds / 2
+        speeds.append(progress.lap(step))
+    assert speeds == pytest.approx([20.0, 20.0, 10.0])
+
+
 # --- the list
 
 
@@ -267,6 +282,15 @@ def test_other_states_torn_files_and_foreign_folders(tmp_path, capsys):
     assert {found["odd"][key] for key in ("step", "epoch", "best", "total_steps")} == {None}
     assert runs.main([str(tmp_path)]) == EXIT_OK
     assert "0.5 kid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("saved", "logged"), [(10, 15), (15, 10)])
+def test_a_run_is_as_far_as_the_newer_of_its_files_says(tmp_path, saved, logged):
+    """A checkpoint is told to status.json, a log line to metrics.jsonl."""
+    folder = with_status(tmp_path / "run", state="killed", step=saved, epoch=saved / 10)
+    (folder / METRICS).write_text(json.dumps({"step": logged, "epoch": logged / 10}) + "\n")
+    facts = facts_of(folder, "run")
+    assert (facts.step, facts.epoch) == (15, 1.5)
 
 
 def test_folders_without_runs(tmp_path, capsys, script):
@@ -497,6 +521,15 @@ def test_a_run_with_nothing_but_a_status_has_a_page(tmp_path):
     assert "config.json is missing or torn" in page.text
     assert "metrics.jsonl is missing or has no numbers" in page.text
     assert page.all("img") == []
+
+
+def test_a_run_that_is_named_twice_is_shown_once(tmp_path):
+    folder, pages = with_status(tmp_path / "one", state="complete"), []
+    for named in ([folder], [folder, folder]):
+        assert runs.main(["report", *map(str, named), "--output", str(tmp_path / "a.html")]) == 0
+        pages.append((tmp_path / "a.html").read_text())
+    assert "Training of one<" in pages[0]
+    assert pages[1] == pages[0]
 
 
 def test_names_and_settings_from_elsewhere_are_text(tmp_path):

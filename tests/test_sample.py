@@ -158,6 +158,17 @@ def test_overrides_reach_sampling_but_not_the_shape_of_the_model(trained):
             load_run(trained, CPU, overrides=[override])
 
 
+def test_a_config_file_lies_over_the_stored_settings(trained, tmp_path):
+    """... under those of the command line, and its faults are told with their line in it."""
+    path = tmp_path / "other.py"
+    path.write_text("config = dict(\n    num_inference_steps=5,\n    threshold='none',\n)\n")
+    run = load_run(trained, CPU, config_path=str(path), overrides=["num_inference_steps=4"])
+    assert (run.config.num_inference_steps, run.config.threshold) == (4, "none")
+    path.write_text("config = dict(\n    num_inference_steps=0,\n)\n")
+    with pytest.raises(ConfigError, match=r"other\.py:2"):
+        load_run(trained, CPU, config_path=str(path))
+
+
 def test_sampling_takes_the_defaults_of_its_method():
     config = Config(experiment_name="x", conditional=True, num_inference_steps=30)
     assert sampling_from(config).num_inference_steps == 30
@@ -242,6 +253,19 @@ def test_empty_shares_are_fine(trained):
         run, [1, 2], [0, 1], sampling=sampling_from(run.config), batch_size=4, runtime=runtime
     )
     assert list(parts) == []
+
+
+def test_a_grid_of_some_images_has_their_classes_in_rows(trained, monkeypatch):
+    """Of 40 images, four a class, the grid has room for half: two of each class, side by side."""
+    monkeypatch.setattr("utils.images.MAX_GRID_IMAGES", 20)
+    images, _ = draw(trained, "--num_samples", 40)
+    shown = np.linspace(0, 39, 20).round().astype(int).reshape(10, 2)
+    grid = iio.imread("out/samples.png")
+    assert grid.shape == (10 * 50 + 2, 2 * 50 + 2)
+    for row, pair in enumerate(shown):
+        for column, index in enumerate(pair):
+            y, x = 2 + 50 * row, 2 + 50 * column
+            assert (grid[y : y + 48 : 6, x : x + 48 : 6] == images[index, ..., 0]).all()
 
 
 def test_sampling_leaves_the_global_generator_alone(trained):

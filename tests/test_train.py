@@ -317,6 +317,16 @@ def test_a_preview_is_what_the_checkpoint_of_its_step_draws(tiny, use_ema):
     assert (preview == Image.open("raw/samples.png").tobytes()) == (not use_ema)
 
 
+def test_previews_of_the_raw_weights_leave_the_dropout_on(tiny):
+    options = [*ONE_STEP_PER_EPOCH, "max_steps=3", "use_ema=false", "num_samples=1"]
+    for name, start in (("with", 1), ("without", 100)):
+        run(tiny, name, *options, "sample_interval=1", f"sample_start_epoch={start}")
+    assert len(list(Path("checkpoints/with/samples").iterdir())) == 3
+    assert not Path("checkpoints/without/samples").exists()
+    weights, undisturbed = (state_of(name)["model_state_dict"] for name in ("with", "without"))
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
+
+
 # --- what resume refuses, and the epochs rule
 
 
