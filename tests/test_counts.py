@@ -65,10 +65,12 @@ def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
     config.run_dir.mkdir()
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
+    images = images.to(runtime.device)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
     examples = partial(training_examples, config, dataset, runtime)
     schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_diffusion(config)
-    job = Job(config, runtime, dataset, schedule, tiny_unet(), process, examples)
+    model = tiny_unet().to(runtime.device)
+    job = Job(config, runtime, dataset, schedule, model, process, examples)
     best = BestScore(LOSS, lower_is_better=True)
     trainer = build_trainer(job, Learner(job), Status(None), best=best, evaluate=None, preview=None)
     trainer.guard.on_host = False

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_counts import make_trainer, tiny_unet
+from tests.test_counts import make_trainer
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK
 
@@ -27,8 +27,8 @@ def losses(run_dir) -> list[float]:
 
 
 def test_no_step_waits_for_the_device(tmp_path):
-    model = tiny_unet().to(CUDA).train()
-    trainer = make_trainer(tmp_path, Runtime(CUDA), model, model)
+    trainer = make_trainer(tmp_path, Runtime(CUDA))
+    trainer.learner.network.train()
     examples = trainer.job.examples(0)
 
     def train(num_steps: int) -> None:
