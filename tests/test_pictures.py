@@ -14,6 +14,8 @@ from torch import Tensor
 import evaluate
 from datasets.builtin import build_digits
 from datasets.pictures import folder_settings, read_pictures
+from generation.evaluated import existing_images
+from metrics.base import Real
 from tests.scored import on_ranks
 from tests.test_evaluate import ABSENT, quick_classifier, read, tiny_networks  # noqa: F401
 from utils.cli import parse_args
@@ -221,6 +223,19 @@ def test_every_process_ends_with_the_code_that_strict_asks_for(metrics, code, di
     args = parse_args(evaluate.make_parser(), command)
     args.command, config = "", evaluate.config_of_pictures(args)
     assert on_ranks(2, partial(evaluate.evaluate, args, config, None)) == [code, code]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "side"),
+    [([], 8), (["num_workers=0"], 8), (["num_workers=0", "image_size=4"], 4)],
+)
+def test_only_the_command_line_resizes_pictures(overrides, side, tmp_path):
+    """The image_size of a config file is that of the data set, whatever else is overridden."""
+    path = write_folder(tmp_path / "flat", DOTS, None, "flat")
+    config = Config(dataset="digits", image_size=(4, 4), image_channels=1)
+    args = parse_args(evaluate.make_parser(), ["--images", str(path), *overrides])
+    images = existing_images(args, config, Real(None, "not compared"))
+    assert images.generated.spec.shape == (1, side, side)
 
 
 @pytest.mark.parametrize("option", ["--cfg_scale", "--steps", "--seed", "--repeats"])

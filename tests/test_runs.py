@@ -28,7 +28,15 @@ from diffusion.gaussian import GaussianDiffusion
 from reporting import charts
 from reporting.charts import draw_chart, draw_lines, legend_of, smoothed
 from reporting.pages import NOTHING
-from reporting.run_files import METRICS, by_name, facts_of, find_runs, parse_row, read_series
+from reporting.run_files import (
+    METRICS,
+    by_name,
+    facts_of,
+    find_runs,
+    parse_row,
+    read_series,
+    size_text,
+)
 from reporting.runs import MAX_SIDE, differing_settings, read_picture, render_report
 from tests.conftest import ROOT, TINY_CONFIG
 from tests.test_html import EVIL, assert_self_contained, find_chromium, open_in_chromium
@@ -314,6 +322,21 @@ def test_runs_of_one_name_are_told_apart_and_hard_links_count_once(tmp_path):
     (found[0] / "current_model.pth").write_bytes(bytes(1000))
     os.link(found[0] / "current_model.pth", found[0] / "best_model.pth")
     assert facts_of(found[0], "").size == size + 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (999 * 1024, "999 KiB"),
+        (15 * 2**20, "15 MiB"),
+        (2**30, "1 GiB"),
+    ],
+)
+def test_a_size_is_in_the_smallest_unit_that_needs_at_most_three_digits(size, text):
+    assert size_text(size) == text
 
 
 def test_the_list_does_not_wait_for_torch():
