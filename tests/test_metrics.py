@@ -427,6 +427,14 @@ def test_lpips_loads_given_weights_and_leaves_the_random_state(alexnet_path):
     assert torch.equal(distance.__closure__[0].cell_contents.net.slice1[0].weight, first)
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((28, 56), (64, 128)), ((96, 32), (192, 64)), ((64, 100), (64, 100)), ((80, 70), (80, 70))],
+)
+def test_lpips_sees_the_smaller_side_of_oblong_images_at_64_pixels(size, expected):
+    assert lpips_score.lpips_input(random_images(1, (3, *size))).shape == (1, 3, *expected)
+
+
 def test_lpips_diversity_of_grey_28_pixel_images(alexnet_path):
     """Images of one class are near each other, real images twice as far apart as generated ones."""
     labels = [i % 2 for i in range(8)]

@@ -121,6 +121,13 @@ def test_seed_everything_takes_any_seed_and_tells_them_apart():
     assert torch.nn.Linear(2, 2).weight.tolist() == weights[0]
 
 
+def test_the_global_seed_is_that_of_the_initial_weights():
+    """A seed gives the same initial weights in every version, so the key is written down."""
+    seed_everything(42)
+    expected = torch.Generator().manual_seed(derive_seed(42, Stream.MODEL_INIT))
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+
+
 def test_the_noise_of_an_image_is_its_own():
     shape = (3, 4, 5)
     draw = sample_noise([3, 7, 5, 3], CPU)
