@@ -112,7 +112,7 @@ def texts_of(facts: RunFacts) -> dict[str, str]:
 def size_text(size: int) -> str:
     """Bytes in the unit that suits them: `14.3 MiB`."""
     value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1000 and len(units) > 1:
+    while value >= 999.5 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.3g} {units[0]}"
 
