@@ -30,6 +30,7 @@ from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError
 from utils.files import content_key, file_sha256
 from utils.labels import requested_labels
+from utils.precision import resolve_precision
 
 # --preset -> images of one set, sets with seeds of their own
 PRESETS = {"smoke": (64, 1), "quick": (5_000, 1), "paper": (50_000, 3)}
@@ -215,7 +216,8 @@ def score_sets(
             own, store, batches = {}, None, images.draw(None, share)
         else:
             own, draw = setting.facts(), partial(images.draw, setting)
-            decisive = {"precision": config.precision, "labels_from": images.labels_from}
+            precision = resolve_precision(config.precision, evaluation.runtime.device)
+            decisive = {"precision": precision, "labels_from": images.labels_from}
             key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
             batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)

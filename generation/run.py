@@ -56,10 +56,10 @@ class Run:
 
 
 def expected_spec(config: Config) -> ImageSpec | None:
-    """The images as far as the config alone tells. A custom set's number of classes, which its
-    folders tell, is a placeholder: no size depends on it."""
+    """The images as far as the config alone tells. A number of classes that only the files tell is
+    a placeholder: no size depends on it."""
     spec = datasets.native_spec(config)
-    if spec is None and config.dataset == "custom" and config.image_size is not None:
+    if spec is None and config.dataset in datasets.DATASETS and config.image_size is not None:
         num_classes = config.model_params.get("num_classes", 1)
         return ImageSpec(config.image_channels or 3, *config.image_size, num_classes)
     return spec

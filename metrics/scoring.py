@@ -117,4 +117,5 @@ class Scoring:
 
     def _fail(self, part: Part, message: str) -> None:
         part.error = message
-        log.warning("%s failed and is left out: %s", ", ".join(part.metrics), message)
+        name = ", ".join(part.metrics) or type(part.collector).__name__
+        log.warning("%s failed and is left out: %s", name, message)

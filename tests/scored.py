@@ -138,7 +138,8 @@ class ThreadRuntime(Runtime):
         return tensor.copy_(self.board.exchange(self.rank, tensor.clone())[0])
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self.board.exchange(self.rank, value)
+        values = self.board.exchange(self.rank, value)
+        return values if self.is_main else []
 
     def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
         parts = self.board.exchange(self.rank, rows.cpu())

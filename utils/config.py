@@ -19,8 +19,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from utils.config_files import RawConfig, merge, read_config_file
-from utils.config_schema import Config
-from utils.config_schema import PositiveInt as PositiveInt
+from utils.config_schema import (  # noqa: F401 -- the types, for the arguments of backbones
+    BelowOne,
+    Config,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 from utils.errors import ConfigError
 
 MAX_NAME_BYTES = 200  # file systems take 255

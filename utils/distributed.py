@@ -78,10 +78,11 @@ class Runtime:
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value` (plain types, CPU tensors), by rank, on every rank."""
-        values = [value] * self.world_size
+        """Every rank's `value` (plain types, CPU tensors), by rank, on rank 0. The other ranks get
+        an empty list."""
+        values = [value] * self.world_size if self.is_main else []
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.gather_object(value, values or None, dst=0)
         return values
 
     def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
