@@ -19,10 +19,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, read_size, show
+from datasets.decoding import BadImageError, decode_image, read_size
 from datasets.storage import Listing
 from utils.config import Config
-from utils.errors import DataError
+from utils.errors import DataError, show
 from utils.images import ImageSpec
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python

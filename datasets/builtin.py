@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from datasets.bad_images import replace_bad_images
-from datasets.decoding import fit_arrays, show
+from datasets.decoding import fit_arrays
 from datasets.storage import ImageFileDataset, InMemoryDataset, Listing
 from utils.config import Config
-from utils.errors import DataError, one_line
+from utils.errors import DataError, one_line, show
 from utils.files import socket_timeout
 
 DIGIT_NAMES = tuple("0123456789")

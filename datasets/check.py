@@ -20,12 +20,12 @@ from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images
-from datasets.decoding import decode_image, read_size, show
+from datasets.decoding import decode_image, read_size
 from datasets.storage import Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of
+from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of, show
 from utils.images import ImageSpec
 from utils.logs import setup_logging
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from utils.errors import DataError, one_line
+from utils.errors import DataError, one_line, show
 from utils.images import ImageSpec
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -32,12 +32,6 @@ class BadImageError(DataError):
     A missing file, a lack of permission or a disk that fails is a plain `DataError`: the next
     process may see something else there, so it must not decide which images are used.
     """
-
-
-def show(path: Path | str) -> str:
-    """`path` for a one-line message: unprintable names (line breaks, broken bytes) are escaped."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def has_image_suffix(name: str) -> bool:

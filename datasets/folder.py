@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
-from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size, show
+from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size
 from datasets.label_file import read_label_file
 from datasets.storage import ImageFileDataset, Listing, require_classes
 from utils.config import Config
-from utils.errors import DataError
+from utils.errors import DataError, show
 
 TEST_FOLDERS = ("test", "val")  # in order of preference
 BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "digits")

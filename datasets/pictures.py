@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.decoding import decode_image, fit_arrays, read_size, show
+from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of
 from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
-from utils.errors import DataError, one_line
+from utils.errors import DataError, show
+from utils.files import read_npz
 from utils.images import ImageSpec
 from utils.labels import LABELS_FILE
 
@@ -153,10 +153,10 @@ def _labels_in_folder(
 
 def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            images, labels = stored["arr_0"], stored.get("arr_1")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{show(path)}: cannot be read ({one_line(error)}); {FIX}") from error
+        arrays = read_npz(path, ["arr_0"], ["arr_1"])
+    except ValueError as error:
+        raise DataError(f"{show(path)}: cannot be read ({error}); {FIX}") from error
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
     allowed = images.ndim == 4 and images.shape[3] in (1, 3) and images.size
     if images.dtype != np.uint8 or not allowed:
         raise DataError(f"{show(path)}: arr_0 is {images.dtype} {images.shape}; {FIX}, C = 1 or 3")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from datasets.decoding import decode_image, show
-from utils.errors import DataError
+from datasets.decoding import decode_image
+from utils.errors import DataError, show
 from utils.images import ImageSpec
 
 

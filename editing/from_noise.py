@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -19,6 +18,7 @@ from generation.sampling import Sampling, evenly_spaced, sample_steps, sampler_n
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.errors import ConfigError, DataError
+from utils.files import read_npz
 
 FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
 
@@ -123,11 +123,10 @@ def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] |
     damaged, or not for images of this shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            x_T = stored["x_T"]
-            steps, scale = int(stored["num_inference_steps"]), float(stored["cfg_scale"])
-            labels = stored.get("labels")
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        needed = ("x_T", "num_inference_steps", "cfg_scale")
+        x_T, steps, scale, *labels = read_npz(path, needed, ["labels"]).values()
+        steps, scale, labels = int(steps), float(scale), labels[0] if labels else None
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
     if x_T.dtype != np.float32 or x_T.shape[1:] != shape or not len(x_T):
         needed = f"the model draws from float32 (N, {', '.join(map(str, shape))})"

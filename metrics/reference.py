@@ -7,7 +7,6 @@ the number of images and how the statistics were made, as JSON in `meta`.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.files import atomic_path
+from utils.files import atomic_path, read_npz
 
 BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
 
@@ -81,12 +80,11 @@ def read_reference(path: str | Path, dim: int) -> Reference:
     Raises a ConfigError if it is missing, damaged, would run code, or is of another network.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_npz(path, ["mu", "sigma"], ["meta", "num_images"])
         mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"
         raise ConfigError(f"--reference {path}: cannot be read ({error}); {needs}") from error
     if mu.shape != (dim,) or sigma.shape != (dim, dim):

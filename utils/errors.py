@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 EXIT_INCOMPLETE = 3  # evaluate.py --strict: a requested metric has no value
@@ -42,6 +43,12 @@ class MissingWeightsError(UserError):
 def one_line(error: object, limit: int = 200) -> str:
     """The message of an error on one line, cut to `limit` characters; without one, its class."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def show(path: Path | str) -> str:
+    """`path` for a one-line message: unprintable names (line breaks, broken bytes) are escaped."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
 
 
 def require(*packages: str) -> None:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import socket
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+import numpy as np
+from numpy.lib import format as npy
+
+from utils.errors import UserError, one_line
 
 KEY_DIGITS = 12
+# Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
+MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
+LOOKS_LIKE = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull gets it",
+    b"<": "a web page, not the file itself: download it again",
+    b"\x93NUMPY": "a single array: an .npy file, not an .npz",
+}
 
 
 @contextlib.contextmanager
@@ -84,3 +96,60 @@ def content_key(depends_on: Mapping[str, Any] | Sequence[Any]) -> str:
     """12 hex digits for a file name, which change with anything in `depends_on` (as JSON)."""
     content = json.dumps(depends_on, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def looks_like(path: Path) -> str | None:
+    """What a file with another content than its name says is known to be: a Git LFS pointer, a web
+    page, plain text. None if nothing is known of it; an OSError if it cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    for start, what in LOOKS_LIKE.items():
+        if head.startswith(start):
+            return what
+    is_text = head.isascii() and head.decode("ascii", "replace").split() and b"\0" not in head
+    return f"text ({one_line(head.decode('ascii'), 40)!r} ...)" if is_text else None
+
+
+def read_npz(
+    path: str | Path, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Read the arrays `names` of an .npz, and those of `optional` that it has; no others.
+
+    What an array will take is known from its header before it is read, and code in the file is
+    never run. Raises a ValueError that says in one line what is wrong, whatever it is: a missing,
+    foreign or damaged file, an absent array, one that grows out of proportion as it is unpacked.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ValueError("no such file" if not path.exists() else "not a regular file")
+        if not zipfile.is_zipfile(path):
+            raise ValueError(looks_like(path) or "no .npz file, or cut off")
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            if absent := [name for name in names if name not in members]:
+                holds = ", ".join(sorted(members)) or "nothing"
+                raise ValueError(f"no array {' or '.join(absent)} in it; it holds {holds}")
+            wanted = [name for name in (*names, *optional) if name in members]
+            return {name: _read_member(archive, members[name]) for name in wanted}
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged files
+        raise ValueError(one_line(error)) from error
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    info = archive.getinfo(name)
+    with archive.open(info) as file:
+        version = npy.read_magic(file)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        start = file.tell()
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which could run code")
+    if start + num_bytes != info.file_size:
+        raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
+    if num_bytes > max(UNCHECKED_BYTES, MAX_RATIO * info.compress_size):
+        sizes = f"{info.compress_size:,} bytes would become {num_bytes:,}"
+        raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
+    with archive.open(info) as file:
+        return npy.read_array(file, allow_pickle=False)
