@@ -1,5 +1,7 @@
 """The label file of a flat folder: JSON such as {"img1.jpg": 0, "more/img2.jpg": 1}.
 
+The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}.
+
 It may come from anybody, so no name in it leads out of the folder of the images, and no content of
 it costs more than a line of text.
 """
@@ -64,6 +66,12 @@ def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason})") from error
+    if pairs == (("labels", None),):
+        raise DataError(f"{show(path)}: has no labels (null); leave label_file out to use none")
+    if isinstance(pairs, tuple) and len(pairs) == 1 and isinstance(pairs[0][1], list):
+        entries = pairs[0][1] if pairs[0][0] == "labels" else [()]
+        if all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries):
+            pairs = tuple(map(tuple, entries))
     if not isinstance(pairs, tuple) or not pairs:
         kind = "one with no labels" if pairs == () else f"a {type(pairs).__name__}"
         raise DataError(f'{show(path)}: must be a mapping {{"img1.jpg": 0, ...}}, not {kind}')
