@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,10 +24,17 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
 SIZE_LIMIT = f"at most {MAX_PIXELS // 10**6} million pixels and {MAX_FILE_BYTES // 2**20} MiB"
-# Texts and colour profiles in PNG files, unpacked: whole ones have more than Pillow's 1 MiB
-PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _cut_text(packed: bytes) -> bytes:
+    """Of a text or colour profile in a PNG what Pillow allows. Its own function raises an error if
+    there is more, but this says nothing of the pixels."""
+    return zlib.decompressobj().decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK)
+
+
+PngImagePlugin._safe_zlib_decompress = _cut_text
 
 
 class BadImageError(DataError):

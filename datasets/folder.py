@@ -263,7 +263,7 @@ def _refuse_splits(folder: Path, images: dict[str, list[str]]) -> None:
             splits = [f"{name}/{part}" for part in sorted(folders) if _splits_in([part])]
     if splits:
         raise DataError(
-            f"{show(folder)}: {show('/ and '.join(splits[:3]))}/ look like splits, not classes; "
+            f"{show(folder)}: {show('/ and '.join(splits[:3]))}/: named like splits, not classes; "
             "splits are train/ and test/ alone in data_root, with class folders in them (or, with "
             "use_subdirs=False, images); classes of such names hold images directly: rename others"
         )

@@ -45,7 +45,8 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         what = looks_like(root) if root.is_file() else None
         raise DataError(f"{show(path)}: {what or fault}; {FIX}")
-    use_subdirs = bool(children_of(root).folders)
+    children = children_of(root)
+    use_subdirs = bool(children.folders) and not children.images
     labelled = not use_subdirs and (root / LABELS_FILE).is_file()
     return {
         "dataset": "custom",

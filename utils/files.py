@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,6 +30,7 @@ FOREIGN = re.compile(
     rb"(?P<Photoshop>8BPS)|(?P<video>.{4}ftyp|\x1aE\xdf\xa3)",
     re.DOTALL,
 )
+MAX_HEADER_BYTES = 10_000  # what numpy reads without a word on files one should trust
 LOOKS_LIKE = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull gets it",
     b"<": "a web page, not the file itself: download it again",
@@ -137,10 +139,12 @@ def read_npz(
             raise ValueError(looks_like(path) or "no .npz file, or cut off")
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            if len(members) < len(archive.namelist()):
-                raise ValueError("it holds two arrays of one name")
-            for info in archive.infolist():  # is each called the same in both places of the file?
-                archive.open(info).close()
+            # A damaged table of contents may lose an array, which would pass for an absent one
+            entries = archive.infolist()
+            if len(members) < len(entries) or any(entry.comment for entry in entries):
+                raise ValueError("its table of arrays is damaged, or has a name twice")
+            for entry in entries:  # is each called the same in both places of the file?
+                archive.open(entry).close()
             if absent := [name for name in names if name not in members]:
                 holds = ", ".join(sorted(members)) or "nothing"
                 raise ValueError(f"no array {' or '.join(absent)} in it; it holds {holds}")
@@ -156,10 +160,11 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
     with archive.open(info) as file:
-        version = npy.read_magic(file)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        start = file.tell()
+        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    version = npy.read_magic(head)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    start = head.tell()
     num_bytes = math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which could run code")
