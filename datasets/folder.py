@@ -39,7 +39,7 @@ _SPLIT_NAME = re.compile(
     _AROUND + "(?:" + "|".join(f"(?P<{k}>{v})" for k, v in SPLIT_WORDS.items()) + ")" + _AROUND
 )
 TEST_KINDS = ("test", "val")  # in order of preference
-# Thumbnails, waste baskets and the like of file servers, archives and systems; in lower case
+# Thumbnails, waste baskets and the like of file servers, archives and systems
 JUNK_FOLDERS = re.compile(
     r"@(eadir|tmp|recycle|recently-snapshot|sharebin)|#(recycle|snapshot|sharebin)|__macosx|"
     r"\$recycle\.bin|recycle[rd]|system volume information|lost\+found|__pycache__|"

@@ -10,6 +10,7 @@ from datasets.decoding import IMAGE_EXTENSIONS, bit_depth
 from datasets.storage import ImageDataset, Listing
 from utils.errors import show
 
+MAX_KINDS = 12  # of files, in one line
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
 
 
@@ -17,7 +18,10 @@ def passed_over(listing: Listing | None) -> list[str]:
     """A line on what lies there and is not used, most first, as `12 passed over: 8 .tif, ...`."""
     counts = listing.passed_over if listing else {}
     kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
-    names = show(", ".join(f"{counts[kind]} {kind}" for kind in kinds))
+    told = [f"{counts[kind]} {kind}" for kind in kinds[:MAX_KINDS]] + ["..."] * bool(
+        kinds[MAX_KINDS:]
+    )
+    names = show(", ".join(told))
     read = f"passed over: {names} (images are read from {' '.join(IMAGE_EXTENSIONS)})"
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []
 
