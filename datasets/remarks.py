@@ -10,7 +10,7 @@ from datasets.decoding import IMAGE_EXTENSIONS, bit_depth
 from datasets.storage import ImageDataset, Listing
 from utils.errors import show
 
-MAX_KINDS = 12  # of files, in one line
+MAX_KINDS = 20  # of files, in one line
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
 
 
