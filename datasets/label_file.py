@@ -18,6 +18,7 @@ from utils.errors import DataError, one_line, show
 
 MAX_BYTES = 2**27  # a few million images; reading takes about ten times as much memory
 MAX_SHOWN = 80  # characters of a name or label in a message
+NEEDED = 'must be a mapping {"img1.jpg": 0, ...}'
 
 
 def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
@@ -65,7 +66,7 @@ def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
         pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
-        raise DataError(f"{show(path)}: not readable as JSON ({reason})") from error
+        raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
     if pairs == (("labels", None),):
         raise DataError(f"{show(path)}: has no labels (null); leave label_file out to use none")
     if isinstance(pairs, tuple) and len(pairs) == 1 and isinstance(pairs[0][1], list):
@@ -74,7 +75,7 @@ def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
             pairs = tuple(map(tuple, entries))
     if not isinstance(pairs, tuple) or not pairs:
         kind = "one with no labels" if pairs == () else f"a {type(pairs).__name__}"
-        raise DataError(f'{show(path)}: must be a mapping {{"img1.jpg": 0, ...}}, not {kind}')
+        raise DataError(f"{show(path)}: {NEEDED}, not {kind}")
     return pairs
 
 

@@ -347,6 +347,8 @@ LABELS = {
     "triples": ({"labels": [["0.png", 0, 1]]}, "whole number"),
     "none": ({"labels": []}, "no labels"),
     "not alone": ({"labels": [["0.png", 0]], "2.png": 0}, "whole number"),
+    "a table": ("file,label\n0.png,0\n", 'must be a mapping {"img1.jpg": 0, ...}'),
+    "lines": ('{"file_name": "0.png"}\n{"file_name": "1.png"}\n', "must be a mapping"),
     "other name": ({"annotations": [["0.png", 0]]}, "whole number"),
 }
 
