@@ -15,13 +15,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images
-from datasets.decoding import decode_image, read_size
-from datasets.storage import Listing
+from datasets.decoding import bit_depth, decode_image, read_size
+from datasets.remarks import remarks
+from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
@@ -91,32 +93,22 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
     """
     entry = DATASETS[config.dataset]
     if entry.in_files is None:
-        images = build_dataset(config, split)
-        names = [f"image {i}" for i in range(len(images))]
-        listing = Listing(Path(config.data_root), names, images.labels.tolist(), images.class_names)
+        source = build_dataset(config, split)
+        names = [f"image {i}" for i in range(len(source))]
+        listing = Listing(Path(config.data_root), names, source.labels.tolist(), source.class_names)
     else:
-        listing = entry.in_files(config, split)
-    wanted_size = config.image_size or (entry.native and entry.native.shape[1:])
-
-    def examine(index: int) -> tuple[tuple[int, int], bytes]:
-        if entry.in_files is None:
-            size, image = images.spec.shape[1:], images[index][0]
-        else:
-            size = read_size(listing.path(index))
-            spec = ImageSpec(config.image_channels or 3, *(wanted_size or size), 0)
-            image = decode_image(listing.path(index), spec)
-        pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
-        return size, hashlib.blake2b(pixels, digest_size=16).digest()
-
+        source = listing = entry.in_files(config, split)
     names, labels = [show(name) for name in listing.names], listing.labels
-    sizes, first, bad = Counter(), {}, {}
+    sizes, brightest, first, bad = Counter(), {}, {}, {}
     duplicates, in_train, num_conflicts = [], [], 0
-    for index, result in enumerate(map_images(examine, len(names), "decoding all images")):
+    results = map_images(partial(examine, config, source), len(names), "decoding all images")
+    for index, result in enumerate(results):
         if isinstance(result, DataError):
             bad[names[index]] = str(result)
             continue
-        size, digest = result
+        size, digest, depth, value = result
         sizes[size] += 1
+        brightest[depth] = max(brightest.get(depth, 0), value)
         earlier = first.setdefault(digest, index)
         if earlier != index:
             duplicates.append([names[earlier], names[index]])
@@ -141,7 +133,25 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "duplicates": duplicates,
         "conflicting_labels": num_conflicts,
         "in_train": in_train,
+        "passed_over": dict(listing.passed_over),
+        "remarks": remarks(listing, brightest),
     }
+
+
+def examine(
+    config: Config, source: Listing | ImageDataset, index: int
+) -> tuple[tuple[int, ...], bytes, int, int]:
+    """(height, width) of an image before it is fitted, a digest of its pixels as training gets
+    them, the bits of a value in the file, and the largest value of a pixel."""
+    if isinstance(source, Listing):
+        path, native = source.path(index), DATASETS[config.dataset].native
+        size, depth = read_size(path), bit_depth(path)
+        wanted = config.image_size or (native.shape[1:] if native else size)
+        image = decode_image(path, ImageSpec(config.image_channels or 3, *wanted, 0))
+    else:
+        size, depth, image = source.spec.shape[1:], 8, source[index][0]
+    pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+    return size, hashlib.blake2b(pixels, digest_size=16).digest(), depth, int(image.max())
 
 
 def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
@@ -168,7 +178,7 @@ def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
         lines.append(_line(title, f"{len(facts[key])}{more}"))
         lines += [_line("", f"{one} = {two}") for one, two in facts[key][:NUM_SHOWN]]
         lines += [_line("", "...")] if len(facts[key]) > NUM_SHOWN else []
-    return lines
+    return lines + [_line("  note", line) for line in facts["remarks"]]
 
 
 def _line(title: str, text: object) -> str:

@@ -5,25 +5,36 @@ from __future__ import annotations
 import contextlib
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from utils.errors import DataError, one_line, show
+from utils.files import looks_like
 from utils.images import ImageSpec
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
 SIZE_LIMIT = f"at most {MAX_PIXELS // 10**6} million pixels and {MAX_FILE_BYTES // 2**20} MiB"
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _cut_text(packed: bytes) -> bytes:
+    """Of a text or colour profile in a PNG what Pillow allows. Its own function raises an error if
+    there is more, but this says nothing of the pixels."""
+    return zlib.decompressobj().decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK)
+
+
+PngImagePlugin._safe_zlib_decompress = _cut_text
 
 
 class BadImageError(DataError):
@@ -62,6 +73,13 @@ def decode_image(path: Path, spec: ImageSpec) -> Tensor:
         return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
 
 
+def bit_depth(path: Path) -> int:
+    """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
+    with _opened(path) as image:
+        wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
+        return 16 if wide else 8
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its pixels not. What the body raises is explained too."""
@@ -84,7 +102,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if isinstance(error, Image.DecompressionBombError):
             fault = f"image too large ({reason}); {SIZE_LIMIT}; shrink or remove it"
         elif isinstance(error, UnidentifiedImageError):
-            fault = f"not a readable PNG, JPEG, WebP or BMP image ({size}); replace or remove it"
+            fault = f"not a readable PNG, JPEG, WebP or BMP image ({size})"
+            fault += f", but {what}" if (what := looks_like(path)) else "; replace or remove it"
         elif isinstance(error, MemoryError):
             kind, fault = DataError, "not enough memory to decode it"
         elif isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no errno

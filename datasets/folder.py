@@ -1,20 +1,22 @@
 """Your own images: a folder per class, or a flat folder with or without a JSON file of labels.
 
     data_root/cat/1.png, data_root/dog/2.jpg           use_subdirs=True
-    data_root/train/cat/..., data_root/test/cat/...    use_subdirs=True, with a test split (or val/)
+    data_root/train/cat/..., data_root/Test set/...    use_subdirs=True, with a test split (or val/)
     data_root/1.png, label_file {"1.png": 0}           use_subdirs=False, label_file="labels.json"
     data_root/1.png                                    use_subdirs=False, unlabelled
 
-Hidden files and folders, and files that are no images by their extension, are passed over. Every
-other doubt is an error: nothing is guessed, relabelled or left out. (Images that cannot be decoded
-are replaced if `on_bad_image="skip"` asks for it.)
+Hidden files and folders, folders that only machines fill, and files that are no images by their
+extension are passed over, and counted in `Listing.passed_over`. Every other doubt is an error:
+nothing is guessed, relabelled or left out. (Images that cannot be decoded are replaced if
+`on_bad_image="skip"` asks for it.)
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,31 @@ from datasets.storage import ImageFileDataset, Listing, require_classes
 from utils.config import Config
 from utils.errors import DataError, show
 
-TEST_FOLDERS = ("test", "val")  # in order of preference
+# What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
+# images_val. The last of each are the Chinese words.
+SPLIT_WORDS = {
+    "train": "train|training|trn|\u8bad\u7ec3",
+    "test": "test|testing|tst|\u6d4b\u8bd5",
+    "val": "val|valid|validate|validation|dev|eval|evaluation|holdout|\u9a8c\u8bc1",
+}
+_AROUND = "(?:data|sets?|images?|imgs?|splits?|pictures|photos|files|samples|folder|\u96c6)*"
+_SPLIT_NAME = re.compile(
+    _AROUND + "(?:" + "|".join(f"(?P<{k}>{v})" for k, v in SPLIT_WORDS.items()) + ")" + _AROUND
+)
+TEST_KINDS = ("test", "val")  # in order of preference
+# Thumbnails, waste baskets and the like of file servers, archives and systems
+JUNK_FOLDERS = re.compile(
+    r"@(eadir|tmp|recycle|recently-snapshot|sharebin)|#(recycle|snapshot|sharebin)|__macosx|"
+    r"\$recycle\.bin|recycle[rd]|system volume information|lost\+found|__pycache__|"
+    r"network trash folder|temporary items",
+    re.IGNORECASE,
+).fullmatch
+# Files that lie beside images without being any, by extension or name, which no line need tell
+COMPANIONS = re.compile(
+    r"\.(txt|jsonl?|[ct]sv|md|rst|xml|ya?ml|toml|ini|cfg|db|log|html?|pdf|py|sh|url|names|lst)|"
+    r".*\(text\)"
+).fullmatch
+PLAIN_TEXTS = re.compile(r"readme|licen[sc]e|copying|notice|icon\r", re.IGNORECASE).fullmatch
 BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "digits")
 # What is wrong with a label_file beside use_subdirs=True
 BESIDE_SUBDIRS = (
@@ -38,7 +64,7 @@ class Children(NamedTuple):
 
     folders: list[str]
     images: list[str]  # files with the extension of an image
-    others: list[str]  # not sorted
+    others: Counter[str]  # how many other files, by their extension, and `junk/` folders
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
@@ -56,6 +82,18 @@ def build_custom(config: Config, split: str) -> ImageFileDataset:
 def has_test_folder(config: Config) -> bool:
     """Whether `data_root` is cut into train/ and test/ (or val/); raises as `build_custom` does."""
     return Path(config.data_root).is_dir() and "test" in _split_folders(config)
+
+
+def split_of(name: str) -> str | None:
+    """The split, a key of `SPLIT_WORDS`, that a folder of this name is; None if it is none."""
+    match = _SPLIT_NAME.fullmatch(re.sub(r"[\W\d_]+", "", name.casefold()))
+    return match and match.lastgroup
+
+
+def _splits_in(names: Iterable[str]) -> set[str]:
+    """The splits that the words of any of the names are, as in `seg_train` and `testA`."""
+    words = (re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])", name) for name in names)
+    return {split for name in words for word in name if (split := split_of(word))}
 
 
 def number_of_classes(config: Config) -> int | None:
@@ -89,7 +127,9 @@ def list_images(config: Config, split: str) -> Listing:
     if config.label_file is not None:
         listing = _list_labelled(config, root)
     else:
-        listing = _list_folder(config, folders[split], folders["train"])
+        listing = _list_folder(config, folders, split)
+    told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
+    listing = listing._replace(passed_over=told)
     if config.classes is None or not listing.class_names:
         return listing
     require_classes(config.classes, listing.labels, len(listing.class_names))
@@ -106,9 +146,10 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
     def refuse(error: OSError) -> None:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
-    children = Children([], [], [])
+    children = Children([], [], Counter())
     for path, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
+        folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
         if not deep:
             children.folders.extend(sorted(folders, key=os.fsencode))
             folders.clear()
@@ -120,9 +161,11 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
                 )
         inside = Path(path).relative_to(folder)
         for name in files:
-            if not name.startswith("."):
-                kind = children.images if has_image_suffix(name) else children.others
-                kind.append((inside / name).as_posix())
+            if has_image_suffix(name) and not name.startswith("."):
+                children.images.append((inside / name).as_posix())
+            elif not name.startswith("."):
+                text = " (text)" if PLAIN_TEXTS(name) else ""
+                children.others[Path(name).suffix.lower() or f"without extension{text}"] += 1
     children.images.sort(key=os.fsencode)
     return children
 
@@ -130,40 +173,42 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
 def _split_folders(config: Config) -> dict[str, Path]:
     """Folder of each split: train/ and test/ (or val/) in `data_root`, else itself for "train".
 
-    They count as splits if train/ holds what `use_subdirs` asks for: class folders, or images.
-    Raises a DataError if they look like splits of images without classes.
+    They count as splits if they hold what `use_subdirs` asks for, class folders or images, and
+    nothing but splits lies beside train/ where there is no test split. Raises a DataError if two
+    folders are one split.
     """
     root = Path(config.data_root)
     whole = children_of(root)
-    if config.label_file is not None or "train" not in whole.folders or whole.images:
+    if config.label_file is not None or whole.images:
         return {"train": root}
-    train = children_of(root / "train")
-    test = next((name for name in TEST_FOLDERS if name in whole.folders), None)
-    only_splits = set(whole.folders) <= {"train", *TEST_FOLDERS}
-    if config.use_subdirs and only_splits and test and not train.folders and train.images:
-        raise DataError(
-            f"{show(root)}: train/ and {test}/ hold images but no class folders; set "
-            "use_subdirs=False for images without classes, or rename them if they are classes"
-        )
-    wanted = train.folders if config.use_subdirs else train.images
-    if not wanted or not (test or only_splits):
+    named = defaultdict(list)
+    for name in filter(split_of, whole.folders):
+        inside = children_of(root / name)
+        if inside.folders if config.use_subdirs else inside.images:
+            named[split_of(name)].append(name)
+    test = next((kind for kind in TEST_KINDS if kind in named), None)
+    if "train" not in named or not (test or all(map(split_of, whole.folders))):
         return {"train": root}
-    return {"train": root / "train"} | ({"test": root / test} if test else {})
+    splits = {"train": named["train"]} | ({"test": named[test]} if test else {})
+    for split, names in splits.items():
+        if names[1:]:
+            both = show("/ and ".join(names))
+            raise DataError(f"{show(root)}: {both}/ are one split, {split}; keep one of them there")
+    return {split: root / names[0] for split, names in splits.items()}
 
 
-def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
-    """The images in the class folders of `folder`, or directly in it.
+def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listing:
+    """The images in the class folders of a split's folder, or directly in it.
 
     Args:
-        train: the folder whose class folders have the labels 0, 1, ...
+        folders: that of each split; the class folders of train have the labels 0, 1, ...
     """
-    root = Path(config.data_root)
+    root, folder, train = Path(config.data_root), folders[split], folders["train"]
     children = children_of(folder)
     inside = {name: children_of(folder / name, deep=True) for name in children.folders}
     filled = [f"{name}/" for name in inside if inside[name].images]
     class_names = children_of(train).folders if config.use_subdirs else []
-    wanted, unwanted = children.folders, children.images
-    needs = "a folder per class"
+    wanted, unwanted, needs = children.folders, children.images, "a folder per class"
     if not config.use_subdirs:
         wanted, unwanted, needs = children.images, filled, "the images directly in this folder"
     if unwanted or not wanted:
@@ -172,6 +217,8 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
             f"{_seen(children, filled)}; put all images there, or set "
             f"use_subdirs={not config.use_subdirs}"
         )
+    if config.use_subdirs:
+        _refuse_splits(folder, {name: files.images for name, files in inside.items()})
     if config.num_classes not in (None, len(class_names)):
         shown = show(", ".join(class_names[:5]) + (", ..." if class_names[5:] else ""))
         kind = f"class folders ({shown})" if class_names else "labels without label_file"
@@ -179,10 +226,14 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
             f"{show(root)}: num_classes={config.num_classes}, but there are {len(class_names)} "
             f"{kind}; set num_classes={len(class_names)} or leave it out"
         )
-    prefix = "" if folder == root else f"{folder.name}/"  # train/1.png is not test/1.png
+    passed_over, prefix = sum((files.others for files in inside.values()), children.others), ""
+    if folder != root:
+        prefix, beside = f"{folder.name}/", children_of(root)  # train/1.png is not test/1.png
+        unused = [name for name in beside.folders if root / name not in folders.values()]
+        passed_over += beside.others + Counter(f"{name}/" for name in unused)
     if not config.use_subdirs:
         names = [prefix + name for name in children.images]
-        return Listing(root, names, [0] * len(names), ())
+        return Listing(root, names, [0] * len(names), (), passed_over)
     names, labels = [], []
     for class_name, files in inside.items():
         fault = (
@@ -194,7 +245,28 @@ def _list_folder(config: Config, folder: Path, train: Path) -> Listing:
             raise DataError(f"{show(folder / class_name)}: {fault}")
         names += [f"{prefix}{class_name}/{name}" for name in files.images]
         labels += [class_names.index(class_name)] * len(files.images)
-    return Listing(root, names, labels, tuple(class_names))
+    return Listing(root, names, labels, tuple(class_names), passed_over)
+
+
+def _refuse_splits(folder: Path, images: dict[str, list[str]]) -> None:
+    """Raise a DataError if class folders, with these images, may be splits or hold splits.
+
+    A class may be called like a split if it holds images directly, unless all are.
+    """
+    nested = [name for name in images if all("/" in image for image in images[name])]
+    doubtful = list(images) if all(_splits_in([name]) for name in images) else nested
+    named = [name for name in doubtful if _splits_in([name])]
+    splits = named if any(map(split_of, nested)) or len(_splits_in(named)) > 1 else []
+    for name in images:
+        folders = {part for path in images[name] for part in path.split("/")[:-1]}
+        if len(_splits_in(folders)) > 1:
+            splits = [f"{name}/{part}" for part in sorted(folders) if _splits_in([part])]
+    if splits:
+        raise DataError(
+            f"{show(folder)}: {show('/ and '.join(splits[:3]))}/: named like splits, not classes; "
+            "splits are train/ and test/ alone in data_root, with class folders in them (or, with "
+            "use_subdirs=False, images); classes of such names hold images directly: rename others"
+        )
 
 
 def _seen(children: Children, filled: Sequence[str] = ()) -> str:
@@ -205,8 +277,7 @@ def _seen(children: Children, filled: Sequence[str] = ()) -> str:
     ]
     if places:
         return " and ".join(places)
-    suffixes = Counter(Path(name).suffix.lower() or "without extension" for name in children.others)
-    saw = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+    saw = ", ".join(f"{count} {suffix}" for suffix, count in children.others.most_common(5))
     return f"no images (looked for {' '.join(IMAGE_EXTENSIONS)}; saw {show(saw or 'no files')})"
 
 
@@ -218,7 +289,8 @@ def _list_labelled(config: Config, root: Path) -> Listing:
     if not path.is_file() and Path(config.label_file).is_file():
         path = Path(config.label_file)
     labels = read_label_file(path, root, config.num_classes)
-    unlisted = [name for name in children_of(root, deep=True).images if name not in labels]
+    children = children_of(root, deep=True)
+    unlisted = [name for name in children.images if name not in labels]
     if unlisted:
         raise DataError(
             f"{show(root / unlisted[0])}: not in {show(path)} ({len(unlisted)} image(s) without a "
@@ -226,7 +298,8 @@ def _list_labelled(config: Config, root: Path) -> Listing:
         )
     names = sorted(labels, key=os.fsencode)
     class_names = tuple(map(str, range(max(labels.values()) + 1)))
-    return Listing(root, names, [labels[name] for name in names], class_names)
+    in_order = [labels[name] for name in names]
+    return Listing(root, names, in_order, class_names, children.others)
 
 
 def _common_size(

@@ -1,5 +1,7 @@
 """The label file of a flat folder: JSON such as {"img1.jpg": 0, "more/img2.jpg": 1}.
 
+The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}.
+
 It may come from anybody, so no name in it leads out of the folder of the images, and no content of
 it costs more than a line of text.
 """
@@ -16,6 +18,7 @@ from utils.errors import DataError, one_line, show
 
 MAX_BYTES = 2**27  # a few million images; reading takes about ten times as much memory
 MAX_SHOWN = 80  # characters of a name or label in a message
+NEEDED = 'must be a mapping {"img1.jpg": 0, ...}'
 
 
 def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
@@ -63,10 +66,16 @@ def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
         pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
-        raise DataError(f"{show(path)}: not readable as JSON ({reason})") from error
+        raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
+    if pairs == (("labels", None),):
+        raise DataError(f"{show(path)}: has no labels (null); leave label_file out to use none")
+    if isinstance(pairs, tuple) and len(pairs) == 1 and isinstance(pairs[0][1], list):
+        entries = pairs[0][1] if pairs[0][0] == "labels" else [()]
+        if all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries):
+            pairs = tuple(map(tuple, entries))
     if not isinstance(pairs, tuple) or not pairs:
         kind = "one with no labels" if pairs == () else f"a {type(pairs).__name__}"
-        raise DataError(f'{show(path)}: must be a mapping {{"img1.jpg": 0, ...}}, not {kind}')
+        raise DataError(f"{show(path)}: {NEEDED}, not {kind}")
     return pairs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from datasets.decoding import decode_image, fit_arrays, read_size
-from datasets.folder import build_custom, children_of
+from datasets.folder import build_custom, children_of, has_test_folder
+from datasets.remarks import passed_over
 from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.files import read_npz
+from utils.files import looks_like, read_npz
 from utils.images import ImageSpec
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images or an .npz with arr_0, uint8 (N, H, W, C)"
 MAX_NAMED = 20  # classes named in one message
+
+log = logging.getLogger("diffusion")
 
 
 class Pictures(NamedTuple):
@@ -38,8 +42,11 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
     """
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{show(path)}: no such folder; {FIX}")
-    use_subdirs = bool(children_of(root).folders)
+        fault = "is a file, not a folder" if root.exists() else "no such folder"
+        what = looks_like(root) if root.is_file() else None
+        raise DataError(f"{show(path)}: {what or fault}; {FIX}")
+    children = children_of(root)
+    use_subdirs = bool(children.folders) and not children.images
     labelled = not use_subdirs and (root / LABELS_FILE).is_file()
     return {
         "dataset": "custom",
@@ -60,21 +67,27 @@ def read_pictures(
     """The pictures at `path` and their classes.
 
     In a folder of folders, these are named as the classes, or by their numbers. A flat folder may
-    have a `labels.json`, an .npz `arr_1` (N,), with class numbers. Raises a DataError if there are
-    no pictures, broken ones, or labels that are no classes.
+    have a `labels.json`, an .npz `arr_1` (N,), with class numbers. What else lies in a folder is
+    told in a warning. Raises a DataError if there are no pictures, broken ones, several splits, or
+    labels that are no classes.
 
     Args:
         class_names: those of the data set that the pictures imitate; empty if it has none.
-        image_size: (height, width) to bring files to; None: they have one size.
-        image_channels: 1 or 3, for files; None: 3.
+        image_size: (height, width) to bring them to; None: they have one size.
+        image_channels: 1 or 3; None: 3 for files, those of the array in an .npz.
     """
     path = Path(path)
-    if path.suffix == ".npz":
-        images, labels = _read_npz(path)
+    if path.suffix.lower() == ".npz":
+        arrays, labels = _read_npz(path)
+        images = _in_memory(fit_arrays(arrays, image_size, image_channels))
     else:
         settings = folder_settings(path) | {"label_file": None}
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
+        if has_test_folder(config):
+            raise DataError(f"{show(path)}: holds splits; name the folder of one of them")
         images = build_custom(config, "train")
+        for line in passed_over(images.listing):
+            log.warning("%s: %s", show(path), line)
         labels = _labels_in_folder(path, images, class_names)
     if labels is None:
         reason = f"{path} has no labels: no folder per class, no {LABELS_FILE}, no arr_1"
@@ -98,16 +111,11 @@ def fitted_pictures(
     Cropped and resized as the images of a data set are, see `decoding.fit_image`.
     """
     path, size = Path(path), (spec.height, spec.width)
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == ".npz":
         return read_pictures(path, class_names, image_size=size, image_channels=spec.channels)
-    if path.suffix != ".npz":
-        if not path.is_file():
-            raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-        return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
-    pictures = read_pictures(path, class_names)
-    images = torch.stack([pictures.data[i][0] for i in range(len(pictures.data))])
-    arrays = images.permute(0, 2, 3, 1).squeeze(3).numpy()
-    return pictures._replace(data=_in_memory(fit_arrays(arrays, size, spec.channels)))
+    if not path.is_file():
+        raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
+    return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:
@@ -151,7 +159,8 @@ def _labels_in_folder(
         ) from error
 
 
-def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
+def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:
+    """uint8 (N, H, W) or (N, H, W, 3), and the labels."""
     try:
         arrays = read_npz(path, ["arr_0"], ["arr_1"])
     except ValueError as error:
@@ -164,8 +173,8 @@ def _read_npz(path: Path) -> tuple[InMemoryDataset, list[int] | None]:
         raise DataError(
             f"{show(path)}: arr_1 is {labels.dtype} {labels.shape}, not {len(images)} integers"
         )
-    dataset = _in_memory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
-    return dataset, None if labels is None else labels.tolist()
+    grey = images.shape[3] == 1
+    return images[..., 0] if grey else images, None if labels is None else labels.tolist()
 
 
 def _in_memory(images: Tensor) -> InMemoryDataset:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets import build_dataset, has_test_split
 from datasets.loader import image_batches
+from datasets.remarks import passed_over
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError
@@ -34,6 +35,7 @@ class RealImages:
     fingerprint: str
     split: str = "train"
     class_names: tuple[str, ...] = ()
+    passed_over: Sequence[str] = ()  # a line about what lies there too, or none
 
     @property
     def num_classes(self) -> int:
@@ -84,6 +86,7 @@ def real_sets(
     def images_of(name: str) -> RealImages:
         with runtime.main_first():  # it may download
             dataset = build_dataset(config, name)
+        listing = getattr(dataset, "listing", None)
         return RealImages(
             labels=dataset.labels.cpu(),
             indices=chosen_images(len(dataset), limit if name == split else None),
@@ -94,6 +97,7 @@ def real_sets(
             fingerprint=dataset.fingerprint,
             split=name,
             class_names=tuple(dataset.class_names),
+            passed_over=passed_over(listing),
         )
 
     train, test = images_of("train"), None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,6 +68,8 @@ class Listing(NamedTuple):
     names: list[str]  # paths relative to root with `/`, in the order of the data set
     labels: list[int]  # one per name, in [0, len(class_names)); all 0 when unlabelled
     class_names: tuple[str, ...]  # empty when unlabelled
+    # How many files of an extension, and folders (`name/`), lie there and are not used
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
@@ -119,8 +122,9 @@ class ClassSubset(Subset):
         indices = torch.isin(dataset.labels, wanted).nonzero()[:, 0]
         super().__init__(dataset, indices.tolist())
         self.labels = dataset.labels[indices]
-        if hasattr(dataset, "names"):  # of files, for messages
-            self.names = [dataset.names[i] for i in self.indices]
+        if hasattr(dataset, "listing"):  # of files, for messages
+            self.listing = dataset.listing.take(self.indices)
+            self.names = self.listing.names
         text = f"{dataset.fingerprint} {wanted.tolist()}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -125,7 +126,8 @@ def read_latents(path: str, shape: tuple[int, ...]) -> tuple[Tensor, list[int] |
     try:
         needed = ("x_T", "num_inference_steps", "cfg_scale")
         x_T, steps, scale, *labels = read_npz(path, needed, ["labels"]).values()
-        steps, scale, labels = int(steps), float(scale), labels[0] if labels else None
+        steps, scale = operator.index(steps.item()), float(scale)
+        labels = labels[0] if labels else None
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not what edit.py invert writes ({error})") from error
     if x_T.dtype != np.float32 or x_T.shape[1:] != shape or not len(x_T):

@@ -27,7 +27,7 @@ from metrics.reference import read_reference
 from metrics.report import Report, read_report, save_sweep, summary
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
 from utils.labels import requested_labels
 from utils.precision import resolve_precision
@@ -186,6 +186,8 @@ def compared_with(
         )
     except DataError as error:
         return Real(None, f"no real images: {error}", statistics)
+    for line in sets.reference.passed_over:
+        log.warning("%s: %s", show(config.data_root), line)
     return Real(sets, None, statistics, config.dataset, flip=default_flip(config))
 
 

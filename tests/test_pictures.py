@@ -163,7 +163,8 @@ def test_sizes_that_differ_are_not_compared(tmp_path):
     images = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
     images[:, :, 3] = torch.arange(4, dtype=torch.uint8)[:, None, None] + 1
     path = write_npz(tmp_path / "big.npz", images, None)
-    report = score(path, tmp_path / "out", "--metrics", "memorization,sanity")
+    own_sizes = ("--metrics", "memorization,sanity", "image_size=none")
+    report = score(path, tmp_path / "out", *own_sizes)
     reason = report["metrics"]["memorization"]["reason"]
     assert reason == "these images are 1 x 16 x 16, the real ones 1 x 8 x 8"
     assert report["metrics"]["sanity"]["value"] == 1

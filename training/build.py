@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets.remarks import remarks_on
 from models import backend_of
 from training.job import Job
 from training.learner import Learner
@@ -23,11 +24,12 @@ from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import Config, warnings_of
 from utils.distributed import describe_device
-from utils.errors import UserError
+from utils.errors import UserError, show
 from utils.images import save_image, to_uint8
 from utils.labels import NULL_LABEL
 
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
+CLASSES_NAMED = 5
 DROPPED = "none"  # on the sheet: the class was left out, for guidance
 
 log = logging.getLogger("diffusion")
@@ -111,13 +113,17 @@ def log_start(job: Job) -> None:
         log.warning(warning)
     device = f"{describe_device(runtime.device)}, {job.precision}"
     size = "x".join(map(str, spec.shape))
-    classes = f"{spec.num_classes} classes" if spec.num_classes else "unlabelled"
+    names = job.dataset.class_names
+    shown = show(", ".join(names[:CLASSES_NAMED])) + (", ..." if names[CLASSES_NAMED:] else "")
+    classes = f"{spec.num_classes} classes ({shown})" if spec.num_classes else "unlabelled"
     used = "conditional" if config.conditional else "unconditional"
     count = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     log.info(f"run:    {config.run_dir}")
     log.info(f"device: {device}, {runtime.world_size} process(es), torch {torch.__version__}")
     log.info(f"data:   {config.dataset}, {len(job.dataset)} images {size}, {classes}")
+    for line in remarks_on(job.dataset) if runtime.is_main else ():
+        log.warning(f"data:   {line}")
     log.info(f"model:  {config.model_type}, {count / 1e6:.2f} M parameters, {used}")
     if trained < count:
         part = f"{trained / 1e6:.3f} M of them, {100 * trained / count:.1f} %"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, show
 
 KEY_DIGITS = 12
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
+# Images that nothing here reads, whatever their name
+FOREIGN = re.compile(
+    rb"(?P<GIF>GIF8)|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<AVIF>.{4}ftypavi)|(?P<SVG><svg)|(?P<PDF>%PDF)|"
+    rb"(?P<HEIC>.{4}ftyp(?:hei|hev|mif|msf))|(?P<JPEG_XL>\xff\n|.{4}JXL )|(?P<JPEG_2000>.{4}jP  )|"
+    rb"(?P<Photoshop>8BPS)|(?P<video>.{4}ftyp|\x1aE\xdf\xa3)",
+    re.DOTALL,
+)
+MAX_HEADER_BYTES = 10_000  # what numpy reads without a word on files one should trust
 LOOKS_LIKE = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull gets it",
     b"<": "a web page, not the file itself: download it again",
@@ -102,7 +112,9 @@ def looks_like(path: Path) -> str | None:
     """What a file with another content than its name says is known to be: a Git LFS pointer, a web
     page, plain text. None if nothing is known of it; an OSError if it cannot be read."""
     with path.open("rb") as file:
-        head = file.read(64).lstrip()
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if match := FOREIGN.match(head):
+        return f"{match.lastgroup} content under another name: convert it"
     for start, what in LOOKS_LIKE.items():
         if head.startswith(start):
             return what
@@ -127,29 +139,40 @@ def read_npz(
             raise ValueError(looks_like(path) or "no .npz file, or cut off")
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            # A damaged table of contents may lose an array, which would pass for an absent one
+            entries = archive.infolist()
+            if len(members) < len(entries) or any(entry.comment for entry in entries):
+                raise ValueError("its table of arrays is damaged, or has a name twice")
+            for entry in entries:  # is each called the same in both places of the file?
+                archive.open(entry).close()
             if absent := [name for name in names if name not in members]:
                 holds = ", ".join(sorted(members)) or "nothing"
                 raise ValueError(f"no array {' or '.join(absent)} in it; it holds {holds}")
             wanted = [name for name in (*names, *optional) if name in members]
-            return {name: _read_member(archive, members[name]) for name in wanted}
+            size = path.stat().st_size
+            return {name: _read_member(archive, members[name], size) for name in wanted}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged files
-        raise ValueError(one_line(error)) from error
+        raise ValueError(show(one_line(error))) from error
 
 
-def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
     info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that numpy does not write")
     with archive.open(info) as file:
-        version = npy.read_magic(file)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        start = file.tell()
+        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    version = npy.read_magic(head)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    start = head.tell()
     num_bytes = math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which could run code")
     if start + num_bytes != info.file_size:
         raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
-    if num_bytes > max(UNCHECKED_BYTES, MAX_RATIO * info.compress_size):
-        sizes = f"{info.compress_size:,} bytes would become {num_bytes:,}"
+    packed = min(info.compress_size, archive_bytes)  # a hostile file claims any size
+    if num_bytes > max(UNCHECKED_BYTES, MAX_RATIO * packed):
+        sizes = f"{packed:,} bytes would become {num_bytes:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
         return npy.read_array(file, allow_pickle=False)

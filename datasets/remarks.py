@@ -1,0 +1,60 @@
+"""What is odd about a data set although it can be trained on: a line each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from datasets.bad_images import map_images
+from datasets.decoding import IMAGE_EXTENSIONS, bit_depth
+from datasets.storage import ImageDataset, Listing
+from utils.errors import show
+
+MAX_KINDS = 20  # of files, in one line
+NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
+
+
+def passed_over(listing: Listing | None) -> list[str]:
+    """A line on what lies there and is not used, most first, as `12 passed over: 8 .tif, ...`."""
+    counts = listing.passed_over if listing else {}
+    kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    told = [f"{counts[kind]} {kind}" for kind in kinds[:MAX_KINDS]] + ["..."] * bool(
+        kinds[MAX_KINDS:]
+    )
+    names = show(", ".join(told))
+    read = f"passed over: {names} (images are read from {' '.join(IMAGE_EXTENSIONS)})"
+    return [f"{sum(counts.values())} files or folders {read}"] if counts else []
+
+
+def remarks(listing: Listing, brightest: Mapping[int, int]) -> list[str]:
+    """All lines on a listing; `brightest` is the largest 8-bit value of any file, by bit depth."""
+    folded = Counter(name.casefold() for name in listing.class_names)
+    twins = [name for name in listing.class_names if folded[name.casefold()] > 1]
+    lines = passed_over(listing)
+    if twins:
+        lines.append(f"classes that differ in case alone: {show(', '.join(twins[:4]))}")
+    for depth, value in sorted(brightest.items()):
+        unused = 8 - value.bit_length()
+        if unused:
+            lines.append(
+                f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
+                "come out dark; scale their values to the full range"
+            )
+    return lines
+
+
+def remarks_on(dataset: ImageDataset) -> list[str]:
+    """`remarks` on images in files, some of which are decoded; nothing on others."""
+    listing = getattr(dataset, "listing", None)
+    if listing is None:
+        return []
+    tried = range(0, len(listing.names), -(-len(listing.names) // NUM_TRIED))
+    brightest: dict[int, int] = {}
+
+    def measure(i: int) -> tuple[int, int]:
+        return bit_depth(listing.path(tried[i])), int(dataset[tried[i]][0].max())
+
+    for result in map_images(measure, len(tried), "trying images"):
+        if isinstance(result, tuple):  # a broken image stops training in its own time
+            brightest[result[0]] = max(brightest.get(result[0], 0), result[1])
+    return remarks(listing, brightest)
