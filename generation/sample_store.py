@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import atomic_path
+from utils.checkpoint import has_its_checksum, save_checked
 from utils.images import save_image
 from utils.labels import save_labels
 
@@ -41,6 +41,7 @@ def resumed(
         share: global indices of the images.
         draw: makes the images of a range of indices: uint8 (b, C, H, W), batch by batch.
     """
+    damaged: set[int] = set()  # indices of images that are drawn although they are stored
     stored = {}  # index of an image -> the file that holds it, and the first index in there
     for path in sorted(folder.glob(FILES)):
         first, stop = map(int, path.stem.split("_")[1:])
@@ -58,14 +59,18 @@ def resumed(
                 yield from draw(range(indices[0], indices[-1] + 1))
             else:
                 path, first = file
-                yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
+                if has_its_checksum(path):
+                    yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
+                    continue
+                log.info("%s is damaged, or has no checksum: its images are drawn again", path)
+                damaged.update(indices)
+                yield from draw(range(indices[0], indices[-1] + 1))
 
     def keep(start: int, images: Tensor) -> None:
-        if start not in stored:
+        if start not in stored or start in damaged:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"images_{start:08d}_{start + len(images):08d}.npy"
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, images.numpy())
+            save_checked(path, lambda file: (np.save(file, images.numpy()), file.write(bytes(2))))
 
     with tqdm(total=len(share), unit="image", disable=not show_progress) as bar:
         for images in _written(read_or_drawn(), share.start, keep, "kept for a restart"):
