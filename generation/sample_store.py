@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import has_its_checksum, save_checked
 from utils.images import save_image
-from utils.labels import save_labels
+from utils.labels import forget_labels
 
 # A file is named by the index of its first image, and by that of its last image + 1.
 FILES = f"images_{'[0-9]' * 8}_{'[0-9]' * 8}.npy"
@@ -87,28 +87,28 @@ def remove(folder: Path) -> None:
 
 
 def saved(
-    batches: Iterable[Tensor], folder: Path, start: int, labels: Sequence[int] | None = None
+    batches: Iterable[Tensor], folder: Path, start: int, complete: list[Path]
 ) -> Iterator[Tensor]:
-    """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ...
-
-    Args:
-        labels: the classes of all images, by global index; written to labels.json with image 0.
-    """
-    if labels is not None and start == 0:
-        with contextlib.suppress(OSError):  # the images will say so
-            save_labels(folder, labels)
+    """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
+    labels; `complete` gets the folder once all are there."""
 
     def save(first: int, images: Tensor) -> None:
+        if first == start:
+            forget_labels(folder)
         for i, image in enumerate(images, first):
             save_image(folder / f"{i:06d}.png", image)
 
-    return _written(batches, start, save, "all saved")
+    return _written(batches, start, save, "all saved", lambda: complete.append(folder))
 
 
 def _written(
-    batches: Iterable[Tensor], start: int, write: Callable[[int, Tensor], None], how: str
+    batches: Iterable[Tensor],
+    start: int,
+    write: Callable[[int, Tensor], None],
+    how: str,
+    end: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
-    """Pass `batches` on, each after `write(index of its first image, images)`.
+    """Pass `batches` on, each after `write(index of its first image, images)`; then call `end`.
 
     A disk that refuses costs the files alone: it is told once, and the images still go on.
     """
@@ -122,3 +122,5 @@ def _written(
             log.warning("images from %06d on are not %s: %s", start, how, error)
         yield images
         start += len(images)
+    if writable:
+        end()

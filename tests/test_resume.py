@@ -80,7 +80,7 @@ FREE = {
 
 @pytest.fixture(autouse=True)
 def _settings_alone(monkeypatch):
-    """The checkpoints here hold no weights: what else keeps one from going on is tested elsewhere"""
+    """The checkpoints here hold no weights: all but the settings is tested elsewhere"""
     monkeypatch.setattr("training.resume.check_goes_on", lambda path, state: None)
 
 

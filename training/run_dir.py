@@ -72,8 +72,8 @@ def _is_running(pid: int) -> bool:
 def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Keep other processes from training into `folder`. The lock dies with its process.
 
-    Yields what tells whether the folder is still the one that was locked: it may be removed, renamed
-    or replaced meanwhile, and then another run may have one of that name.
+    Yields what tells whether the folder is still the one that was locked: it may be removed,
+    renamed or replaced meanwhile, and then another run may have one of that name.
 
     A record lock, not `flock`: workers forked by a data loader do not inherit it, so a run can go
     on at once after a kill -9 although its workers still live for seconds.
@@ -162,7 +162,9 @@ class Status:
             try:
                 write_text(self._path, text)
             except OSError as error:
-                if self._facts["exit_code"] is not None:  # the last word needs no room of its own
+                if (
+                    self._facts.get("exit_code") is not None
+                ):  # the last word needs no room of its own
                     with contextlib.suppress(OSError), open(self._path, "r+b", 0) as file:
                         file.write(text.encode())
                         return

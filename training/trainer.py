@@ -180,8 +180,8 @@ class Trainer:
     def _stop_early(self, signal_name: str | None) -> int:
         if self.runtime.any(not self.saver.status.is_ours()):
             raise UserError(
-                f"stopped at step {self.step}: {self.saver.folder} was removed, renamed or replaced "
-                "while this run wrote there; nothing more is written. Start it again"
+                f"stopped at step {self.step}: {self.saver.folder} was removed, renamed or "
+                "replaced while this run wrote there; nothing more is written. Start it again"
             )
         why = signal_name or "another process's signal"
         log.info("%s: stopping at step %d: saving", why, self.step)
