@@ -25,6 +25,7 @@ import runs
 import sample
 import train
 from generation.sample_store import resumed
+from metrics import classifier
 from reporting.run_files import facts_of, find_runs
 from reporting.runs import render_report
 from tests.conftest import ROOT, TINY_CONFIG
@@ -142,7 +143,6 @@ STATES = {
     "no weights": (put("model_state_dict", value={}), "is missing"),
     "weights of numbers": (put("model_state_dict", value={"a": 1}), "model_state_dict cannot be"),
     "one more weight": (
-        put("model_state_dict", "more", value=torch.ones(2)) if False else
         lambda state: state["model_state_dict"].update(more=torch.ones(2)),
         "model_state_dict.more is not expected",
     ),
