@@ -158,7 +158,7 @@ def read_series(path: Path) -> tuple[Series, int]:
                 row = {key: math.nan for key in columns if key.startswith("train/")} | row
             for key, value in row.items():
                 columns.setdefault(key, array("d")).extend((step, value))
-    return {key: np.array(column).reshape(-1, 2) for key, column in columns.items()}, num_torn
+    return {key: np.frombuffer(column).reshape(-1, 2) for key, column in columns.items()}, num_torn
 
 
 def parse_row(line: str) -> dict[str, float] | None:

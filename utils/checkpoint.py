@@ -27,8 +27,7 @@ BEST, CURRENT = "best_model.pth", "current_model.pth"
 FOLDER_ATTRIBUTE = 0x10  # the folder bit of MS-DOS, which no checksum covers
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
 MAX_ENTRIES, MAX_DEPTH = 10**6, 30  # of a whole file; lists may hold one another many times over
-MAX_COUNT = 2**53  # above it a number is no count of anything
-MAX_SIDE, MAX_CLASSES = 2**14, 2**20
+MAX_COUNT, MAX_SIDE, MAX_CLASSES = 2**53, 2**14, 2**20  # above it a number is no count of these
 # What every config has said since the first format: without it the weights mean nothing.
 CONFIG_KEYS = {"seed", "batch_size", "model_type", "model_params", "conditional"}
 CONFIG_KEYS |= {"num_timesteps", "beta_schedule", "prediction_type"}
@@ -124,6 +123,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{show(path)}: no such checkpoint")
     try:
+        _check_members(path)
         is_whole = has_its_checksum(path)
         damaged = None if is_whole else _damaged_member(path)
         state = read_tensors(path) if not damaged else {}
@@ -142,17 +142,11 @@ def read_tensors(path: Path, *, needs_checksum: bool = False) -> Any:
     """Read what torch.save wrote: tensors, on the CPU, and plain types. No code in it is run.
 
     It takes no more memory than the file has bytes. Raises whatever torch and zipfile do for a
-    foreign file, and a ValueError for one that is made to take more, or less, than it says.
+    foreign file, and a ValueError for one that is made to take more.
     """
     if needs_checksum and not has_its_checksum(path):
         raise ValueError("its checksum is wrong, or missing")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-        if any(m.compress_type for m in members):  # torch.save never does; zeros would fill memory
-            raise ValueError("compressed, as torch.save never does; unpack and save it again")
-        if sum(m.file_size for m in members) > path.stat().st_size:
-            raise ValueError("its parts overlap")
+    _check_members(path)
     content = torch.load(path, map_location="cpu", weights_only=True)
     storages, todo, count = {}, [(content, 0)], 0
     while todo:
@@ -175,6 +169,16 @@ def read_tensors(path: Path, *, needs_checksum: bool = False) -> Any:
     return content
 
 
+def _check_members(path: Path) -> None:
+    """Raise a ValueError for a zip that unpacks to more than it is: zeros would fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members, size = archive.infolist(), path.stat().st_size
+    if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError("its parts are compressed or overlap, as torch.save never leaves them")
+
+
 def load_weights(path: Path) -> dict[str, Any]:
     """Read and verify what `exporting.safetensors.save_weights` wrote: that part of what
     `load_checkpoint` gives that `WEIGHTS_FACTS` lists, with `ema_model_state_dict` or
@@ -193,8 +197,7 @@ def load_weights(path: Path) -> dict[str, Any]:
         reason = one_line(error)
         raise CheckpointError(f"{show(path)}: cannot be read as safetensors ({reason})") from error
     if missing := [k for k in (*WEIGHTS_FACTS, WEIGHTS_CHECKSUM) if k not in metadata]:
-        message = f"not written by export.py, its metadata lacks {missing}"
-        raise CheckpointError(f"{show(path)}: {message}")
+        raise CheckpointError(f"{path}: not written by export.py, its metadata lacks {missing}")
     if metadata[WEIGHTS_CHECKSUM] != checksum_of_weights(weights, facts):
         raise CheckpointError(f"{show(path)}: damaged (it is not what was written)")
     check_state(path, state | {"model_state_dict": weights})
@@ -337,8 +340,7 @@ def newest_checkpoint(
 
 def epochs_saved(run_dir: Path) -> dict[int, Path]:
     """The `model_epoch_*.pth` files by epoch, ascending; none in a folder that does not exist."""
-    files = (path for path in run_dir.glob("*.pth") if os.path.isfile(path))
-    named = ((EPOCH_PATTERN.fullmatch(path.name), path) for path in files)
+    named = ((EPOCH_PATTERN.fullmatch(p.name), p) for p in run_dir.glob("*.pth") if p.is_file())
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
