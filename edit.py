@@ -19,11 +19,11 @@ from diffusion import SAMPLERS
 from editing import COMMANDS
 from editing.command import Job
 from generation.run import load_run_of
-from utils.cli import Parser, add_sampling_options, new_parser, parse_args
+from utils.cli import Parser, add_sampling_options, image_count, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of
-from utils.files import make_output_dir
+from utils.files import check_output_name, make_output_dir
 from utils.logs import setup_logging
 
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = command.run.__doc__ or ""
         sub = new_parser(text, partial(parsers.add_parser, name, help=text))
         add_sampling_options(sub, SAMPLERS, sweep=command.sweeps)
-        sub.add_argument("--batch_size", type=int, default=64, help="images sampled at a time")
+        sub.add_argument("--batch_size", type=image_count, default=64, help="images at a time")
         sub.add_argument("--output_dir", default="samples", help="where files go")
         sub.add_argument("--output_name", default=name, help=f"their name (default: {name})")
         for names, settings in command.options.items():
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, least in (("batch_size", 1), ("seed", 0)):
             if (value := getattr(args, name)) is not None and value < least:
                 raise ConfigError(f"--{name} {value}: must be {least} or more")
+        check_output_name(args.output_name)
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
         say(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
         if args.dry_run:

@@ -21,11 +21,11 @@ from generation.run import CONFIG_CHECKS, Run, load_run_of
 from metrics import METRICS, check_metric_names, networks_of
 from metrics.evaluation import Evaluation
 from metrics.report import code_version, read_report, report_path
-from utils.cli import add_sampling_options, new_parser, parse_args
+from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of
-from utils.files import make_output_dir
+from utils.files import is_writable, make_output_dir
 from utils.labels import LABEL_MODES
 from utils.logs import setup_logging
 
@@ -43,15 +43,16 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--images", metavar="DIR|NPZ", help="score these pictures instead of a checkpoint's")
     add("--metrics", help=f"of {','.join(METRICS)}, or all; default: the config's eval_metrics")
-    add("--num_samples", "--n", type=int, help="images; default: the config's eval_num_samples")
-    add("--repeats", type=int, help="sets of images with seeds of their own (default: 1)")
+    images = "images; default: the config's eval_num_samples"
+    add("--num_samples", "--n", type=image_count, help=images)
+    add("--repeats", type=image_count, help="sets of images with seeds of their own (default: 1)")
     add("--preset", choices=list(PRESETS), help="64 images, 5,000, or 3 sets of 50,000")
     add("--label_mode", help=f"{', '.join(LABEL_MODES)} or a class; default: balanced")
     add("--real_split", choices=datasets.SPLITS, default="train", help="images to compare with")
-    add("--num_real", type=int, help="how many of them; default: all")
+    add("--num_real", type=image_count, help="how many of them; default: all")
     add("--reference", metavar="NPZ|DIR", help="compare with mu and sigma (fid), or a folder")
     add("--write_reference", metavar="NPZ", help="write those of the real images (needs fid)")
-    add("--batch_size", type=int, default=128, help="images at a time, on each process")
+    add("--batch_size", type=image_count, default=128, help="images at a time, on each process")
     add("--save_images_dir", help="also write every image there as 000000.png ...")
     add("--keep_samples", action="store_true", help="keep the images for another evaluation")
     add("--output", help="report file (.json) or its folder; default: eval/ beside the checkpoint")
@@ -117,7 +118,7 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         images.generated,
         real,
         runtime=runtime,
-        cache_dir=images.home,
+        cache_dir=images.home if is_writable(images.home) else path.parent,
         weights={n.name: getattr(args, n.flag.strip("-")) for n in networks_of(METRICS)},
         download=not args.dry_run,
     )

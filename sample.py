@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,19 @@ from generation.run import Run, check_labels, load_run_of
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.cli import add_sampling_options, new_parser, parse_args, parse_int_list
+from utils.cli import (
+    MAX_IMAGES,
+    add_sampling_options,
+    image_count,
+    new_parser,
+    parse_args,
+    parse_int_list,
+)
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of
-from utils.files import check_picture_folder, make_output_dir
-from utils.labels import save_labels
+from utils.files import check_output_name, check_picture_folder, make_output_dir, write_each
+from utils.labels import save_images
 from utils.logs import setup_logging
 
 MAX_GIF_FRAMES = 60
@@ -34,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     add_sampling_options(parser, SAMPLERS)
     add = parser.add_argument
-    add("--num_samples", "--n", type=int, help="number of images; default: the config's")
-    add("--batch_size", type=int, default=64, help="images sampled at a time")
+    add("--num_samples", "--n", type=image_count, help="number of images; default: the config's")
+    add("--batch_size", type=image_count, default=64, help="images sampled at a time")
     add("--output_dir", default="samples", help="where files go (default: samples)")
     add("--output_name", default="samples", help="their name (default: samples)")
     add("--labels", type=parse_int_list, help="classes to draw, e.g. 0,1,2 or 0-9; default: all")
@@ -55,6 +63,8 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
     default = len(args.seeds) if args.seeds else run.config.num_samples
     num_samples = default if args.num_samples is None else args.num_samples
     seed = run.config.seed if args.seed is None else args.seed
+    if num_samples > MAX_IMAGES:
+        raise ConfigError(f"num_samples={num_samples}: draw at most {MAX_IMAGES} images at a time")
     seeds = args.seeds or list(range(seed, seed + num_samples))
     if len(seeds) != num_samples or num_samples < 1 or min(seeds) < 0 or args.batch_size < 1:
         raise ConfigError(
@@ -109,8 +119,8 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
         raise ConfigError(f"{most}; lower --num_samples")
-    if not (0 < args.gif_fps < float("inf") and 0 <= args.gif_final_seconds < float("inf")):
-        raise ConfigError("--gif_fps must be above 0 and --gif_final_seconds at least 0")
+    pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
+    check_output_name(args.output_name)
     if args.save_images:
         check_picture_folder(Path(args.output_dir) / "images", num_images)
     make_output_dir(args.output_dir, "--output_dir")
@@ -130,28 +140,27 @@ def write_outputs(
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
-    pictures.save_image(folder / f"{name}.png", sheet)
-    yield folder / f"{name}.png"
-    if args.create_gif:
-        path, seconds = folder / f"{name}.gif", args.gif_final_seconds
-        pictures.save_gif(path, grids, fps=args.gif_fps, final_seconds=seconds)
-        yield path
-    if args.save_intermediate:
-        for number, grid in enumerate(grids):
-            pictures.save_image(folder / f"{name}_steps" / f"{number:03d}.png", grid)
-        yield folder / f"{name}_steps"
-    if args.save_images:
-        for i, image in enumerate(images):
-            pictures.save_image(folder / "images" / f"{i:06d}.png", image)
-        if labels is not None:
-            save_labels(folder / "images", labels)
-        yield folder / "images"
-    if args.npz:
-        array = images.permute(0, 2, 3, 1).numpy()
-        path = folder / f"{name}_{'x'.join(map(str, array.shape))}.npz"
+
+    def write_npz(path: Path) -> None:
         given = {} if labels is None else {"arr_1": np.array(labels)}
-        np.savez_compressed(path, arr_0=array, **given)
-        yield path
+        np.savez_compressed(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **given)
+
+    def write_steps(path: Path) -> None:
+        for number, grid in enumerate(grids):
+            pictures.save_image(path / f"{number:03d}.png", grid)
+
+    count, channels, height, width = images.shape
+    seconds = args.gif_final_seconds
+    gif = partial(pictures.save_gif, frames=grids, fps=args.gif_fps, final_seconds=seconds)
+    outputs = {
+        f"{name}.png": partial(pictures.save_image, image=sheet),
+        f"{name}.gif": gif if args.create_gif else None,
+        f"{name}_steps": write_steps if args.save_intermediate else None,
+        "images": partial(save_images, images=images, labels=labels) if args.save_images else None,
+        f"{name}_{count}x{height}x{width}x{channels}.npz": write_npz if args.npz else None,
+    }
+    asked_for = {folder / name: write for name, write in outputs.items() if write is not None}
+    return write_each((path, partial(write, path)) for path, write in asked_for.items())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from datasets import SPLITS
 from editing.command import Job
 from editing.from_noise import decode, grid, interpolate
 from editing.from_pictures import img2img, inpaint, invert
-from utils.cli import parse_int_list
+from utils.cli import image_count, parse_int_list
 
 
 class Command(NamedTuple):
@@ -37,7 +37,7 @@ WAY = dict(type=parse_int_list, action="append")
 FILM = {
     "--seeds": WAY | dict(help="stops of the noise; given again: another row"),
     "--labels": WAY | dict(help="stops of the class, likewise"),
-    "--frames": dict(type=int, default=16, help="from one stop to the next, both counted"),
+    "--frames": dict(type=image_count, default=16, help="from one stop to the next, both counted"),
     "--format": dict(choices=("gif", "mp4"), default="gif", help="format of the film"),
     "--fps": dict(type=float, default=12.0, help="frames a second"),
     "--final_seconds": dict(type=float, default=1.0, help="how long the last frame stays"),

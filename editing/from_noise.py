@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -19,7 +20,7 @@ from generation.sampling import Sampling, evenly_spaced, sample_steps, sampler_n
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.errors import ConfigError, DataError
-from utils.files import read_npz
+from utils.files import read_npz, write_each
 
 FILM_CELL_SIZE = 128  # pixels; a film shows few images at a time
 
@@ -31,8 +32,7 @@ def interpolate(job: Job) -> Iterator[str]:
     chains = chains_of(job)
     if args.frames < 2:
         raise ConfigError(f"--frames {args.frames}: both ends count, so give at least 2")
-    if not (0 < args.fps < float("inf") and 0 <= args.final_seconds < float("inf")):
-        raise ConfigError("--fps must be above 0 and --final_seconds at least 0")
+    pictures.check_film(args.fps, args.final_seconds)
     if args.format == "mp4" and not pictures.can_write_mp4():
         raise ConfigError("--format mp4 needs a package: pip install imageio-ffmpeg; or use gif")
     frames = [frame for chain in chains for frame in frames_along(chain, args.frames)]
@@ -47,14 +47,15 @@ def interpolate(job: Job) -> Iterator[str]:
     stretches = numbers.unfold(1, args.frames, args.frames - 1).flatten(0, 1)
     rows = stretches[:, evenly_spaced(args.frames, pictures.MAX_COLUMNS)].tolist()
     left = [title(ends, run.class_names) for chain in chains for ends in pairwise(chain)]
-    pictures.save_image(strip, contact_sheet(images, rows, left=left))
     moments = images.unflatten(0, (len(chains), -1)).transpose(0, 1)
     layout = pictures.grid_rows(len(chains))
     shown = [pictures.make_grid(m, layout, min_cell_size=FILM_CELL_SIZE) for m in moments]
     save = pictures.save_gif if args.format == "gif" else pictures.save_mp4
-    save(film, shown, fps=args.fps, final_seconds=args.final_seconds)
+    sheet = partial(pictures.save_image, strip, contact_sheet(images, rows, left=left))
+    moving = partial(save, film, shown, fps=args.fps, final_seconds=args.final_seconds)
+    paths = list(write_each([(strip, sheet), (film, moving)]))
     command = f"python edit.py grid --checkpoint {args.checkpoint} --seeds {chains[0][0].seed}"
-    yield wrote([strip, film], command)
+    yield wrote(paths, command)
 
 
 def chains_of(job: Job) -> list[list[Waypoint]]:

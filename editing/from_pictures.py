@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_s
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
-from utils.files import check_picture_folder
+from utils.files import check_picture_folder, write_each
 from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
-from utils.labels import save_labels
+from utils.labels import save_images
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
 
@@ -63,8 +64,14 @@ def inputs_of(job: Job) -> Pictures:
     return Pictures(images.expand(count, -1, -1, -1), labels, seeds)
 
 
-def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Pictures) -> list[Path]:
-    """Write a sheet of all kinds, one above the other, and if asked each picture of the last."""
+def write_pictures(
+    job: Job,
+    kinds: Mapping[str, Tensor],
+    inputs: Pictures,
+    more: Mapping[Path, Callable[[Path], object]] = {},
+) -> list[Path]:
+    """Write a sheet of all kinds, one above the other, `more`, and if asked each picture of the
+    last kind. Raises a UserError, after all the rest, for what cannot be written."""
     count, captions = len(inputs.images), job.captions(inputs.labels, len(inputs.images))
     rows, above = [], []
     for start in range(0, count, MAX_COLUMNS):
@@ -74,14 +81,10 @@ def write_pictures(job: Job, kinds: Mapping[str, Tensor], inputs: Pictures) -> l
     left = [*kinds] * (len(rows) // len(kinds))
     *_, results = kinds.values()
     sheet = contact_sheet(torch.cat([*kinds.values()]), rows, above=above, left=left)
-    save_image(job.path(".png"), sheet)
-    if not job.args.save_images:
-        return [job.path(".png")]
-    for i, image in enumerate(results):
-        save_image(job.path("_images") / f"{i:06d}.png", image)
-    if inputs.labels is not None:
-        save_labels(job.path("_images"), inputs.labels)
-    return [job.path(".png"), job.path("_images")]
+    outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
+    if job.args.save_images:
+        outputs[job.path("_images")] = partial(save_images, images=results, labels=inputs.labels)
+    return list(write_each((path, partial(write, path)) for path, write in outputs.items()))
 
 
 def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:
@@ -172,8 +175,9 @@ def invert(job: Job) -> Iterator[str]:
     path = job.path(".npz")
     labels = {} if inputs.labels is None else {"labels": np.array(inputs.labels)}
     steps, scale = sampling.num_inference_steps, sampling.cfg_scale
-    np.savez_compressed(path, x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
-    paths = [*write_pictures(job, {"input": inputs.images, "output": images}, inputs), path]
+    arrays = dict(x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
+    noise_file = {path: partial(np.savez_compressed, **arrays)}
+    paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs, noise_file)
     yield wrote(paths, f"python edit.py decode --checkpoint {args.checkpoint} --latents {path}")
 
 

@@ -25,11 +25,12 @@ from metrics.evaluation import Evaluation
 from metrics.inception import FID_FEATURES
 from metrics.reference import read_reference
 from metrics.report import Report, read_report, save_sweep, summary
+from utils.cli import MAX_IMAGES
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
-from utils.labels import requested_labels
+from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
 
 # --preset -> images of one set, sets with seeds of their own
@@ -91,6 +92,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     config, mode, labels, labels_from = run.config, args.label_mode, None, None
     count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
     count, repeats = args.num_samples or count, args.repeats or repeats
+    if count > MAX_IMAGES:
+        raise ConfigError(f"eval_num_samples={count}: score at most {MAX_IMAGES} images at a time")
     if config.conditional:
         mode, classes = mode or "balanced", run.classes
         seen = real.sets and real.sets.train.labels
@@ -223,11 +226,16 @@ def score_sets(
             key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
             batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
-        if args.save_images_dir is not None:
-            folder = Path(args.save_images_dir, name)
-            batches = saved(batches, folder, share.start, generated.labels)
-        always = args.save_images_dir is not None
-        report = evaluation.score(batches, facts={**facts, **own}, always_sample=always)
+        to_save, complete = args.save_images_dir is not None, []
+        if to_save:
+            batches = saved(batches, Path(args.save_images_dir, name), share.start, complete)
+        report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
+        # Not before the pictures of all processes are there: older ones are of other classes.
+        if to_save and not evaluation.runtime.any(not complete) and is_main:
+            try:
+                save_labels(*complete, generated.labels)
+            except OSError as error:
+                log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:
             single = path.with_stem(f"{path.stem}_{name}") if name else path
             evaluation.save(single, report, old)

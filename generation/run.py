@@ -17,9 +17,9 @@ import models
 from diffusion import GaussianDiffusion
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
-from utils.checkpoint import load_any, resolve_checkpoint
+from utils.checkpoint import load_any, misfit, resolve_checkpoint
 from utils.config import Check, Config, RawConfig, apply_overrides, read_config_file, validate
-from utils.errors import CheckpointError, ConfigError, one_line
+from utils.errors import CheckpointError, ConfigError, show
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
 
@@ -100,11 +100,10 @@ def load_run(
         belong = "the data set and its size belong to the checkpoint"
         raise ConfigError(f"{path} draws images of {spec}, the config describes {native}; {belong}")
     weights, ema = weights_of(path, state, use_ema=use_ema, prefer_ema=config.use_ema)
+    if problem := misfit(weights, models.skeleton(config, spec).state_dict()):
+        raise CheckpointError(f"{show(path)}: does not fit the config: {problem}")
     model = models.build_model(config, spec, device)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the config: {one_line(error, 300)}") from error
+    model.load_state_dict(weights)
     model.eval().requires_grad_(False)
     models.compile_model(model, compile)
     names = tuple(state.get("class_names") or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import atomic_path
+from utils.checkpoint import has_its_checksum, save_checked
 from utils.images import save_image
-from utils.labels import save_labels
+from utils.labels import forget_labels
 
 # A file is named by the index of its first image, and by that of its last image + 1.
 FILES = f"images_{'[0-9]' * 8}_{'[0-9]' * 8}.npy"
@@ -41,6 +41,7 @@ def resumed(
         share: global indices of the images.
         draw: makes the images of a range of indices: uint8 (b, C, H, W), batch by batch.
     """
+    damaged: set[int] = set()  # indices of images that are drawn although they are stored
     stored = {}  # index of an image -> the file that holds it, and the first index in there
     for path in sorted(folder.glob(FILES)):
         first, stop = map(int, path.stem.split("_")[1:])
@@ -58,14 +59,18 @@ def resumed(
                 yield from draw(range(indices[0], indices[-1] + 1))
             else:
                 path, first = file
-                yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
+                if has_its_checksum(path):
+                    yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
+                    continue
+                log.info("%s is damaged, or has no checksum: its images are drawn again", path)
+                damaged.update(indices)
+                yield from draw(range(indices[0], indices[-1] + 1))
 
     def keep(start: int, images: Tensor) -> None:
-        if start not in stored:
+        if start not in stored or start in damaged:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"images_{start:08d}_{start + len(images):08d}.npy"
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, images.numpy())
+            save_checked(path, lambda file: (np.save(file, images.numpy()), file.write(bytes(2))))
 
     with tqdm(total=len(share), unit="image", disable=not show_progress) as bar:
         for images in _written(read_or_drawn(), share.start, keep, "kept for a restart"):
@@ -82,28 +87,28 @@ def remove(folder: Path) -> None:
 
 
 def saved(
-    batches: Iterable[Tensor], folder: Path, start: int, labels: Sequence[int] | None = None
+    batches: Iterable[Tensor], folder: Path, start: int, complete: list[Path]
 ) -> Iterator[Tensor]:
-    """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ...
-
-    Args:
-        labels: the classes of all images, by global index; written to labels.json with image 0.
-    """
-    if labels is not None and start == 0:
-        with contextlib.suppress(OSError):  # the images will say so
-            save_labels(folder, labels)
+    """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
+    labels; `complete` gets the folder once all are there."""
 
     def save(first: int, images: Tensor) -> None:
+        if first == start:
+            forget_labels(folder)
         for i, image in enumerate(images, first):
             save_image(folder / f"{i:06d}.png", image)
 
-    return _written(batches, start, save, "all saved")
+    return _written(batches, start, save, "all saved", lambda: complete.append(folder))
 
 
 def _written(
-    batches: Iterable[Tensor], start: int, write: Callable[[int, Tensor], None], how: str
+    batches: Iterable[Tensor],
+    start: int,
+    write: Callable[[int, Tensor], None],
+    how: str,
+    end: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
-    """Pass `batches` on, each after `write(index of its first image, images)`.
+    """Pass `batches` on, each after `write(index of its first image, images)`; then call `end`.
 
     A disk that refuses costs the files alone: it is told once, and the images still go on.
     """
@@ -117,3 +122,5 @@ def _written(
             log.warning("images from %06d on are not %s: %s", start, how, error)
         yield images
         start += len(images)
+    if writable:
+        end()

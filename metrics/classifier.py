@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Collector, Context, Entry
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import read_tensors, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import one_line
 from utils.files import content_key
@@ -237,7 +237,7 @@ def trained_classifier(
     network = new_classifier(spec, device)
     if path is not None and path.is_file():
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = read_tensors(path, needs_checksum=True)
             network.load_state_dict(stored["state_dict"])
             return network, stored["ceiling_confusion"], details
         except Exception as error:  # whatever a damaged file makes torch raise

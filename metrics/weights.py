@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from utils.checkpoint import read_tensors
 from utils.errors import MissingWeightsError, one_line
 from utils.files import file_sha256, socket_timeout
 
@@ -83,8 +83,8 @@ def load_plain(path: Path, network: Network) -> dict[str, Any]:
     Raises a MissingWeightsError if the file is damaged or holds anything else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = read_tensors(path)
+    except Exception as error:
         problem = f"{path} cannot be read as plain weights ({one_line(error)})"
         raise network.missing(problem) from error
     if not isinstance(state, dict):

@@ -89,6 +89,12 @@ def _construct(config: Config, spec: ImageSpec) -> nn.Module:
         raise ConfigError(f"model_params of {config.model_type!r}: {error}") from error
 
 
+def skeleton(config: Config, spec: ImageSpec) -> nn.Module:
+    """The model without values, which costs no memory and no time: to compare shapes with."""
+    with torch.device("meta"):
+        return _construct(config, spec)
+
+
 def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
     """The faults of `model_type` and `model_params`, with a spec also those against the images."""
     if config.model_type not in BACKBONES:
@@ -100,8 +106,7 @@ def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
     if spec is None or problems:
         return
     try:
-        with torch.device("meta"):  # shapes only: costs no memory and no time
-            _construct(config, spec)
+        skeleton(config, spec)
     except ConfigError as error:
         yield Problem(("model_params", "image_size", "dataset"), str(error))
 

@@ -11,20 +11,27 @@ import math
 import os
 import re
 import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from training.run_dir import STATUS, is_trained
-from utils.errors import ConfigError
+from utils.errors import ConfigError, show
+
+if TYPE_CHECKING:
+    import numpy as np
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # the files that training alone writes
+MAX_CELL = 100  # characters of a cell
+MAX_JSON, MAX_LINE = 2**24, 2**20  # bytes; what is longer was not written by a run
 TAIL_BYTES = 65_536  # so much of the end of metrics.jsonl holds the last loss
 PREVIEW = re.compile(r"epoch_(\d+)\.png")
 
-Series = dict[str, list[tuple[float, float]]]
+Series = dict[str, "np.ndarray"]  # name -> float64 (N, 2) of step and value
 
 
 class RunFacts(NamedTuple):
@@ -50,15 +57,19 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """
     runs: list[Path] = []
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder; name a run, or a folder that holds runs")
-        runs += [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()))
+        if not os.path.isdir(folder):
+            fault = "no such folder; name a run, or a folder that holds runs"
+            raise ConfigError(f"{show(folder)}: {fault}")
+        try:
+            runs += [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()))
+        except OSError as error:
+            raise ConfigError(f"{show(folder)}: cannot be read ({error.strerror})") from error
     return list(dict.fromkeys(runs))
 
 
 def is_run(folder: Path) -> bool:
     """Tell whether training has written into this folder."""
-    return any((folder / name).is_file() for name in (STATUS, METRICS))
+    return any(os.path.isfile(folder / name) for name in (STATUS, METRICS))
 
 
 def by_name(folders: Sequence[Path]) -> dict[str, Path]:
@@ -78,7 +89,10 @@ def facts_of(folder: Path, name: str) -> RunFacts:
         state = "killed"
     best = status.get("best")
     score = _largest(best.get("value")) if isinstance(best, dict) else None
-    changed = max(path.stat().st_mtime for name in WRITTEN for path in folder.glob(name))
+    changed = 0.0
+    for path in (path for name in WRITTEN for path in folder.glob(name)):
+        with contextlib.suppress(OSError):  # training has just removed it; or it leads nowhere
+            changed = max(changed, path.stat().st_mtime)
     return RunFacts(
         name=name,
         folder=str(folder),
@@ -97,7 +111,7 @@ def facts_of(folder: Path, name: str) -> RunFacts:
 def texts_of(facts: RunFacts) -> dict[str, str]:
     """The facts as people read them, by the heads of their columns; empty where unknown."""
     total = "" if facts.total_steps is None else f"/{facts.total_steps}"
-    return {
+    texts = {
         "name": facts.name,
         "status": facts.status,
         "epoch": "" if facts.epoch is None else f"{facts.epoch:.1f}",
@@ -107,6 +121,7 @@ def texts_of(facts: RunFacts) -> dict[str, str]:
         "size": size_text(facts.size),
         "last change": f"{datetime.fromisoformat(facts.changed).astimezone():%Y-%m-%d %H:%M}",
     }
+    return {head: show(text[:MAX_CELL]) for head, text in texts.items()}
 
 
 def size_text(size: int) -> str:
@@ -119,23 +134,31 @@ def size_text(size: int) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one if it is missing or torn."""
-    return _mapping(_text(path))
+    return _mapping(_text(path, MAX_JSON))
 
 
 def read_series(path: Path) -> tuple[Series, int]:
-    """Name -> (step, value) by ascending step, and the number of lines that could not be read.
+    """Name -> float64 (N, 2), of step and value, by ascending step; and the number of lines that
+    could not be read.
 
     Where a row of training lacks a name that earlier ones have, its value was not finite: NaN.
     """
-    series: Series = {}
-    rows = [parse_row(line) for line in _text(path).splitlines() if line.strip()]
-    for row in filter(None, rows):
-        step = row.pop("step")
-        if any(key.startswith("train/") for key in row):
-            row = {key: math.nan for key in series if key.startswith("train/")} | row
-        for key, value in row.items():
-            series.setdefault(key, []).append((step, value))
-    return series, rows.count(None)
+    import numpy as np  # which a list of runs does without
+
+    columns: dict[str, array[float]] = {}
+    num_torn = 0
+    with contextlib.suppress(OSError), _opened(path) as file:
+        for line in iter(partial(file.readline, MAX_LINE), b""):
+            row = parse_row(line.decode("utf-8", errors="replace"))
+            if row is None:
+                num_torn += bool(line.strip())
+                continue
+            step = row.pop("step")
+            if any(key.startswith("train/") for key in row):
+                row = {key: math.nan for key in columns if key.startswith("train/")} | row
+            for key, value in row.items():
+                columns.setdefault(key, array("d")).extend((step, value))
+    return {key: np.frombuffer(column).reshape(-1, 2) for key, column in columns.items()}, num_torn
 
 
 def parse_row(line: str) -> dict[str, float] | None:
@@ -149,15 +172,23 @@ def previews(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]]:
     place = folder / "samples"
     if config.get("sample_dir"):
         place = Path(str(config["sample_dir"])) / str(config.get("experiment_name", folder.name))
-    paths = place.iterdir() if place.is_dir() else ()
+    paths = []
+    with contextlib.suppress(OSError, ValueError):  # the config may be anybody's, too
+        paths += filter(os.path.isfile, place.iterdir())
     return sorted((int(m[1]), path) for path in paths if (m := PREVIEW.fullmatch(path.name)))
 
 
-def _text(path: Path, num_bytes: int = sys.maxsize) -> str:
-    """The end of a file, by default all of it; empty if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+def _opened(path: Path) -> BinaryIO:
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        raise FileNotFoundError(path)
+    return open(path, "rb")
+
+
+def _text(path: Path, num_bytes: int) -> str:
+    """The end of a file; empty if it cannot be read."""
+    with contextlib.suppress(OSError), _opened(path) as file:
         file.seek(max(0, path.stat().st_size - num_bytes))
-        return file.read().decode("utf-8", errors="replace")
+        return file.read(num_bytes).decode("utf-8", errors="replace")
     return ""
 
 
@@ -179,7 +210,7 @@ def _size(folder: Path) -> int:
     """Bytes of all files below; one with several names (best_model.pth has) counts once."""
     sizes = {}
     for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
-        with contextlib.suppress(FileNotFoundError):  # training has just replaced it
+        with contextlib.suppress(OSError):  # training has just replaced it
             stat = path.lstat()
             sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())

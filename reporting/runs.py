@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +14,17 @@ from reporting import run_files
 from reporting.charts import Chart, Legend, draw_chart, legend_of
 from reporting.pages import NOTHING, Picture, Table, render_page, to_text
 from utils.config import Config
+from utils.errors import one_line
 
 MAX_BYTES = 10_000_000  # the largest page
 MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # on a page; of each run
+MAX_PIXELS = 64_000_000  # of a preview; a small file can claim to hold many more
 MAX_SIDE = 640  # pixels; larger grids are reduced by a whole factor
 LOSS, SPEED, MEMORY = "train/loss", "train/images_per_sec", "train/memory_mib"
 QUARTILES = [f"train/loss_q{k}" for k in (1, 2, 3, 4)]
 TRAINING = ["train/loss_smoothed", "train/lr", "train/grad_norm", SPEED, MEMORY]
 ALL_QUARTILES = "train/loss_q1 to q4"
-MEASURED = (("images/s", SPEED, statistics.median, ""), ("memory", MEMORY, max, " MiB"))
+MEASURED = (("images/s", SPEED, np.median, ""), ("memory", MEMORY, np.max, " MiB"))
 WIDE = {LOSS, ALL_QUARTILES}
 LOGARITHMIC = {*WIDE, *QUARTILES, "train/loss_smoothed", "train/grad_norm"}
 
@@ -68,8 +69,8 @@ def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
     for epoch, path in (drawn[place] for place in chosen):
         try:
             pictures[f"{name}/{epoch}"] = read_picture(path, f"epoch {epoch}")
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for torn files
-            unreadable.append(f"{path.name} cannot be read ({error})")
+        except Exception as error:  # what Pillow raises for torn files are many kinds
+            unreadable.append(f"{path.name} cannot be read ({one_line(error)})")
     facts = run_files.facts_of(folder, name)
     return RunRecord(facts, config, series, num_torn, pictures, unreadable)
 
@@ -77,6 +78,8 @@ def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
 def read_picture(path: Path, title: str) -> Picture:
     """Read a preview, reduced by a whole factor to at most `MAX_SIDE` pixels a side."""
     with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height}: too large")
         image = image.convert("L" if image.mode == "L" else "RGB")
     factor = math.ceil(max(image.size) / MAX_SIDE)
     caption = f"at 1/{factor} of its size" if factor > 1 else ""
@@ -88,8 +91,9 @@ def facts_table(runs: Sequence[RunRecord]) -> Table:
     rows = [run_files.texts_of(run.facts) for run in runs]
     for texts, run in zip(rows, runs, strict=True):
         for label, key, summary, unit in MEASURED:
-            values = [y for _, y in run.series.get(key, ()) if math.isfinite(y)]
-            texts[label] = f"{summary(values):.0f}{unit}" if values else ""
+            values = run.series.get(key, np.zeros((0, 2)))[:, 1]
+            values = values[np.isfinite(values)]
+            texts[label] = f"{summary(values):.0f}{unit}" if len(values) else ""
     return list(rows[0]), [list(texts.values()) for texts in rows]
 
 

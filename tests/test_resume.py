@@ -78,6 +78,12 @@ FREE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _settings_alone(monkeypatch):
+    """The checkpoints here hold no weights: all but the settings is tested elsewhere"""
+    monkeypatch.setattr("training.resume.check_goes_on", lambda path, state: None)
+
+
 def resume_with(folder: Path, **changes: Any) -> int:
     """The step that a run with these settings goes on from, where BEFORE was trained."""
     before = Config(save_dir=str(folder), **BEFORE)

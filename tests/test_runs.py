@@ -381,9 +381,9 @@ def test_values_that_were_not_finite_are_gaps(tmp_path):
     path.write_text(text[:30] + "\n\n" + text + '{"step": 6, "tr', encoding="utf-8")
     series, num_torn = read_series(path)
     assert num_torn == 2
-    assert str(series["train/loss"]) == "[(1, 4.0), (2, nan), (3, 2.5), (5, 1.0)]"
+    assert str(series["train/loss"].tolist()) == "[[1.0, 4.0], [2.0, nan], [3.0, 2.5], [5.0, 1.0]]"
     assert [step for step, _ in series["train/lr"]] == [1, 2, 3, 5]
-    assert series["eval/fid"] == [(3, 9.0)]
+    assert series["eval/fid"].tolist() == [[3, 9.0]]
     assert read_series(tmp_path / "missing") == ({}, 0)
 
 

@@ -14,6 +14,7 @@ from training.run_dir import Status
 from training.saving import LOSS, MAX_FAILED_SAVES, BestScore, Saver
 from training.sharding import snapshot
 from utils.checkpoint import BEST, CURRENT, load_checkpoint
+from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, UserError
 
@@ -31,7 +32,7 @@ def state_at(step):
         "model_state_dict": {"weight": torch.full((1000,), float(step))},
         "epoch": 0,
         "step": step,
-        "config": {},
+        "config": Config(experiment_name="x", image_size=8).to_dict(),
         "spec": [1, 8, 8, 10],
         "best": {"metric": LOSS, "value": 1.0},
     }
@@ -144,7 +145,7 @@ def test_what_is_written_is_what_was_handed_over(tmp_path, monkeypatch):
         assert saver.settle()
     written = load_checkpoint(tmp_path / CURRENT)
     assert (written["model_state_dict"]["weight"] == 1).all()
-    assert written["config"] == {}
+    assert written["config"]["image_size"] == [8, 8]
     assert json.loads(status.read_text())["step"] == 1
 
 

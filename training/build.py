@@ -77,7 +77,8 @@ def build_trainer(
     config, runtime, resume = job.config, job.runtime, job.resume
     step = 0 if resume is None else resume.step
     run_id = None if resume is None else resume.state.get("tracker_run_id")
-    tracker = start_trackers(config, is_main=runtime.is_main, start_step=step, run_id=run_id)
+    begin = dict(start_step=step, run_id=run_id, is_ours=status.is_ours)
+    tracker = start_trackers(config, is_main=runtime.is_main, **begin)
     folder, state = config.run_dir, fixed_state(job)
     saver = Saver(folder, config.keep_last, runtime, best=best, status=status, fixed_state=state)
     guard = NonFiniteGuard(config, job.dataset, runtime)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +17,21 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time.
+    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time."""
+    groups = parameter_groups(model, config)
+    return OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, fused=True)
 
-    Frozen parameters are left out. Those that the model lists in `no_weight_decay()` are spared
-    from `weight_decay`.
-    """
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """What the optimizer changes: frozen parameters are left out, and those that the model lists in
+    `no_weight_decay()` are spared from `weight_decay`."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     decayed = [p for name, p in trained.items() if name not in spared]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others := [p for name, p in trained.items() if name in spared]:
         groups.append({"params": others, "weight_decay": 0.0})
-    return OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, fused=True)
+    return groups
 
 
 def lr_factor(config: Config, schedule: Schedule, step: int) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
 from training.resume import changed_settings
-from utils.checkpoint import load_any, resolve_checkpoint
+from utils.checkpoint import load_any, misfit, resolve_checkpoint
 from utils.config import Config, keys_by_resume
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, one_line, show
 
 MAX_SHOWN = 10  # parameters in a message
 
@@ -41,7 +41,11 @@ def weights_of(
     if weights is None:
         raise CheckpointError(f"{path}: holds EMA weights alone; leave out --no_ema, use_ema=false")
     if state["config"].get("lora_rank"):
-        weights = merged_weights(weights, state["config"]["lora_alpha"])
+        try:
+            weights = merged_weights(weights, state["config"]["lora_alpha"])
+        except Exception as error:  # whatever adapters lead to that do not fit
+            reason = f"its adapters do not fit ({type(error).__name__}: {one_line(error)})"
+            raise CheckpointError(f"{show(path)}: {reason}") from error
     return weights, is_ema
 
 
@@ -70,6 +74,8 @@ def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence
             f"init_from={config.init_from}: {path} is of another architecture:\n       "
             + "\n       ".join([*wrong[:MAX_SHOWN], *more])
         )
+    if problem := misfit(weights, model.state_dict()):
+        raise CheckpointError(f"init_from={config.init_from}: {show(path)}: {problem}")
     # What the weights were trained to mean, and their shapes do not tell.
     for line in changed_settings(state["config"], config.to_dict(), keys_by_resume("meaning")):
         log.warning("init_from: %s", line)

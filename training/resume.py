@@ -12,16 +12,24 @@ from typing import Any
 import torch
 
 from datasets import ImageDataset
-from models import computing_params
+from models import computing_params, skeleton
+from models.lora import add_adapters
+from training.optim import parameter_groups
 from training.progress import Schedule
-from utils.checkpoint import CURRENT, epochs_saved, load_checkpoint, newest_checkpoint
-from utils.config import Config, keys_by_resume
+from utils.checkpoint import (
+    CURRENT,
+    epochs_saved,
+    is_count,
+    load_checkpoint,
+    misfit,
+    newest_checkpoint,
+)
+from utils.config import Config, RawConfig, keys_by_resume, validate
 from utils.distributed import Runtime, world_size
-from utils.errors import CheckpointError, ConfigError, UserError
+from utils.errors import CheckpointError, ConfigError, UserError, one_line, show
+from utils.images import ImageSpec
 
 AUTO = "auto"
-NEEDED_KEYS = ("optimizer_state_dict", "scaler_state_dict", "best_loss", "loss_stats")
-NEEDED_EMA_KEYS = ("ema_model_state_dict", "ema_num_updates")
 # Their values belong to the weights: no other value makes sense with them.
 SAME_MODEL = keys_by_resume("architecture", "meaning")
 
@@ -48,7 +56,7 @@ def find_resume(config: Config) -> Resume | None:
     """
     folder, resume, is_ours = config.run_dir, None, config.resume_path == AUTO
     if is_ours:
-        if (newest := newest_checkpoint(folder)) is None:
+        if (newest := newest_checkpoint(folder, check_goes_on)) is None:
             return None
         path, state, skipped = newest
         for reason in skipped:
@@ -58,6 +66,7 @@ def find_resume(config: Config) -> Resume | None:
         path = Path(config.resume_path)
         path = path / CURRENT if path.is_dir() else path
         resume = Resume(path, load_checkpoint(path))
+        check_goes_on(path, resume.state)
         is_ours = path.resolve().parent == folder.resolve()
         epoch, last_epoch = resume.state["epoch"], max(epochs_saved(folder), default=0)
         if is_ours and last_epoch > epoch:
@@ -73,6 +82,65 @@ def find_resume(config: Config) -> Resume | None:
     if resume is not None:
         _check_matches(resume, config)
     return resume
+
+
+def check_goes_on(path: Path, state: dict[str, Any]) -> None:
+    """Raise a CheckpointError unless a run can take over every part of a `state` read from `path`:
+    each must be there, of the shape and type that the state's own config makes it, and finite."""
+    try:
+        problem = misfit(state, _form_of(state))
+    except Exception as error:  # a config and sizes that make no model
+        problem = one_line(error)
+    if problem is not None:
+        raise CheckpointError(f"{show(path)} cannot be continued: {problem}")
+
+
+def _form_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The form, see `misfit`, of a checkpoint of that config and step."""
+    config = validate(RawConfig(dict(state["config"]), {}))
+    model, step = skeleton(config, ImageSpec(*state["spec"])), state["step"]
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank, config.lora_alpha)
+    numbers, moments = [], {}
+    for group in parameter_groups(model, config):
+        numbers.append(list(range(len(moments), len(moments) + len(group["params"]))))
+        for p in group["params"]:
+            moments[len(moments)] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+    skipped, scaler = state.get("nonfinite_steps", ()), state.get("scaler_state_dict")
+    if not state["optimizer_state_dict"]["state"] and (scaler or len(skipped) == step):
+        moments = {}  # no step was taken yet
+    averages = {"ema_model_state_dict": model.state_dict()}
+    averages["ema_num_updates"] = lambda number: is_count(number, most=step)
+    needed = {
+        "model_state_dict": model.state_dict(),
+        **(averages if config.use_ema else {}),
+        "optimizer_state_dict": {
+            "state": moments,
+            "param_groups": lambda saved: [group["params"] for group in saved] == numbers,
+        },
+        "scaler_state_dict": lambda saved: (
+            not saved
+            or all(
+                0 < saved[key] < math.inf for key in ("scale", "growth_factor", "backoff_factor")
+            )
+        ),
+        "best_loss": lambda loss: isinstance(loss, float) and not math.isnan(loss),
+        "loss_stats": lambda x: x.dim() == 1 and x.is_floating_point() and x.isfinite().all(),
+    }
+    optional = {
+        "scheduler_state_dict": lambda saved: saved["last_epoch"] == step and "lr_lambdas" in saved,
+        "nonfinite_steps": lambda steps: all(is_count(number, most=step) for number in steps),
+        "best": lambda best: (
+            isinstance(best["metric"], str)
+            and (best["value"] is None or math.isfinite(best["value"]))
+        ),
+        "extended_steps": lambda steps: steps is None or is_count(steps),
+        "world_size": is_count,
+        "num_threads": is_count,
+        "backend": lambda names: names is None or [type(name) for name in names] == [str, str],
+        "tracker_run_id": lambda name: name is None or isinstance(name, str),
+    }
+    return needed | {key: form for key, form in optional.items() if key in state}
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
@@ -100,9 +168,6 @@ def _check_matches(resume: Resume, config: Config) -> None:
             f"{resume.path} cannot be continued with changed settings; restore them, or start a "
             "new run:\n       " + "\n       ".join(changed)
         )
-    needed = (*NEEDED_KEYS, *(NEEDED_EMA_KEYS if config.use_ema else ()))
-    if missing := [key for key in needed if key not in resume.state]:
-        raise CheckpointError(f"{resume.path} cannot be continued, it lacks {', '.join(missing)}")
     now = world_size(), torch.get_num_threads()
     before = resume.state.get("world_size", now[0]), resume.state.get("num_threads", now[1])
     if before != now:
@@ -124,6 +189,11 @@ def check_data(resume: Resume, dataset: ImageDataset) -> None:
         )
     if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
+        return
+    epoch = resume.step * resume.state["config"]["batch_size"] // len(dataset)
+    if epoch != resume.state["epoch"]:
+        wrong = f"step {resume.step} is of epoch {epoch}, not {resume.state['epoch']}"
+        raise CheckpointError(f"{show(resume.path)} cannot be continued: {wrong}")
 
 
 def check_backend(resume: Resume | None, backend: tuple[str, str] | None, runtime: Runtime) -> None:

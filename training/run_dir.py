@@ -13,8 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from utils.logs import log_to_file
 if TYPE_CHECKING:  # the import of torch takes seconds, for which a look at a folder need not wait
     from utils.distributed import Runtime
 
+STATUS_BYTES = 4096  # a block of a disk: so much a status.json always takes
 STATUS, LOCK = "status.json", "run.lock"
 OWNER_SECONDS = 0.1  # whoever has just locked a folder has written its name by then
 STATES = {errors.EXIT_OK: "complete", errors.EXIT_PREEMPTED: "preempted"}
@@ -41,7 +43,7 @@ def checkpoints_in(folder: Path) -> Seen:
     """(name, time, size) of every checkpoint: two equal ones mean that nobody has trained there."""
     checkpoints = set()
     for path in folder.glob("*.pth"):
-        with contextlib.suppress(FileNotFoundError):  # somebody removes old ones right now
+        with contextlib.suppress(OSError):  # somebody removes old ones right now; or no file at all
             stat = path.stat()
             checkpoints.add((path.name, stat.st_mtime_ns, stat.st_size))
     return frozenset(checkpoints)
@@ -67,8 +69,11 @@ def _is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], bool]]:
     """Keep other processes from training into `folder`. The lock dies with its process.
+
+    Yields what tells whether the folder is still the one that was locked: it may be removed,
+    renamed or replaced meanwhile, and then another run may have one of that name.
 
     A record lock, not `flock`: workers forked by a data loader do not inherit it, so a run can go
     on at once after a kill -9 although its workers still live for seconds.
@@ -94,7 +99,19 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the name is a help, the lock is what counts
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        ours = os.fstat(file.fileno())
+        # Where a file system numbers a file anew at every look, nothing can be told.
+        yield partial(_is_at, path, ours) if _is_at(path, ours) else lambda: True
+
+
+def _is_at(path: Path, file: os.stat_result) -> bool:
+    """Whether `path` leads to this file. Looking by name alone: opening it would drop the lock."""
+    try:
+        return os.path.samestat(path.stat(), file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a disk that does not answer tells nothing
+        return True
 
 
 def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
@@ -119,23 +136,38 @@ def is_trained(folder: Path, status: Mapping[str, Any]) -> bool:
 class Status:
     """`status.json`: what a scheduler wants to know of a run. A disk that refuses is a warning.
 
-    `facts` are the entries to begin with. Without a path, on ranks other than 0, none is written.
+    `facts` are the entries to begin with. Without a path, on ranks other than 0, none is written,
+    nor where `is_ours` tells that the folder is another one by now.
     """
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any] = {}) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        facts: Mapping[str, Any] = {},
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._path, self._facts, self._has_warned = path, dict(facts), False
+        self.is_ours = is_ours
         self._lock = threading.Lock()  # checkpoints are written, and told of, in another thread
 
     def update(self, **facts: Any) -> None:
         """Set these entries, and write the file."""
         with self._lock:
             self._facts |= facts
-            if self._path is None:
+            if self._path is None or not self.is_ours():
                 return
             now = datetime.now(UTC).isoformat(timespec="seconds")
+            text = json.dumps(self._facts | {"updated": now}, indent=2)
+            text = text.ljust(STATUS_BYTES - 1) + "\n"
             try:
-                write_text(self._path, json.dumps(self._facts | {"updated": now}, indent=2) + "\n")
+                write_text(self._path, text)
             except OSError as error:
+                if (
+                    self._facts.get("exit_code") is not None
+                ):  # the last word needs no room of its own
+                    with contextlib.suppress(OSError), open(self._path, "r+b", 0) as file:
+                        file.write(text.encode())
+                        return
                 if not self._has_warned:
                     log.warning("%s is not written: %s", self._path, error.strerror)
                 self._has_warned = True
@@ -177,11 +209,11 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
     written, or another process trains into it, or has done so since its checkpoints were `seen`,
     which is when this run decided where to begin.
     """
-    folder, error = config.run_dir, None
+    folder, error, is_ours = config.run_dir, None, lambda: True
     with contextlib.ExitStack() as stack:
         if runtime.is_main:
             try:
-                stack.enter_context(locked(folder))
+                is_ours = stack.enter_context(locked(folder))
                 if checkpoints_in(folder) != seen:
                     raise ConfigError(
                         f"{folder} was written by another process while this one was starting; "
@@ -201,6 +233,6 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
         error = runtime.broadcast_object(error)
         if error is not None:
             raise error
-        status = Status(folder / STATUS if runtime.is_main else None)
+        status = Status(folder / STATUS if runtime.is_main else None, is_ours=is_ours)
         stack.enter_context(status.of_run())
         yield status

@@ -135,6 +135,8 @@ class Saver:
 
     def _write(self, state: dict[str, Any], epoch: int | None, is_best: bool) -> str | None:
         """In the thread: write, and return what went wrong."""
+        if not self.status.is_ours():
+            return f"{self.folder} is not the folder of this run any more"
         current = self.folder / files.CURRENT
         try:
             files.save_checkpoint(current, state)

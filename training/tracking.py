@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from utils.config import Config, Problem
 from utils.errors import one_line
-from utils.files import write_text
+from utils.files import atomic_path
 from utils.images import to_array
 
 MAX_FAILURES = 3
@@ -38,18 +39,22 @@ class MetricsFile:
     warning; one that is full now may have room later.
     """
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        self._path, self._has_warned = path, False
-        kept = []
-        for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-            try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_text(path, "".join(kept))
+    def __init__(
+        self, path: Path, start_step: int, is_ours: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._path, self._has_warned, self._is_ours = path, False, is_ours
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            lines = stack.enter_context(open(path, "rb")) if path.is_file() else ()
+            kept = stack.enter_context(open(stack.enter_context(atomic_path(path)), "wb"))
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    if json.loads(line)["step"] <= start_step:
+                        kept.write(line.rstrip(b"\r\n") + b"\n")
 
     def append(self, scalars: Mapping[str, float], step: int) -> None:
+        if not self._is_ours():
+            return
         row = (json.dumps({"step": step, **scalars}) + "\n").encode()
         try:
             with open(self._path, "ab", buffering=0) as file:
@@ -221,15 +226,21 @@ def check_trackers(config: Config) -> Iterator[Problem]:
 
 
 def start_trackers(
-    config: Config, *, is_main: bool, start_step: int, run_id: str | None
+    config: Config,
+    *,
+    is_main: bool,
+    start_step: int,
+    run_id: str | None,
+    is_ours: Callable[[], bool] = lambda: True,
 ) -> TrackerGroup:
-    """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
+    """metrics.jsonl always, as long as the folder `is_ours`, SwanLab and TensorBoard if asked for;
+    nothing on other ranks."""
     if not is_main:
         return TrackerGroup(earlier_id=run_id)
     path, events = config.run_dir / "metrics.jsonl", config.run_dir / "tensorboard"
     record, lanes = None, []
     try:
-        record = MetricsFile(path, start_step)
+        record = MetricsFile(path, start_step, is_ours)
     except OSError as error:
         log.warning(NOT_STARTED, path.name, _reason(error))
     if config.use_swanlab:

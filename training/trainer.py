@@ -64,7 +64,8 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                if self.runtime.any(stop.name is not None):
+                is_ours = self.saver.status.is_ours()
+                if self.runtime.any(stop.name is not None or not is_ours):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
@@ -177,6 +178,11 @@ class Trainer:
             self.learner.network.train()
 
     def _stop_early(self, signal_name: str | None) -> int:
+        if self.runtime.any(not self.saver.status.is_ours()):
+            raise UserError(
+                f"stopped at step {self.step}: {self.saver.folder} was removed, renamed or "
+                "replaced while this run wrote there; nothing more is written. Start it again"
+            )
         why = signal_name or "another process's signal"
         log.info("%s: stopping at step %d: saving", why, self.step)
         if not self._save_now():

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from utils.errors import CheckpointError, one_line, require
+from utils.errors import CheckpointError, one_line, require, show
 from utils.files import atomic_path
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
@@ -25,8 +26,11 @@ CHECKSUM_BYTES, COUNT_BYTES = len(CHECKSUM % 0), 2  # before a zip's comment sta
 BEST, CURRENT = "best_model.pth", "current_model.pth"
 FOLDER_ATTRIBUTE = 0x10  # the folder bit of MS-DOS, which no checksum covers
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
-KEY_TYPES = {"format_version": int, "model_state_dict": dict, "epoch": int, "step": int}
-KEY_TYPES |= {"config": dict, "spec": list | tuple}
+MAX_ENTRIES, MAX_DEPTH = 10**6, 30  # of a whole file; lists may hold one another many times over
+MAX_COUNT, MAX_SIDE, MAX_CLASSES = 2**53, 2**14, 2**20  # above it a number is no count of these
+# What every config has said since the first format: without it the weights mean nothing.
+CONFIG_KEYS = {"seed", "batch_size", "model_type", "model_params", "conditional"}
+CONFIG_KEYS |= {"num_timesteps", "beta_schedule", "prediction_type"}
 WEIGHTS_SUFFIX = ".safetensors"
 # What the metadata of such a file says, as JSON, and under which name it has the checksum.
 WEIGHTS_FACTS = ("format_version", "config", "spec", "step", "epoch", "ema")
@@ -40,9 +44,15 @@ def epoch_name(epoch: int) -> str:
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that `path` is at every moment the old file or the whole new one, on disk.
     After an OSError, or a RuntimeError of torch.save for a full disk, `path` is as it was."""
+    save_checked(path, lambda file: torch.save(state, file))
+
+
+def save_checked(path: Path, write: Callable[[Any], object]) -> None:
+    """As `save_checkpoint`, whatever `write` puts into the file it is given. Its last two bytes,
+    which must be zeros, make room for the checksum that `has_its_checksum` looks for."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         summing = _SummingFile(file)
-        torch.save(state, summing)
+        write(summing)
         file.seek(-COUNT_BYTES, os.SEEK_END)
         file.write(_ending(summing.crc32))
         file.flush()
@@ -68,7 +78,7 @@ def _ending(crc32: int) -> bytes:
     return CHECKSUM_BYTES.to_bytes(COUNT_BYTES, "little") + CHECKSUM % crc32
 
 
-def _has_its_checksum(path: Path) -> bool:
+def has_its_checksum(path: Path) -> bool:
     """True if the file ends with the checksum of what it was before that was appended."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES - COUNT_BYTES
@@ -111,20 +121,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     does not notice flipped bits, and `weights_only=True` keeps a file from running code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{show(path)}: no such checkpoint")
     try:
-        is_whole = _has_its_checksum(path)
+        _check_members(path)
+        is_whole = has_its_checksum(path)
         damaged = None if is_whole else _damaged_member(path)
-        state = torch.load(path, map_location="cpu", weights_only=True) if not damaged else {}
+        state = read_tensors(path) if not damaged else {}
     except Exception as error:
-        message = f"{path}: cannot be read as a checkpoint ({one_line(error)})"
+        message = f"{show(path)}: cannot be read as a checkpoint ({one_line(error)})"
         raise CheckpointError(message) from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: damaged ({damaged} is not what was written)")
+        raise CheckpointError(f"{show(path)}: damaged ({damaged} is not what was written)")
     check_state(path, state)
     if state["format_version"] > 1 and not is_whole:
-        raise CheckpointError(f"{path}: damaged (its checksum is wrong, or was cut off)")
+        raise CheckpointError(f"{show(path)}: damaged (its checksum is wrong, or was cut off)")
     return state
+
+
+def read_tensors(path: Path, *, needs_checksum: bool = False) -> Any:
+    """Read what torch.save wrote: tensors, on the CPU, and plain types. No code in it is run.
+
+    It takes no more memory than the file has bytes. Raises whatever torch and zipfile do for a
+    foreign file, and a ValueError for one that is made to take more.
+    """
+    if needs_checksum and not has_its_checksum(path):
+        raise ValueError("its checksum is wrong, or missing")
+    _check_members(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    storages, todo, count = {}, [(content, 0)], 0
+    while todo:
+        value, depth = todo.pop()
+        count += 1 + (len(value) // 64 if isinstance(value, str | bytes) else 0)
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError("holds a tensor that is not a plain one")
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+            if value.numel() * value.element_size() > storage.nbytes():
+                raise ValueError(f"a tensor {tuple(value.shape)} has {storage.nbytes()} bytes")
+        elif isinstance(value, dict | list | tuple | set):
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            todo += ((part, depth + 1) for part in parts)
+        if count + len(todo) > MAX_ENTRIES or depth > MAX_DEPTH:
+            raise ValueError("nested too deeply, or many times over")
+    if sum(storages.values()) > path.stat().st_size:  # older versions of torch believe a tensor
+        raise ValueError("its tensors say they are longer than the file")
+    return content
+
+
+def _check_members(path: Path) -> None:
+    """Raise a ValueError for a zip that unpacks to more than it is: zeros would fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members, size = archive.infolist(), path.stat().st_size
+    if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError("its parts are compressed or overlap, as torch.save never leaves them")
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -139,15 +191,15 @@ def load_weights(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = {name: metadata[name] for name in WEIGHTS_FACTS if name in metadata}
+        state = {name: json.loads(text) for name, text in facts.items()}
     except Exception as error:
         reason = one_line(error)
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({reason})") from error
+        raise CheckpointError(f"{show(path)}: cannot be read as safetensors ({reason})") from error
     if missing := [k for k in (*WEIGHTS_FACTS, WEIGHTS_CHECKSUM) if k not in metadata]:
         raise CheckpointError(f"{path}: not written by export.py, its metadata lacks {missing}")
-    facts = {name: metadata[name] for name in WEIGHTS_FACTS}
     if metadata[WEIGHTS_CHECKSUM] != checksum_of_weights(weights, facts):
-        raise CheckpointError(f"{path}: damaged (it is not what was written)")
-    state = {name: json.loads(text) for name, text in facts.items()}
+        raise CheckpointError(f"{show(path)}: damaged (it is not what was written)")
     check_state(path, state | {"model_state_dict": weights})
     kind = "ema_model_state_dict" if state.pop("ema") else "model_state_dict"
     return state | {kind: weights}
@@ -161,17 +213,74 @@ def checksum_of_weights(weights: Mapping[str, Tensor], facts: Mapping[str, str])
     return f"{value:08x}"
 
 
+def is_count(value: Any, least: int = 0, most: int = MAX_COUNT) -> bool:
+    """Whether it is an integer, no bool, of `least`..`most`."""
+    return type(value) is int and least <= value <= most
+
+
+def _is_spec(spec: Any) -> bool:
+    *shape, num_classes = spec
+    fits = len(shape) == 3 and is_count(num_classes, most=MAX_CLASSES)
+    return fits and all(is_count(side, 1, MAX_SIDE) for side in shape)
+
+
+def _is_config(config: Any) -> bool:
+    json.dumps(config)  # plain types alone
+    return config.keys() >= CONFIG_KEYS and isinstance(config["model_params"], dict)
+
+
+def _is_weights(weights: Any) -> bool:
+    return all(type(k) is str and isinstance(v, Tensor) for k, v in weights.items())
+
+
+# What all who read a checkpoint rely on; where one is to go on, training.resume asks for more.
+STATE = {"format_version": lambda value: is_count(value, 1), "model_state_dict": _is_weights}
+STATE |= {"epoch": is_count, "step": is_count, "config": _is_config, "spec": _is_spec}
+OPTIONAL_STATE = {
+    "ema_model_state_dict": _is_weights,
+    "class_names": lambda names: not names or all(type(name) is str for name in names),
+}
+
+
+def misfit(value: Any, form: Any, name: str = "") -> str | None:
+    """What keeps `value` from having this form, in a line that begins with `name`; else None.
+
+    A tensor is the form of finite ones of its shape and type; a mapping that of others with its
+    keys, and where it holds tensors, no more keys; a function tells, or raises.
+    """
+    if isinstance(form, Tensor):
+        of_form = f"{form.dtype} {tuple(form.shape)}"
+        given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        if given != of_form:
+            return f"{name} is {one_line(given, 60)}, not {of_form}"
+        return None if value.isfinite().all() else f"{name} is not finite"
+    if not isinstance(form, Mapping):
+        with contextlib.suppress(Exception):  # whatever a value of another type leads to
+            if form(value):
+                return None
+        return f"{name} cannot be {one_line(value, 60)}"
+    if not isinstance(value, Mapping):
+        return f"{name} is {one_line(value, 60)}, not a mapping"
+    has_tensors = any(isinstance(part, Tensor) for part in form.values())
+    for key in dict.fromkeys((*form, *value)) if has_tensors else form:
+        place = f"{name}.{key}" if name else str(key)
+        if key not in form or key not in value:
+            return f"{place} is " + ("missing" if key in form else "not expected")
+        if problem := misfit(value[key], form[key], place):
+            return problem
+    return None
+
+
 def check_state(path: Path, state: Any) -> None:
     """Raise a CheckpointError unless what was read from `path` has the parts of a checkpoint, of
     the right types, in no newer format."""
-    parts = state if isinstance(state, dict) else {}
-    wrong = [key for key, kind in KEY_TYPES.items() if not isinstance(parts.get(key), kind)]
-    if wrong or len(parts["spec"]) != 4:
-        message = f"lacks, or has with another type, {', '.join(wrong or ['spec'])}"
-        raise CheckpointError(f"{path}: not a checkpoint of this project, {message}")
-    if (version := parts["format_version"]) > FORMAT_VERSION:
+    there = OPTIONAL_STATE.keys() & (state.keys() if isinstance(state, dict) else ())
+    form = STATE | {key: OPTIONAL_STATE[key] for key in there}
+    if problem := misfit(state, form):
+        raise CheckpointError(f"{show(path)}: not a checkpoint of this project, {problem}")
+    if (version := state["format_version"]) > FORMAT_VERSION:
         message = f"format {version} is newer than the {FORMAT_VERSION} this version reads"
-        raise CheckpointError(f"{path}: {message}; update the project")
+        raise CheckpointError(f"{show(path)}: {message}; update the project")
 
 
 def _damaged_member(path: Path) -> str | None:
@@ -199,9 +308,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: has neither {BEST} nor {CURRENT}")
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+def newest_checkpoint(
+    run_dir: Path, check: Callable[[Path, dict[str, Any]], None] = check_state
+) -> tuple[Path, dict[str, Any], list[str]] | None:
     """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps, as its
-    path, its state, and a line for each damaged file passed over; None without checkpoints.
+    path, its state, and a line for each damaged file passed over; None without checkpoints. A file
+    of which `check` raises a CheckpointError counts as damaged.
 
     Raises a CheckpointError if there are checkpoints, but none is readable: nothing may start anew
     silently.
@@ -212,6 +324,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
     for path in [*latest, *epochs_saved(run_dir).values()]:
         try:
             state = load_checkpoint(path)
+            check(path, state)
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -227,7 +340,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]] |
 
 def epochs_saved(run_dir: Path) -> dict[int, Path]:
     """The `model_epoch_*.pth` files by epoch, ascending; none in a folder that does not exist."""
-    named = ((EPOCH_PATTERN.fullmatch(path.name), path) for path in run_dir.glob("*.pth"))
+    named = ((EPOCH_PATTERN.fullmatch(p.name), p) for p in run_dir.glob("*.pth") if p.is_file())
     return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from utils.errors import EXIT_USAGE
+from utils.errors import EXIT_USAGE, one_line
+
+MAX_IMAGES = 10**6  # of one command: the images, or their numbers, must fit into memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +67,7 @@ def add_sampling_options(
     add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
     scales = "0 unconditional, 1 conditional, above 1 guided" + several % "1,1.5,2"
     add("--cfg_scale", type=scale, help=scales)
-    add("--seed", type=int, help="image i uses seed + i; default: the config's seed")
+    add("--seed", type=whole_number, help="image i uses seed + i; default: the config's seed")
     add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
 
 
@@ -92,16 +94,37 @@ def parse_float_list(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers such as 1,1.5,2") from None
 
 
+def whole_number(text: str, most: int = 2**63 - 1) -> int:
+    """The number of an option such as `--seed 3`; none that is larger than 64 bits hold."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r}: give a whole number") from None
+    if number > most:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: must be at most {most}")
+    return number
+
+
+def image_count(text: str) -> int:
+    """The number of an option such as `--num_samples 64`."""
+    return whole_number(text, MAX_IMAGES)
+
+
 def parse_int_list(text: str) -> list[int]:
     """The numbers of an option such as `--labels 0,1,5-7`, a range with both its ends."""
     numbers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            added = range(int(first), int(last if dash else first) + 1)
+            ends = int(first), int(last if dash else first)
         except ValueError:
-            added = range(0)
-        if not added:
-            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers such as 0,1,2 or 0-9")
-        numbers += added
+            ends = 0, -1
+        if not ends[0] <= ends[1]:
+            form = "give whole numbers such as 0,1,2 or 0-9"
+            raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r}: {form}")
+        whole_number(str(ends[1]))
+        if len(numbers) + ends[1] - ends[0] >= MAX_IMAGES:
+            message = f"more than {MAX_IMAGES} numbers"
+            raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: {message}")
+        numbers += range(ends[0], ends[1] + 1)
     return numbers

@@ -11,16 +11,17 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
-from utils.errors import UserError, one_line, show
+from utils.errors import ConfigError, UserError, one_line, show
 
 KEY_DIGITS = 12
+MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
 # Images that nothing here reads, whatever their name
@@ -80,10 +81,40 @@ def make_output_dir(path: str | Path, option: str) -> None:
     be made or written to, and the command-line option that named it."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {show(path)}: {reason}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"{option} {path}: cannot be written")
+        raise UserError(f"{option} {show(path)}: cannot be written")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether one may write into a folder, or make it where there is none yet."""
+    there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
+    return os.access(there, os.W_OK)
+
+
+def check_output_name(name: str) -> None:
+    """Raise a ConfigError unless this can be the beginning of the names of files in a folder."""
+    is_plain = name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
+    if not is_plain or len(name.encode()) > MAX_NAME_BYTES:
+        form = f"give a file name without folders, at most {MAX_NAME_BYTES} bytes"
+        raise ConfigError(f"--output_name {one_line(ascii(name), 80)}: {form}")
+
+
+def write_each(outputs: Iterable[tuple[Path, Callable[[], object]]]) -> Iterator[Path]:
+    """Write what was asked for, and yield each path; one that cannot be written costs no other.
+    At the end a UserError tells of those, a line each."""
+    failed = []
+    for path, write in outputs:
+        try:
+            write()
+        except Exception as error:  # of disks, and of Pillow and ffmpeg
+            failed.append(f"{show(path)}: cannot be written ({one_line(error)})")
+        else:
+            yield path
+    if failed:
+        raise UserError("\n       ".join(failed))
 
 
 def check_picture_folder(folder: Path, num_images: int) -> None:

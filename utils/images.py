@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from utils.errors import ConfigError
+
 GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
 MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
 MAX_COLUMNS = 16
 MAX_GRID_IMAGES = 400  # in one grid, sheet or GIF
+MAX_FRAME_SECONDS, MAX_FPS = 655, 1000  # a GIF has 16 bits for hundredths of a second
 MIN_GIF_FRAME_MS = 20.0  # viewers slow down whatever is faster
 
 
@@ -114,6 +117,17 @@ def save_image(path: Path, image: Tensor) -> None:
     """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_array(image)).save(path)
+
+
+def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
+    """Raise a ConfigError unless a film can have that many frames a second, and such an end."""
+    if not 1 / MAX_FRAME_SECONDS <= fps <= MAX_FPS:
+        limits = f"must lie in {1 / MAX_FRAME_SECONDS:.4f}..{MAX_FPS}"
+        raise ConfigError(f"{prefix}fps {fps:g}: {limits}")
+    if not 0 <= final_seconds <= MAX_FRAME_SECONDS:
+        raise ConfigError(
+            f"{prefix}final_seconds {final_seconds:g}: must lie in 0..{MAX_FRAME_SECONDS}"
+        )
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import write_text
+from utils.images import save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
@@ -56,7 +57,22 @@ def requested_labels(
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 
 
-def save_labels(folder: Path, labels: Sequence[int]) -> None:
-    """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated."""
-    named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
-    write_text(folder / LABELS_FILE, json.dumps(named))
+def save_labels(folder: Path, labels: Sequence[int] | None) -> None:
+    """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated. After
+    the pictures: until then, and with None, `forget_labels` sees to it that they have none."""
+    if labels is not None:
+        named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
+        write_text(folder / LABELS_FILE, json.dumps(named))
+
+
+def forget_labels(folder: Path) -> None:
+    """Remove the classes of older pictures, before the first new one takes the name of one."""
+    (folder / LABELS_FILE).unlink(missing_ok=True)
+
+
+def save_images(folder: Path, images: Iterable[Tensor], labels: Sequence[int] | None) -> None:
+    """Write images, uint8 (C, H, W), as 000000.png ... to `folder`, and then their classes."""
+    forget_labels(folder)
+    for i, image in enumerate(images):
+        save_image(folder / f"{i:06d}.png", image)
+    save_labels(folder, labels)
