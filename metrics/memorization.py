@@ -1,7 +1,10 @@
 """Are generated images copies of train images? Nearest neighbours, beside those of held-out images.
 
 A distance alone says little: MNIST digits are close to each other by nature. Hence the comparison
-with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675).
+with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675). A copy with
+noise is as far from its original as other images are, but farther still from all the rest: its
+nearest train image is much nearer than the second nearest (Yoon et al. 2023, Diffusion Probabilistic
+Models Generalize when They Fail to Memorize).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ NUM_NEIGHBOURS = 10
 NUM_PAIRS = 8
 PAIRS_PER_ROW = 4  # a pair is a generated image with its neighbours
 CLOSE_PERCENTILE = 1  # percentile of the held-out distances; what is below is close
-CONFIDENCE = 0.99
+MAX_FALSE_ALARMS = 0.01  # of all signs together: each of the three tests has a third of it
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
@@ -97,36 +100,58 @@ def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> fl
     return min(1.0, float(tail))
 
 
-def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+def compare(
+    generated: np.ndarray, held_out: np.ndarray, *, equal: int = 0, searched: int = 0
+) -> dict[str, Any]:
     """Compare distances to the k nearest train images, ascending: (n, k) and held out (m, k).
 
     Close is what is no farther than the 1st percentile of held-out images: about 0.01 of images
     like those, all of the copies. More than 0.01 of the held-out images are close only where that
-    many of them equal train images.
+    many of them equal train images. The same is asked of the ratio of the two nearest distances.
+    Copies, at distance 0, are a sign by themselves if no real image is one; else there must be
+    more than of the real ones, which are the held-out ones and the `searched` train images, `equal`
+    of which equal another one.
     """
-    threshold = float(np.percentile(held_out[:, 0], CLOSE_PERCENTILE))
-    hits, hits_real = (int((x[:, 0] <= threshold).sum()) for x in (generated, held_out))
-    chance = chance_of_hits(hits, len(generated), hits_real, len(held_out))
+    level, counts = MAX_FALSE_ALARMS / 3, (len(generated), len(held_out))
+    copies, copies_real = (int((x[:, 0] == 0).sum()) for x in (generated, held_out))
+    num_real, equal = counts[1] + searched, copies_real + equal
+    chances, thresholds, shares = {}, {}, {}
+    for sign, values in {"distance": lambda x: x[:, 0], "ratio": ratios}.items():
+        pair = values(generated), values(held_out)
+        thresholds[sign] = float(np.percentile(pair[1], CLOSE_PERCENTILE))
+        hits = [int((x <= thresholds[sign]).sum()) for x in pair]
+        chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
+        shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
+    chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
+    signs = [sign for sign, chance in chances.items() if chance < level]
+    if copies and not equal:
+        signs = list(dict.fromkeys([*signs, "copies"]))
     return {
-        "flagged": chance < 1 - CONFIDENCE,
-        "p_value": chance,
-        "threshold": threshold,
-        "generated": _summary(generated, hits),
-        "held_out": _summary(held_out, hits_real),
+        "flagged": bool(signs),
+        "signs": signs,
+        "p_value": chances["distance"],
+        "p_values": chances,
+        "threshold": thresholds["distance"],
+        "ratio_threshold": thresholds["ratio"],
+        "generated": _summary(generated, *(share[0] for share in shares.values())),
+        "held_out": _summary(held_out, *(share[1] for share in shares.values())),
     }
 
 
-def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
-    first, ratio = distances[:, 0], None
-    if distances.shape[1] > 1:  # nearest to second nearest; 1 where both are 0
-        second = distances[:, 1]
-        ratios = np.divide(first, second, out=np.ones_like(first), where=second > 0)
-        ratio = float(np.median(ratios))
+def ratios(distances: np.ndarray) -> np.ndarray:
+    """(n, k) ascending -> (n,): nearest to second nearest; 1 where both are 0, or k is 1."""
+    first, second = distances[:, 0], distances[:, min(1, distances.shape[1] - 1)]
+    return np.divide(first, second, out=np.ones_like(first), where=second > 0)
+
+
+def _summary(distances: np.ndarray, share_close: float, share_close_ratio: float) -> dict[str, Any]:
+    first = distances[:, 0]
     percentiles = zip(PERCENTILES, np.percentile(first, PERCENTILES).tolist(), strict=True)
     return {
-        "share_close": hits / len(first),
+        "share_close": share_close,
+        "share_close_ratio": share_close_ratio,
         "num_copies": int((first == 0).sum()),
-        "median_ratio": ratio,
+        "median_ratio": float(np.median(ratios(distances))) if distances.shape[1] > 1 else None,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
