@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from datasets.real import real_sets
-from metrics.memorization import NUM_CHECKED, compare, nearest_images
+from metrics.memorization import NUM_CHECKED, compare, nearest_images, num_equal
 from metrics.sanity import image_hash
+from utils.cli import parse_int_list
 from utils.config import RawConfig, apply_overrides, validate
 from utils.distributed import Runtime
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--splits", type=int, default=300)
     parser.add_argument("--num_train", type=int, default=4000)
-    parser.add_argument("--copies", type=int, nargs="+", default=[3, 10, 50], help="of 1,000")
+    parser.add_argument("--copies", type=parse_int_list, default=[3, 10, 50], help="of 1,000")
     parser.add_argument("--copy_splits", type=int, default=100, help="of the splits, with copies")
     args, overrides = parser.parse_known_args()
     raw = RawConfig({"experiment_name": "copies"}, {})
@@ -92,11 +93,7 @@ def main() -> None:
         order = torch.randperm(len(images), generator=rng)
         sizes = [args.num_train, NUM_CHECKED, NUM_CHECKED]
         train, played, held_out = (images[rows] for rows in order[: sum(sizes)].split(sizes))
-        repeats = Counter(hashes[order[: args.num_train]].tolist())
-        real = {
-            "equal": sum(n for n in repeats.values() if n > 1),
-            "searched": args.num_train,
-        }
+        real = {"equal": num_equal(hashes[order[: args.num_train]]), "searched": args.num_train}
         kinds = COPIES if split < args.copy_splits else {}
         copies = [change(train[:most], rng) for change in kinds.values()]
         near = two_nearest(torch.cat([played, held_out, *copies]), train)

@@ -55,8 +55,10 @@ class Job(NamedTuple):
         a method, a number of steps, an eta and a scale; without these, the config's."""
         args = self.args
         given = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
-        pairs = zip_longest(given, defaults)
-        return sampling_from(self.run.config, *(b if a is None else a for a, b in pairs))
+        chosen = [b if a is None else a for a, b in zip_longest(given, defaults)]
+        if args.ddim_eta is None and "eta" not in getattr(SAMPLERS.get(chosen[0]), "options", ()):
+            chosen[2] = None  # a default for those that take it
+        return sampling_from(self.run.config, *chosen)
 
     def labels(self, own: list[int] | None, count: int, missing: str | None) -> list[int] | None:
         """The class of each of `count` images: that of --labels, else `own`, which pictures came

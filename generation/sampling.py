@@ -96,6 +96,9 @@ def sampling_from(
     scale = config.guidance_scale if cfg_scale is None else cfg_scale
     if not 0 <= scale < float("inf"):
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
+    if eta is not None and "eta" not in SAMPLERS[chosen].options:
+        takers = " or ".join(name for name, row in SAMPLERS.items() if "eta" in row.options)
+        raise ConfigError(f"--ddim_eta {eta:g}: {chosen} takes none; use {takers}, or leave it out")
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")

@@ -1,15 +1,15 @@
 """Are generated images copies of train images? Nearest neighbours, beside those of held-out images.
 
 A distance alone says little: MNIST digits are close to each other by nature. Hence the comparison
-with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675). A copy with
-noise is as far from its original as other images are, but farther still from all the rest: its
-nearest train image is much nearer than the second nearest (Yoon et al. 2023, Diffusion Probabilistic
-Models Generalize when They Fail to Memorize).
+with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675). A noisy
+copy may be as far from its original as other images are from theirs, but all the rest is farther:
+hence the ratio of the two nearest distances (Yoon et al. 2023, SPIGM workshop at ICML).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
 from metrics.reference import float64_device
+from metrics.sanity import image_hash
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array
@@ -33,7 +34,12 @@ NUM_NEIGHBOURS = 10
 NUM_PAIRS = 8
 PAIRS_PER_ROW = 4  # a pair is a generated image with its neighbours
 CLOSE_PERCENTILE = 1  # percentile of the held-out distances; what is below is close
-MAX_FALSE_ALARMS = 0.01  # of all signs together: each of the three tests has a third of it
+MAX_CHANCE = 0.001  # of a false alarm, in each of three tests
+SIGNS = {  # what raises the alarm -> its words in the summary
+    "distance": "more so than held-out images",
+    "ratio": "much nearer to one train image than to all others",
+    "copies": "exact copies",
+}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
@@ -112,7 +118,7 @@ def compare(
     more than of the real ones, which are the held-out ones and the `searched` train images, `equal`
     of which equal another one.
     """
-    level, counts = MAX_FALSE_ALARMS / 3, (len(generated), len(held_out))
+    counts = len(generated), len(held_out)
     copies, copies_real = (int((x[:, 0] == 0).sum()) for x in (generated, held_out))
     num_real, equal = counts[1] + searched, copies_real + equal
     chances, thresholds, shares = {}, {}, {}
@@ -123,7 +129,7 @@ def compare(
         chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
         shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
     chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
-    signs = [sign for sign, chance in chances.items() if chance < level]
+    signs = [sign for sign, chance in chances.items() if chance < MAX_CHANCE]
     if copies and not equal:
         signs = list(dict.fromkeys([*signs, "copies"]))
     return {
@@ -142,6 +148,11 @@ def ratios(distances: np.ndarray) -> np.ndarray:
     """(n, k) ascending -> (n,): nearest to second nearest; 1 where both are 0, or k is 1."""
     first, second = distances[:, 0], distances[:, min(1, distances.shape[1] - 1)]
     return np.divide(first, second, out=np.ones_like(first), where=second > 0)
+
+
+def num_equal(hashes: Iterable[int]) -> int:
+    """How many images equal another one, by the hashes of all."""
+    return sum(count for count in Counter(hashes).values() if count > 1)
 
 
 def _summary(distances: np.ndarray, share_close: float, share_close_ratio: float) -> dict[str, Any]:
@@ -186,6 +197,8 @@ class Memorization(ChosenImages, Metric):
             source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
             chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
             self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
+            batches = (images for images, _ in self.train.fetch(self.train.indices))
+            self.num_equal = num_equal([image_hash(x) for b in batches for x in b.cpu()])
 
     def reset(self) -> None:
         super().reset()
@@ -194,11 +207,12 @@ class Memorization(ChosenImages, Metric):
     def compute(self) -> Entry:
         train, images, held_out = self.train, self.values, self.held_out
         near = self._search(images)
-        compared, by_lpips = compare(near.pixels, held_out.pixels), None
+        real = {"equal": self.num_equal, "searched": len(train.indices)}
+        compared, by_lpips = compare(near.pixels, held_out.pixels, **real), None
         rows = near.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
         nearest = [near.positions[rows, 0]]
         if near.lpips is not None:
-            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)))
+            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)), **real)
             nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
         self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
         columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
@@ -216,6 +230,7 @@ class Memorization(ChosenImages, Metric):
             doubts.append(f"{searched}, copies of the others are missed")
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
         baseline = self.test.split if self.test else LEFT_OUT
+        counts["n_train_equal"] = self.num_equal
         details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
         share = compared["generated"]["share_close"]
         return measured(share, "; ".join(doubts), **compared, **details)
@@ -233,8 +248,8 @@ class Memorization(ChosenImages, Metric):
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        verdict = "more than held-out images" if result["flagged"] else "no sign of copies"
-        return f"share nearer to the train images than 99 % of held-out ones: {verdict}"
+        verdict = ", ".join(map(SIGNS.get, result["signs"])) or "no sign of copies"
+        return f"share nearer to the train images than 99 % of held-out ones; {verdict}"
 
     def _search(self, images: Tensor, left_out: Tensor | None = None) -> Distances:
         """The nearest train images of each image, but for the position `left_out` if given."""
