@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import Step
+from diffusion import SAMPLERS, Step
 from generation.run import Run, check_labels
 from generation.sampling import Sampling, batch_rows, gather_images, run_steps, sampling_from
 from utils.captions import class_captions

@@ -87,7 +87,7 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         mu, sigma = (torch.from_numpy(arrays[k].astype(np.float64)) for k in ("mu", "sigma"))
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-        if not isinstance(meta, dict) or (num_images or 2) < 2:
+        if not isinstance(meta, dict) or (num_images is not None and num_images < 2):
             raise ValueError("meta is no JSON object, or num_images is below 2")
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,9 @@ def usable(network: Network, problem: str) -> Iterator[None]:
     except (MissingWeightsError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # torch's own text advises to load the file unsafely
-        plain = not isinstance(error, pickle.UnpicklingError)
-        reason = one_line(error) if plain else "damaged, or more in it than tensors"
+        reason = one_line(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            reason = "damaged, or more in it than tensors"  # torch advises to load it unsafely
         raise network.missing(f"{problem} ({reason})") from error
 
 
@@ -100,7 +101,9 @@ def load_plain(path: Path, network: Network) -> dict[str, Tensor]:
     with usable(network, f"{show(path)} cannot be read as plain weights"):
         if what := looks_like(path):
             raise ValueError(what)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats and TorchScript
+            state = torch.load(path, map_location="cpu", weights_only=True)
         tensors = state.values() if isinstance(state, dict) else [None]
         if not all(isinstance(x, Tensor) and x.isfinite().all() for x in tensors):
             raise ValueError("not a state dict of finite tensors")
