@@ -22,8 +22,9 @@ import edit
 import evaluate
 import sample
 import train
-from diffusion import SAMPLERS, make_denoiser, timestep_grid
+from diffusion import SAMPLERS, make_denoiser, timestep_grid, warnings_of
 from generation import evaluated
+from generation.sampling import sampling_from
 from tests.test_diffusion import (
     diffusers_run,
     ideal_denoiser,
@@ -32,7 +33,8 @@ from tests.test_diffusion import (
     toy_model,
     zeros_like_noise,
 )
-from utils.errors import EXIT_OK, EXIT_USAGE, exit_code_of
+from utils.config import Config
+from utils.errors import EXIT_OK, EXIT_USAGE, ConfigError, exit_code_of
 from utils.labels import NULL_LABEL
 
 DIM = 6
@@ -338,6 +340,36 @@ def test_an_option_that_the_sampler_does_not_take_is_refused(method, eta, run_di
         assert code == EXIT_USAGE
         assert f"error: --ddim_eta {eta}: {method} takes none; use ddim" in text
         assert command(main, *arguments, "--dry_run")[0] == EXIT_OK
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["ddim_eta=1", "sampling_method=dpmpp_2m"], True),
+        (["ddim_eta=1", "--sampling_method", "ddpm"], True),
+        (["--set", "ddim_eta=1", "--set", "sampling_method=ddpm"], True),
+        (["ddim_eta=1", "sampling_method=ddpm", "--sampling_method", "ddim"], False),
+        (["sampling_method=dpmpp_2m"], False),
+        (["cfg_scale=3", "cfg_interval=0.2,0.8"], False),
+    ],
+)
+def test_a_config_key_on_the_command_line_without_effect_is_told(options, warned, run_dir, command):
+    code, text = command(sample.main, "--checkpoint", run_dir, *options, "--dry_run")
+    assert code == EXIT_OK
+    assert ("ddim_eta has no effect without sampling_method=ddim" in text) == warned
+    assert text.count("has no effect") == warned
+
+
+def test_whether_an_option_has_an_effect_is_read_from_the_table(monkeypatch):
+    config = Config(sampling_method="dpmpp_2m", ddim_eta=0.5)
+    (warning,) = warnings_of(config)
+    assert warning == "ddim_eta has no effect without sampling_method=ddim"
+    with pytest.raises(ConfigError, match="dpmpp_2m takes none; use ddim, or leave it out"):
+        sampling_from(config, eta=0.5)
+    own = SAMPLERS["dpmpp_2m"]._replace(options=("eta",))
+    monkeypatch.setitem(SAMPLERS, "dpmpp_2m", own)
+    assert warnings_of(config) == []
+    assert sampling_from(config, eta=0.25).options == {"eta": 0.25}
 
 
 @pytest.mark.parametrize(
