@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,10 +128,10 @@ def compare(
         hits = [int((x <= thresholds[sign]).sum()) for x in pair]
         chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
         shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
-    chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
+    chances["copies"] = float(not copies)
+    if equal:
+        chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
     signs = [sign for sign, chance in chances.items() if chance < MAX_CHANCE]
-    if copies and not equal:
-        signs = list(dict.fromkeys([*signs, "copies"]))
     return {
         "flagged": bool(signs),
         "signs": signs,
@@ -197,8 +197,6 @@ class Memorization(ChosenImages, Metric):
             source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
             chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
             self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
-            batches = (images for images, _ in self.train.fetch(self.train.indices))
-            self.num_equal = num_equal([image_hash(x) for b in batches for x in b.cpu()])
 
     def reset(self) -> None:
         super().reset()
@@ -256,7 +254,7 @@ class Memorization(ChosenImages, Metric):
         num_train = len(self.train.indices)
         squared, positions = nearest_images(
             images,
-            (batch for batch, _ in self.train.fetch(self.train.indices)),
+            self._train_batches(),
             num_train,
             num_neighbours=min(NUM_NEIGHBOURS, num_train - (self.test is None)),
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
@@ -265,6 +263,14 @@ class Memorization(ChosenImages, Metric):
         pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)
+
+    def _train_batches(self) -> Iterator[Tensor]:
+        """The train images; after the last `num_equal` is how many of them equal another one."""
+        hashes: list[int] = []
+        for images, _ in self.train.fetch(self.train.indices):
+            hashes += map(image_hash, images.cpu())
+            yield images
+        self.num_equal = num_equal(hashes)
 
     def _lpips(self, queries: Tensor, positions: Tensor) -> Tensor:
         """(Q, k) float64: the distance of each query to the train images at `positions` (Q, k)."""
