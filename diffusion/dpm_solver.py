@@ -20,7 +20,7 @@ def dpmpp_2m(
     randn_like: Callable[[Tensor], Tensor],
 ) -> Iterator[Step]:
     """Deterministic; one forward per step. The first and the last step are of first order (the
-    last has infinite log-SNR, where the step is x_0 itself)."""
+    last has infinite log-SNR, where the step is x_0 itself), and so is a jump to t = 0."""
     x = x_T
     previous_x_0, previous_h = None, 0.0
     for t, s in with_previous(timesteps):
@@ -32,7 +32,9 @@ def dpmpp_2m(
         # half log-SNR, lambda = log(sqrt(a) / sqrt(1 - a))
         h = 0.5 * (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t)))
         slope = x_0
-        if previous_x_0 is not None:
+        # A jump to t = 0 (leading, linspace) is several times as long in log-SNR as the step before
+        # it, and extrapolation over it is worse than none.
+        if previous_x_0 is not None and not (s == 0 and t > 2):
             r = previous_h / h
             slope = (1 + 0.5 / r) * x_0 - 0.5 / r * previous_x_0
         x = ((1 - a_s) / (1 - a_t)) ** 0.5 * x - a_s**0.5 * math.expm1(-h) * slope

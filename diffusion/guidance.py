@@ -50,7 +50,7 @@ def make_denoiser(
     Args:
         y: (B,) int64 in [0, K), or None for a model without classes, whose only scale is 1.
         cfg_interval: guide only while low <= t / T <= high (Kynkaanniemi et al. 2024); outside
-            it the prediction is plain conditional.
+            it the prediction is plain conditional, but for scale 0, unconditional everywhere.
     """
     assert y is not None or cfg_scale == 1.0, "guidance joins predictions with and without classes"
     null = None if y is None else torch.full_like(y, NULL_LABEL)
@@ -58,10 +58,10 @@ def make_denoiser(
 
     def denoise(x_t: Tensor, t: int) -> Prediction:
         times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        if cfg_scale == 1.0 or not low <= t / diffusion.num_timesteps <= high:
-            output = model(x_t, times, y)
-        elif cfg_scale == 0.0:
+        if cfg_scale == 0.0:
             output = model(x_t, times, null)
+        elif cfg_scale == 1.0 or not low <= t / diffusion.num_timesteps <= high:
+            output = model(x_t, times, y)
         else:
             out_y, out_null = with_and_without(model, x_t, times, y, null)
             output = out_null + cfg_scale * (out_y - out_null)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from utils.config import Check, Config, RawConfig, apply_overrides, read_config_
 from utils.errors import CheckpointError, ConfigError, show
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
+
+log = logging.getLogger("diffusion")
 
 CONFIG_CHECKS: tuple[Check, ...] = (
     datasets.check_config,
@@ -112,9 +115,17 @@ def load_run(
 
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
-    """`load_run` of what the command line says, see `cli.add_checkpoint_options`."""
+    """`load_run` of what the command line says, see `cli.add_checkpoint_options`. Keys on it that
+    have no effect are warned of."""
     given = dict(use_ema=args.use_ema, config_path=args.config, overrides=args.overrides)
-    return load_run(args.checkpoint, device, compile=compile, **given)
+    run = load_run(args.checkpoint, device, compile=compile, **given)
+    method = getattr(args, "sampling_method", None) or run.config.sampling_method
+    sampled = run.config.model_copy(update={"sampling_method": method})
+    named = {text.partition("=")[0] for text in args.overrides}
+    for warning in diffusion.warnings_of(sampled):
+        if warning.split()[0] in named:
+            log.warning(warning)
+    return run
 
 
 def check_labels(labels: Sequence[int], run: Run) -> None:

@@ -83,7 +83,8 @@ class ClassAccuracy(Metric):
     def note(cls, result: Entry) -> str:
         low, high = map(number, result["ci95"])
         real, unsure = number(result["real_ceiling"]), result["unsure_share"]
-        return f"95 % interval {low} to {high}, real images {real}, unsure {unsure:.1%}"
+        blind = "(of noise, too, it can be sure: see fd_domain)"
+        return f"95 % interval {low} to {high}, real images {real}, unsure {unsure:.1%} {blind}"
 
     @classmethod
     def table(cls, result: Entry) -> tuple[str, list[Row]] | None:

@@ -284,8 +284,8 @@ class ClassifierViews(Collector):
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None:
-            raise ValueError("the classifier needs real images to train on")
+        if real is None or len(real.train.labels) < 2:
+            raise ValueError("the classifier needs at least 2 real images to train on")
         train, keeps = real.train, self.context.keeps
         self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
         shape, flip = self.context.generated.spec.shape, self.context.real.flip

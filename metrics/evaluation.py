@@ -37,7 +37,8 @@ class Plan:
         self.skipped: dict[str, Entry] = {}  # the entries of the metrics that will not run
         generated, real, runtime = context.generated, context.real, context.runtime
         num_classes = generated.spec.num_classes
-        no_classes = None if num_classes else "the data set has no class labels"
+        no_classes = {0: "the data set has no class labels", 1: "the data set has only one class"}
+        no_classes = no_classes.get(num_classes)
         if real.sets is not None and real.sets.train.num_classes != num_classes:
             counts = f"{num_classes}, but {real.sets.train.num_classes} in the real images"
             no_classes = f"number of classes: {counts}"

@@ -18,9 +18,9 @@ from torch import Tensor
 from datasets.real import RealSets
 from metrics.base import Collector, Context
 from metrics.reference import FeatureMoments, Reference, read_reference, write_reference
-from metrics.weights import Network, load_plain
+from metrics.weights import Network, load_plain, usable
 from utils.distributed import Runtime
-from utils.errors import ConfigError, one_line
+from utils.errors import ConfigError, show
 from utils.files import content_key
 from utils.images import to_rgb
 from utils.precision import full_float32
@@ -57,13 +57,10 @@ def load_inception(path: Path, device: torch.device, *, layer: str = "2048") -> 
 
     load_plain(path, INCEPTION)  # torch-fidelity itself would unpickle whatever the file holds
     layers = [layer, "logits_unbiased"]
-    try:
-        with torch.random.fork_rng(devices=[]):  # building it draws initial weights
-            network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", layers, feature_extractor_weights_path=str(path)
-            )
-    except RuntimeError as error:
-        raise INCEPTION.missing(f"{path} does not fit ({one_line(error)})") from error
+    with usable(INCEPTION, f"{show(path)} does not fit"), torch.random.fork_rng(devices=[]):
+        network = FeatureExtractorInceptionV3(  # building it draws initial weights
+            "inception-v3-compat", layers, feature_extractor_weights_path=str(path)
+        )
     details = {"layer": layer, "resize": "tf1-bilinear-299", "comparable": layer == "2048"}
     return Extractor(network.to(device), int(layer), NUM_LOGITS, details)
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from datasets.real import RealSets
 from metrics.base import Context, Entry, Metric, Row, measured, number
 from metrics.gallery import ChosenImages
-from metrics.weights import Network, load_plain
+from metrics.weights import Network, load_plain, usable
 from utils.distributed import Runtime
-from utils.errors import one_line
+from utils.errors import show
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
 from utils.rng import Stream, fixed_subset, numpy_generator
@@ -47,12 +47,9 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         # `pnet_rand` keeps it from downloading; the heads come with the package.
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    try:
-        for name, parameter in network.net.named_parameters():
-            layer, kind = re.fullmatch(r"slice\d\.(\d+)\.(weight|bias)", name).groups()
-            parameter.data.copy_(state[f"features.{layer}.{kind}"])
-    except (KeyError, RuntimeError) as error:
-        raise ALEXNET.missing(f"{path} does not fit ({one_line(error)})") from error
+    with usable(ALEXNET, f"{show(path)} does not fit"):
+        names = {name: re.sub(r"slice\d", "features", name) for name in network.net.state_dict()}
+        network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     network.requires_grad_(False).eval().to(device)
     return lambda a, b: network(a, b).flatten()
 

@@ -1,13 +1,16 @@
 """Are generated images copies of train images? Nearest neighbours, beside those of held-out images.
 
 A distance alone says little: MNIST digits are close to each other by nature. Hence the comparison
-with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675).
+with real images that are not in the set searched (Meehan et al. 2020, arXiv:2004.05675). A noisy
+copy may be as far from its original as other images are from theirs, but all the rest is farther:
+hence the ratio of the two nearest distances (Yoon et al. 2023, SPIGM workshop at ICML).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
 from metrics.reference import float64_device
+from metrics.sanity import image_hash
 from reporting.pages import Picture
 from utils.distributed import Runtime
 from utils.images import make_grid, to_array
@@ -30,7 +34,12 @@ NUM_NEIGHBOURS = 10
 NUM_PAIRS = 8
 PAIRS_PER_ROW = 4  # a pair is a generated image with its neighbours
 CLOSE_PERCENTILE = 1  # percentile of the held-out distances; what is below is close
-CONFIDENCE = 0.99
+MAX_CHANCE = 0.001  # of a false alarm, in each of three tests
+SIGNS = {  # what raises the alarm -> its words in the summary
+    "distance": "more so than held-out images",
+    "ratio": "much nearer to one train image than to all others",
+    "copies": "exact copies",
+}
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
@@ -97,36 +106,63 @@ def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> fl
     return min(1.0, float(tail))
 
 
-def compare(generated: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+def compare(
+    generated: np.ndarray, held_out: np.ndarray, *, equal: int = 0, searched: int = 0
+) -> dict[str, Any]:
     """Compare distances to the k nearest train images, ascending: (n, k) and held out (m, k).
 
     Close is what is no farther than the 1st percentile of held-out images: about 0.01 of images
     like those, all of the copies. More than 0.01 of the held-out images are close only where that
-    many of them equal train images.
+    many of them equal train images. The same is asked of the ratio of the two nearest distances.
+    Copies, at distance 0, are a sign by themselves if no real image is one; else there must be
+    more than of the real ones, which are the held-out ones and the `searched` train images, `equal`
+    of which equal another one.
     """
-    threshold = float(np.percentile(held_out[:, 0], CLOSE_PERCENTILE))
-    hits, hits_real = (int((x[:, 0] <= threshold).sum()) for x in (generated, held_out))
-    chance = chance_of_hits(hits, len(generated), hits_real, len(held_out))
+    counts = len(generated), len(held_out)
+    copies, copies_real = (int((x[:, 0] == 0).sum()) for x in (generated, held_out))
+    num_real, equal = counts[1] + searched, copies_real + equal
+    chances, thresholds, shares = {}, {}, {}
+    for sign, values in {"distance": lambda x: x[:, 0], "ratio": ratios}.items():
+        pair = values(generated), values(held_out)
+        thresholds[sign] = float(np.percentile(pair[1], CLOSE_PERCENTILE))
+        hits = [int((x <= thresholds[sign]).sum()) for x in pair]
+        chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
+        shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
+    chances["copies"] = float(not copies)
+    if equal:
+        chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
+    signs = [sign for sign, chance in chances.items() if chance < MAX_CHANCE]
     return {
-        "flagged": chance < 1 - CONFIDENCE,
-        "p_value": chance,
-        "threshold": threshold,
-        "generated": _summary(generated, hits),
-        "held_out": _summary(held_out, hits_real),
+        "flagged": bool(signs),
+        "signs": signs,
+        "p_value": chances["distance"],
+        "p_values": chances,
+        "threshold": thresholds["distance"],
+        "ratio_threshold": thresholds["ratio"],
+        "generated": _summary(generated, *(share[0] for share in shares.values())),
+        "held_out": _summary(held_out, *(share[1] for share in shares.values())),
     }
 
 
-def _summary(distances: np.ndarray, hits: int) -> dict[str, Any]:
-    first, ratio = distances[:, 0], None
-    if distances.shape[1] > 1:  # nearest to second nearest; 1 where both are 0
-        second = distances[:, 1]
-        ratios = np.divide(first, second, out=np.ones_like(first), where=second > 0)
-        ratio = float(np.median(ratios))
+def ratios(distances: np.ndarray) -> np.ndarray:
+    """(n, k) ascending -> (n,): nearest to second nearest; 1 where both are 0, or k is 1."""
+    first, second = distances[:, 0], distances[:, min(1, distances.shape[1] - 1)]
+    return np.divide(first, second, out=np.ones_like(first), where=second > 0)
+
+
+def num_equal(hashes: Iterable[int]) -> int:
+    """How many images equal another one, by the hashes of all."""
+    return sum(count for count in Counter(hashes).values() if count > 1)
+
+
+def _summary(distances: np.ndarray, share_close: float, share_close_ratio: float) -> dict[str, Any]:
+    first = distances[:, 0]
     percentiles = zip(PERCENTILES, np.percentile(first, PERCENTILES).tolist(), strict=True)
     return {
-        "share_close": hits / len(first),
+        "share_close": share_close,
+        "share_close_ratio": share_close_ratio,
         "num_copies": int((first == 0).sum()),
-        "median_ratio": ratio,
+        "median_ratio": float(np.median(ratios(distances))) if distances.shape[1] > 1 else None,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
@@ -169,11 +205,12 @@ class Memorization(ChosenImages, Metric):
     def compute(self) -> Entry:
         train, images, held_out = self.train, self.values, self.held_out
         near = self._search(images)
-        compared, by_lpips = compare(near.pixels, held_out.pixels), None
+        real = {"equal": self.num_equal, "searched": len(train.indices)}
+        compared, by_lpips = compare(near.pixels, held_out.pixels, **real), None
         rows = near.pixels[:, 0].argsort(kind="stable")[:NUM_PAIRS].tolist()
         nearest = [near.positions[rows, 0]]
         if near.lpips is not None:
-            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)))
+            by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)), **real)
             nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
         self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
         columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
@@ -191,6 +228,7 @@ class Memorization(ChosenImages, Metric):
             doubts.append(f"{searched}, copies of the others are missed")
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
         baseline = self.test.split if self.test else LEFT_OUT
+        counts["n_train_equal"] = self.num_equal
         details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
         share = compared["generated"]["share_close"]
         return measured(share, "; ".join(doubts), **compared, **details)
@@ -208,15 +246,15 @@ class Memorization(ChosenImages, Metric):
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        verdict = "more than held-out images" if result["flagged"] else "no sign of copies"
-        return f"share nearer to the train images than 99 % of held-out ones: {verdict}"
+        verdict = ", ".join(map(SIGNS.get, result["signs"])) or "no sign of copies"
+        return f"share nearer to the train images than 99 % of held-out ones; {verdict}"
 
     def _search(self, images: Tensor, left_out: Tensor | None = None) -> Distances:
         """The nearest train images of each image, but for the position `left_out` if given."""
         num_train = len(self.train.indices)
         squared, positions = nearest_images(
             images,
-            (batch for batch, _ in self.train.fetch(self.train.indices)),
+            self._train_batches(),
             num_train,
             num_neighbours=min(NUM_NEIGHBOURS, num_train - (self.test is None)),
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
@@ -225,6 +263,14 @@ class Memorization(ChosenImages, Metric):
         pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)
+
+    def _train_batches(self) -> Iterator[Tensor]:
+        """The train images; after the last `num_equal` is how many of them equal another one."""
+        hashes: list[int] = []
+        for images, _ in self.train.fetch(self.train.indices):
+            hashes += map(image_hash, images.cpu())
+            yield images
+        self.num_equal = num_equal(hashes)
 
     def _lpips(self, queries: Tensor, positions: Tensor) -> Tensor:
         """(Q, k) float64: the distance of each query to the train images at `positions` (Q, k)."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from utils.distributed import Runtime
-from utils.errors import ConfigError
+from utils.errors import ConfigError, show
 from utils.files import atomic_path, read_npz
 
+ROUNDING = 1e-5  # share of the largest variance by which a covariance may be off
 BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
 
 
@@ -81,16 +82,33 @@ def read_reference(path: str | Path, dim: int) -> Reference:
     """
     try:
         arrays = read_npz(path, ["mu", "sigma"], ["meta", "num_images"])
-        mu, sigma = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+        if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+            raise ValueError("mu and sigma are no real numbers")
+        mu, sigma = (torch.from_numpy(arrays[k].astype(np.float64)) for k in ("mu", "sigma"))
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
-    except (ValueError, TypeError, RecursionError) as error:
+        if not isinstance(meta, dict) or (num_images is not None and num_images < 2):
+            raise ValueError("meta is no JSON object, or num_images is below 2")
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
         needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"
-        raise ConfigError(f"--reference {path}: cannot be read ({error}); {needs}") from error
-    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise ConfigError(f"--reference {show(path)}: cannot be read ({error}); {needs}") from error
+    if mu.shape not in ((dim,), (1, dim)) or sigma.shape != (dim, dim):
         shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
-        raise ConfigError(f"--reference {path}: {shapes} are not of {dim} features")
-    return Reference(mu, sigma, num_images, meta)
+        raise ConfigError(f"--reference {show(path)}: {shapes} are not of {dim} features")
+    if problem := covariance_problem(mu, sigma):
+        raise ConfigError(f"--reference {show(path)}: {problem}; write the statistics anew")
+    return Reference(mu.view(dim), sigma, num_images, meta)
+
+
+def covariance_problem(mu: Tensor, sigma: Tensor) -> str | None:
+    """Why these, float64, are no mean and covariance (D, D); None if they are, up to rounding."""
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        return "mu or sigma is not finite"
+    slack = ROUNDING * sigma.diagonal().abs().max()  # of files in float32
+    if not torch.allclose(sigma, sigma.T, rtol=0, atol=slack):
+        return "sigma is no covariance, it is not symmetric"
+    lowest = torch.linalg.eigvalsh(sigma)[0]
+    return None if lowest >= -slack else f"sigma is no covariance, it has the eigenvalue {lowest:g}"
 
 
 def write_reference(path: Path, reference: Reference) -> None:

@@ -17,10 +17,11 @@ from metrics import METRICS
 from metrics.base import Entry, Row
 from reporting.evaluation import render_html
 from reporting.pages import Picture
-from utils.errors import ConfigError
+from utils.errors import ConfigError, one_line, show
 from utils.files import write_text
 
 SCHEMA_VERSION = 1
+LARGEST = 1e300  # no metric has such a value, and a difference of two would be infinite
 STATUSES = ("complete", "partial", "empty")  # what a report can be, from best to worst
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy")
 # A difference in these makes two values of a metric incomparable.
@@ -112,11 +113,17 @@ def read_report(path: str | Path) -> Report:
     """Read a report.json of this project; raises a ConfigError if it is not one."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--compare {path}: cannot be read ({error})") from error
-    if not isinstance(report, dict) or not isinstance(report.get("metrics"), dict):
-        raise ConfigError(f"--compare {path}: is no report.json of a single evaluation")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--compare {show(path)}: cannot be read ({one_line(error)})") from error
+    entries = report.get("metrics") if isinstance(report, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
+        raise ConfigError(f"--compare {show(path)}: is no report.json of a single evaluation")
     return report
+
+
+def _is_entry(result: Any) -> bool:
+    value = result.get("value") if isinstance(result, dict) else "none"
+    return value is None or (type(value) in (int, float) and abs(value) < LARGEST)
 
 
 def compare(report: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from utils.checkpoint import read_tensors
-from utils.errors import MissingWeightsError, one_line
-from utils.files import file_sha256, socket_timeout
+from utils.errors import MissingWeightsError, one_line, show
+from utils.files import file_sha256, looks_like, socket_timeout
 
 DOWNLOAD_TIMEOUT = 20  # seconds without a byte; urllib alone would wait for ever behind a firewall
 
@@ -65,28 +69,43 @@ def find_weights(network: Network, given: str | None, *, download: bool = True) 
         if not download:
             raise network.missing("not on this machine; a run downloads them")
         path, fetch = target, torch.hub.download_url_to_file
-        try:
+        with usable(network, "download failed"), socket_timeout(DOWNLOAD_TIMEOUT):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with socket_timeout(DOWNLOAD_TIMEOUT):
-                fetch(network.url, str(path), hash_prefix=network.hash_prefix, progress=True)
-        except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors
-            raise network.missing(f"download failed ({error})") from error
+            fetch(network.url, str(path), hash_prefix=network.hash_prefix, progress=True)
     elif not path.is_file():
-        raise network.missing(f"{network.flag} {path}: no such file")
+        raise network.missing(f"{network.flag} {show(path)}: no such file")
     load_plain(path, network)
-    return Weights(path, file_sha256(path))
+    with usable(network, f"{show(path)} cannot be read"):
+        return Weights(path, file_sha256(path))
 
 
-def load_plain(path: Path, network: Network) -> dict[str, Any]:
-    """Read a state dict as tensors and plain types only: a stranger's file must not run code.
+@contextlib.contextmanager
+def usable(network: Network, problem: str) -> Iterator[None]:
+    """Turn whatever the body raises into a MissingWeightsError of the `problem`: what a stranger's
+    file makes torch raise has no end. Absent packages and full devices are no fault of the file."""
+    try:
+        yield
+    except (MissingWeightsError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = one_line(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            reason = "damaged, or more in it than tensors"  # torch advises to load it unsafely
+        raise network.missing(f"{problem} ({reason})") from error
+
+
+def load_plain(path: Path, network: Network) -> dict[str, Tensor]:
+    """Read a state dict as finite tensors only: a stranger's file must not run code.
 
     Raises a MissingWeightsError if the file is damaged or holds anything else.
     """
-    try:
-        state = read_tensors(path)
-    except Exception as error:
-        problem = f"{path} cannot be read as plain weights ({one_line(error)})"
-        raise network.missing(problem) from error
-    if not isinstance(state, dict):
-        raise network.missing(f"{path} does not hold a state dict")
-    return state
+    with usable(network, f"{show(path)} cannot be read as plain weights"):
+        if what := looks_like(path):
+            raise ValueError(what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats and TorchScript
+            state = read_tensors(path)
+        tensors = state.values() if isinstance(state, dict) else [None]
+        if not all(isinstance(x, Tensor) and x.isfinite().all() for x in tensors):
+            raise ValueError("not a state dict of finite tensors")
+        return state

@@ -109,6 +109,76 @@ def test_alarms_on_images_like_the_held_out_ones_are_as_rare_as_promised():
     assert alarms <= 10
 
 
+def two_nearest(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 2) distances as of images whose nearest ones are all about as far."""
+    return np.sort(0.9 + 0.1 * rng.random((count, 2)), 1)
+
+
+def test_the_ratio_of_the_two_nearest_sees_copies_that_are_as_far_as_others():
+    """A tenth of the images has one train image as near as the nearest, and no other one near."""
+    rng = np.random.default_rng(0)
+    ours, held_out = two_nearest(rng, 500), two_nearest(rng, 500)
+    ours[:50, 1] = 3 * ours[:50, 0]
+    verdict = compare(ours, held_out)
+    assert (verdict["flagged"], verdict["signs"]) == (True, ["ratio"])
+    assert (
+        verdict["p_values"]["ratio"] < 1e-6 < verdict["p_value"] == verdict["p_values"]["distance"]
+    )
+    assert verdict["generated"]["share_close_ratio"] >= 0.1
+    assert verdict["held_out"]["share_close_ratio"] == 0.01
+    assert not compare(held_out, ours)["flagged"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "held", "equal", "signs"),
+    [
+        (0, 0, 0, []),
+        (1, 0, 0, ["copies"]),
+        (3, 0, 0, ["copies"]),
+        (1, 1, 0, []),
+        (3, 2, 0, []),
+        (1, 0, 2, []),  # the data have equal images: one more is no surprise
+        (3, 0, 9, []),
+        (0, 9, 9, []),
+        (9, 0, 2, ["copies"]),
+        (9, 1, 0, ["copies"]),
+    ],
+)
+def test_exact_copies_are_a_sign_unless_real_images_are_some_too(copies, held, equal, signs):
+    rng = np.random.default_rng(0)
+    ours, held_out = two_nearest(rng, 1000), two_nearest(rng, 1000)
+    ours[:copies, 0] = held_out[:held, 0] = 0
+    verdict = compare(ours, held_out, equal=equal, searched=2000)
+    assert verdict["signs"] == signs
+    assert verdict["flagged"] == bool(signs)
+    assert verdict["generated"]["num_copies"] == copies
+
+
+def test_equal_images_are_counted_all_of_them():
+    assert memorization.num_equal([1, 2, 2, 3, 3, 3]) == 5
+    assert memorization.num_equal([]) == 0
+
+
+def test_verdicts_on_real_images_of_many_splits_are_quiet_and_copies_are_seen():
+    """Digits, split at random again and again; docs/metrics.md has larger sets."""
+    from sklearn.datasets import load_digits
+
+    images, alarms, seen = (torch.tensor(load_digits().images) * 15.9).round(), 0, 0
+    for split in range(40):
+        rng = torch.Generator().manual_seed(split)
+        order = torch.randperm(len(images), generator=rng)
+        train, ours, held_out = (images[rows] for rows in order[:1700].split([700, 500, 500]))
+        noisy = (train[:25] + 20 * torch.randn(25, 8, 8, generator=rng)).round().clamp(0, 255)
+        queries = torch.cat([ours, held_out, noisy]).to(torch.uint8)[:, None]
+        squared, _ = search(queries, train.to(torch.uint8)[:, None], num_neighbours=2, size=700)
+        near = squared.double().sqrt().numpy()
+        ours, held_out, noisy = near[:500], near[500:1000], near[1000:]
+        alarms += compare(ours, held_out)["flagged"]
+        seen += compare(np.concatenate([noisy, ours[25:]]), held_out)["flagged"]
+    assert alarms <= 1
+    assert seen == 40
+
+
 # --- the metric
 
 

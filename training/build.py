@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from datasets.remarks import remarks_on
+from diffusion import warnings_of
 from models import backend_of
 from training.job import Job
 from training.learner import Learner
@@ -22,7 +23,7 @@ from training.tracking import start_trackers
 from training.trainer import Trainer
 from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
-from utils.config import Config, warnings_of
+from utils.config import Config
 from utils.distributed import describe_device
 from utils.errors import UserError, show
 from utils.images import save_image, to_uint8
