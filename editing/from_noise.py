@@ -52,7 +52,7 @@ def interpolate(job: Job) -> Iterator[str]:
     shown = [pictures.make_grid(m, layout, min_cell_size=FILM_CELL_SIZE) for m in moments]
     save = pictures.save_gif if args.format == "gif" else pictures.save_mp4
     save(film, shown, fps=args.fps, final_seconds=args.final_seconds)
-    command = f"python edit.py grid --checkpoint {args.checkpoint} --seeds {chains[0][0].seed}"
+    command = job.command("edit.py", "grid", "--seeds", chains[0][0].seed)
     yield wrote([strip, film], command)
 
 
@@ -171,6 +171,6 @@ def grid(job: Job) -> Iterator[str]:
     above += [[]] * (len(rows) - 1)
     sheet = contact_sheet(torch.stack(cells), rows, above=above, left=left)
     pictures.save_image(job.path(".png"), sheet)
-    best = f"--num_inference_steps {last.num_inference_steps} --cfg_scale {last.cfg_scale:g}"
-    command = f"python sample.py --checkpoint {args.checkpoint} {best}, with the best of them"
-    yield wrote([job.path(".png")], command)
+    steps, scale = last.num_inference_steps, f"{last.cfg_scale:g}"
+    command = job.command("sample.py", "--num_inference_steps", steps, "--cfg_scale", scale)
+    yield wrote([job.path(".png")], f"{command}, with the best of them")

@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from utils.errors import EXIT_USAGE
+from utils.errors import EXIT_USAGE, ConfigError, printable
+from utils.files import expand_home
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that tells a fault in one line, without the usage that argparse puts above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"error: {message}; see python {self.prog} --help\n")
+        self.exit(EXIT_USAGE, printable(f"error: {message}; see python {self.prog} --help\n"))
 
 
 def new_parser(
@@ -72,16 +73,26 @@ def add_sampling_options(
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
     # not intermixed: a subcommand's parser takes nothing in between
-    args, rest = parser.parse_known_args(with_underscores(argv))
+    args, rest = parser.parse_known_args(normalized(argv))
     if unknown := [token for token in rest if token.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = [*args.set_values, *rest]
     return args
 
 
-def with_underscores(argv: Sequence[str]) -> list[str]:
-    """The arguments with underscores in the names of options: `--dry-run` -> `--dry_run`."""
-    return [re.sub("^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
+def normalized(argv: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the names of options, `--dry-run` -> `--dry_run`, and with
+    the home directory for `~` where a value begins with it, as no other value does. Raises a
+    ConfigError if there is no such home."""
+    arguments = []
+    for given in argv:
+        option, value = re.fullmatch("(--[^=]*=?)?(.*)", given, re.DOTALL).groups("")
+        try:
+            value = expand_home(value) if value.startswith("~") else value
+        except ValueError as error:
+            raise ConfigError(f"{given}: {error}") from error
+        arguments.append(option[:2] + option[2:].replace("-", "_") + value)
+    return arguments
 
 
 def parse_float_list(text: str) -> list[float]:

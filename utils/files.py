@@ -28,6 +28,19 @@ LOOKS_LIKE = {
 }
 
 
+def expand_home(path: str | None) -> str | None:
+    """`path` with a leading `~` or `~user` replaced by that user's home directory, as a shell does.
+    A ValueError if it is empty, or there is no such user; None stays None."""
+    if path is None:
+        return None
+    if not path or "\0" in path:
+        raise ValueError("give a path, or leave it out")
+    if (expanded := os.path.expanduser(path)).startswith("~"):
+        user = path.partition("/")[0]
+        raise ValueError(f"no home directory of {user}; write ./{user} for a folder of that name")
+    return expanded
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the body ends.
@@ -48,10 +61,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file so that readers see the old or the new one; makes its folder. An
-    OSError leaves `path` as it was."""
+    OSError leaves `path` as it was. Broken bytes of file names are escaped, as in JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
