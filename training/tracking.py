@@ -22,7 +22,6 @@ from utils.errors import one_line
 from utils.files import write_text
 from utils.images import to_array
 
-MODES = ("auto", "cloud", "online", "local", "offline", "disabled")
 MAX_FAILURES = 3
 MAX_QUEUED = 1000  # calls that a slow tracker may lag behind
 FINISH_SECONDS = 30
@@ -218,8 +217,6 @@ def check_trackers(config: Config) -> Iterator[Problem]:
     """TensorBoard and SwanLab's local dashboard have to be there where they are asked for; the rest
     of SwanLab comes with requirements.txt."""
     mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
-    if config.use_swanlab and mode not in MODES:
-        yield Problem(("use_swanlab",), f"SWANLAB_MODE={mode!r}: use {', '.join(MODES)}")
     if config.use_swanlab and mode == "local" and find_spec("swanboard") is None:
         advice = "pip install 'swanlab[dashboard]'; or swanlab_mode=offline"
         message = f"swanlab_mode='local' needs a package that is not there: {advice}"

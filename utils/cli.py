@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from utils.errors import EXIT_USAGE, ConfigError, printable
+from utils.errors import EXIT_USAGE, printable
 from utils.files import expand_home
 
 
@@ -87,10 +87,7 @@ def normalized(argv: Sequence[str]) -> list[str]:
     arguments = []
     for given in argv:
         option, value = re.fullmatch("(--[^=]*=?)?(.*)", given, re.DOTALL).groups("")
-        try:
-            value = expand_home(value) if value.startswith("~") else value
-        except ValueError as error:
-            raise ConfigError(f"{given}: {error}") from error
+        value = expand_home(value) if value.startswith("~") else value
         arguments.append(option[:2] + option[2:].replace("-", "_") + value)
     return arguments
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config_schema import PLAIN_NUMBER, Config
+from utils.config_schema import Config, plain_number
 from utils.errors import ConfigError, one_line
 from utils.files import expand_home
 
-MAX_BYTES, MAX_NODES = 2**20, 10_000  # of a config file
+MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a config file
 # Numbers that look like plain decimals to some readers, and to others do not: 0123, 0x10, 1_000.
 ODD_NUMBER = re.compile(r"(?<![\w.])(?<![eE][-+])0[0-9xXoObB_]|[0-9]_[0-9]")
 
@@ -38,9 +38,8 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
     """The mapping that a file defines, laid over that of its `_base_`; `chain` led to this file.
     Raises a ConfigError if the file or its base is missing, or defines no such mapping."""
     if not os.path.isfile(path):  # which raises nothing, whatever the path is
-        if os.path.exists(path):
-            raise ConfigError(f"{path}: not a regular file")
-        raise ConfigError(f"{path}: no such config file{_similar_file(path)}")
+        there = "not a regular file" if os.path.exists(path) else ""
+        raise ConfigError(f"{path}: {there or 'no such config file' + _similar_file(path)}")
     if path.resolve() in chain:
         raise ConfigError(f"{path}: `_base_` refers back to itself")
     if path.suffix not in READERS:
@@ -56,11 +55,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
         return own
     if not isinstance(base_name, str):
         raise ConfigError(f"{sources.get('_base_', path)}: _base_={base_name!r}: give a file name")
-    try:
-        base_path = path.parent / expand_home(base_name)
-    except ValueError as error:
-        raise ConfigError(f"{sources['_base_']}: _base_={base_name!r}: {error}") from error
-    base = read_config_file(base_path, chain=(*chain, path.resolve()))
+    base = read_config_file(path.parent / expand_home(base_name), chain=(*chain, path.resolve()))
     merge(base, own)
     return base
 
@@ -121,14 +116,10 @@ def _source(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: a config file has at most {MAX_BYTES:,} bytes")
-        content = path.read_bytes()
-        if b"\0" in content:  # as in UTF-16, which Windows calls Unicode
-            raise UnicodeDecodeError("utf-8", content, content.index(b"\0"), 0, "null byte")
-        return content.decode("utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        fault = f"not UTF-8 text ({error.reason})"
-        raise ConfigError(f"{path}:{line}: {fault}; save it anew, as UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save it anew, as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -163,22 +154,21 @@ def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader. It also notes the keys of every mapping, from the outermost inwards, counts
-    what aliases multiply, and refuses values that YAML 1.1 reads as others than they look."""
+    """PyYAML's loader, which also notes the keys of every mapping, from the outermost inwards,
+    counts the values that aliases multiply, and takes no numbers but plain decimals."""
 
-    def __init__(self, source: str, path: Path) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__(source)
-        self.path, self.mappings = path, []
-        self.num_nodes, self.sizes = 0, {}  # with aliases written out; by the node they stand for
+        self.mappings: list[Mapping] = []
+        self.num_values, self.sizes = 0, {}  # aliases written out; of each node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        before, is_alias = self.num_nodes, self.check_event(yaml.AliasEvent)
+        before, is_alias = self.num_values, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        size = self.sizes.get(id(node)) if is_alias else self.num_nodes - before + 1
-        if size is None or before + size > MAX_NODES:
-            cause = "an alias of itself" if size is None else f"more than {MAX_NODES:,} values"
-            raise self.fault(node, f"{cause}; a config has no use for that")
-        self.sizes[id(node)], self.num_nodes = size, before + size
+        size = self.sizes.get(id(node), MAX_VALUES) if is_alias else self.num_values - before + 1
+        self.sizes[id(node)], self.num_values = size, before + size
+        if self.num_values > MAX_VALUES:
+            raise _at(node, f"more than {MAX_VALUES:,} values, counting what aliases repeat")
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
@@ -187,42 +177,36 @@ class _YamlLoader(yaml.SafeLoader):
         return node
 
     def construct_number(self, node: yaml.Node) -> int | float:
-        text = self.construct_scalar(node)
-        if not PLAIN_NUMBER.fullmatch(text):
+        try:
+            return plain_number(text := self.construct_scalar(node))
+        except ValueError:
             advice = "write a plain decimal number, or put it in quotes if it is text"
-            raise self.fault(node, f"{text}: YAML may read this as another number; {advice}")
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-    def construct_date(self, node: yaml.Node) -> Any:
-        raise self.fault(node, f"{node.value}: YAML reads this as a date; put it in quotes")
-
-    def fault(self, node: yaml.Node, message: str) -> ConfigError:
-        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {message}")
+            raise _at(
+                node, f"{text} means different things to different readers; {advice}"
+            ) from None
 
 
-for name in ("int", "float"):
-    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{name}", _YamlLoader.construct_number)
-_YamlLoader.add_constructor("tag:yaml.org,2002:timestamp", _YamlLoader.construct_date)
+for kind in ("int", "float", "timestamp"):
+    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{kind}", _YamlLoader.construct_number)
+
+
+def _at(node: yaml.Node, message: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {node.start_mark.line + 1}: {message}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     source = _source(path)
     try:
-        loader = _YamlLoader(source, path)
+        loader = _YamlLoader(source)
         values = loader.get_single_data()
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
-    params = values.get("model_params")
-    for mapping, is_inner in ((values, False), (params if isinstance(params, dict) else {}, True)):
-        for key, text in mapping.items():
+    for mapping in (values, values.get("model_params")):
+        for key, text in mapping.items() if isinstance(mapping, dict) else ():
             if isinstance(text, str):  # `16,16`, `(16, 16)` and 1e-4 are no YAML, but meant
-                mapping[key] = parse_value(text, None if is_inner else key)
+                mapping[key] = parse_value(text, key)
                 if mapping[key] is None:
                     raise ConfigError(f"{path}: {key}: {text}: write null, as YAML calls it")
     return values, loader.mappings

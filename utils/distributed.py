@@ -202,31 +202,26 @@ def place_in_job(port: int | None = None) -> tuple[int, int, int]:
     together, and a UserError if the processes cannot meet at that address.
     """
     count = world_size()
-    if count > 1 and "RANK" not in os.environ:
-        raise ConfigError(f"WORLD_SIZE={count} in the environment, but no RANK; {UNSET}")
+    needed = ("RANK", "MASTER_PORT") if port is None else ("RANK",)
+    if count > 1 and (missing := [name for name in needed if name not in os.environ]):
+        given = f"WORLD_SIZE={count} in the environment"
+        raise ConfigError(f"{given}, but no {' and no '.join(missing)}; {UNSET}")
     rank = from_launcher("RANK", 0, 0, count - 1)
     local_rank = from_launcher(
         "LOCAL_RANK", 0, 0, from_launcher("LOCAL_WORLD_SIZE", count, 1, count) - 1
     )
     if count == 1:
         return 0, local_rank, 1
-    if port is None and "MASTER_PORT" not in os.environ:
-        raise ConfigError(f"WORLD_SIZE={count} in the environment, but no MASTER_PORT; {UNSET}")
     os.environ.setdefault("MASTER_PORT", str(port))
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = from_launcher("MASTER_PORT", 0, 1, 65535)
     try:
         socket.getaddrinfo(address or "?", port)
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            socket.create_server(("", port)).close()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"MASTER_ADDR={address!r}: {one_line(error)}; {UNSET}") from error
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("", port))
-            except OSError as error:
-                advice = "choose another MASTER_PORT"
-                raise UserError(f"MASTER_PORT={port}: {error.strerror}; {advice}") from error
+        place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
+        raise UserError(f"{place}: {one_line(error)}; give others, or {UNSET}") from error
     return rank, local_rank, count
 
 

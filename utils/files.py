@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from utils.errors import UserError, one_line
+from utils.errors import ConfigError, UserError, one_line
 
 KEY_DIGITS = 12
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
@@ -29,16 +29,13 @@ LOOKS_LIKE = {
 
 
 def expand_home(path: str | None) -> str | None:
-    """`path` with a leading `~` or `~user` replaced by that user's home directory, as a shell does.
-    A ValueError if it is empty, or there is no such user; None stays None."""
-    if path is None:
-        return None
-    if not path or "\0" in path:
-        raise ValueError("give a path, or leave it out")
-    if (expanded := os.path.expanduser(path)).startswith("~"):
-        user = path.partition("/")[0]
-        raise ValueError(f"no home directory of {user}; write ./{user} for a folder of that name")
-    return expanded
+    """`path` with the home directory for a leading `~` or `~user`, as in a shell; None stays None.
+    Raises a ConfigError if there is no such user, or the path is empty."""
+    if path is not None and (not path or "\0" in path):
+        raise ConfigError("give a path, or leave it out")
+    if path is not None and (path := os.path.expanduser(path)).startswith("~"):
+        raise ConfigError(f"{path}: no such user; write ./{path} if that is its name")
+    return path
 
 
 @contextlib.contextmanager
