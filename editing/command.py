@@ -50,9 +50,10 @@ class Job(NamedTuple):
         """The path of an output file or folder, from --output_dir and --output_name."""
         return Path(self.args.output_dir, self.args.output_name + suffix)
 
-    def command(self, *words: object) -> str:
+    def command(self, script: str, *words: object) -> str:
         """The command, for a line to copy, that calls a script for the same checkpoint."""
-        return shell_line("python", *words, "--checkpoint", Path(self.args.checkpoint))
+        checkpoint = "--checkpoint", Path(self.args.checkpoint)
+        return shell_line("python", *script.split(), *checkpoint, *words)
 
     def sampling(self, *defaults: str | float | None) -> Sampling:
         """The settings that the options ask for; where they say nothing, the `defaults`, which are

@@ -52,7 +52,7 @@ def interpolate(job: Job) -> Iterator[str]:
     shown = [pictures.make_grid(m, layout, min_cell_size=FILM_CELL_SIZE) for m in moments]
     save = pictures.save_gif if args.format == "gif" else pictures.save_mp4
     save(film, shown, fps=args.fps, final_seconds=args.final_seconds)
-    command = job.command("edit.py", "grid", "--seeds", chains[0][0].seed)
+    command = job.command("edit.py grid", "--seeds", chains[0][0].seed)
     yield wrote([strip, film], command)
 
 

@@ -174,7 +174,7 @@ def invert(job: Job) -> Iterator[str]:
     steps, scale = sampling.num_inference_steps, sampling.cfg_scale
     np.savez_compressed(path, x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
     paths = [*write_pictures(job, {"input": inputs.images, "output": images}, inputs), path]
-    yield wrote(paths, job.command("edit.py", "decode", "--latents", path))
+    yield wrote(paths, job.command("edit.py decode", "--latents", path))
 
 
 def errors_of(images: Tensor, inputs: Pictures) -> Iterator[str]:

@@ -10,6 +10,8 @@ from typing import NoReturn
 from utils.errors import EXIT_USAGE, printable
 from utils.files import expand_home
 
+PLAIN_NUMBER = re.compile(r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?")
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that tells a fault in one line, without the usage that argparse puts above it."""
@@ -90,6 +92,14 @@ def normalized(argv: Sequence[str]) -> list[str]:
         value = expand_home(value) if value.startswith("~") else value
         arguments.append(option[:2] + option[2:].replace("-", "_") + value)
     return arguments
+
+
+def plain_number(text: str) -> int | float:
+    """The number in `text`. Raises a ValueError for any but a plain decimal: readers do not agree
+    on what 0123, 1:30, 1_000 and 0x10 are."""
+    if not PLAIN_NUMBER.fullmatch(text):
+        raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def parse_float_list(text: str) -> list[float]:

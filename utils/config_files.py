@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config_schema import Config, plain_number
+from utils.cli import plain_number
+from utils.config_schema import Config
 from utils.errors import ConfigError, one_line
 from utils.files import expand_home
 

@@ -4,27 +4,17 @@ default, what it needs to have an effect, whether a continued run may change it,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from utils.cli import plain_number
 from utils.files import expand_home
-
-PLAIN_NUMBER = re.compile(r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?")
 
 # pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
 # number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
-
-
-def plain_number(text: str) -> int | float:
-    """The number in `text`. Raises a ValueError for any but a plain decimal: readers do not agree
-    on what 0123, 1:30, 1_000 and 0x10 are."""
-    if not PLAIN_NUMBER.fullmatch(text):
-        raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _number(value: Any) -> Any:

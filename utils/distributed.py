@@ -185,7 +185,7 @@ def world_size() -> int:
     return from_launcher("WORLD_SIZE", 1)
 
 
-def from_launcher(name: str, default: int, least: int = 1, most: int = 2**31) -> int:
+def from_launcher(name: str, default: int, least: int = 1, most: int = 10**6) -> int:
     """The whole number in an environment variable that launchers set. Raises a ConfigError for any
     other text in it, and for a number outside `least` ... `most`."""
     text = os.environ.get(name, str(default))
@@ -267,12 +267,24 @@ def distributed_runtime(
 def meet(backend: str, rank: int, count: int, timeout: timedelta) -> None:
     """Make the process group of this start. A UserError tells that it could not be made, be it that
     the others did not come; a line on stderr, that they let this process wait."""
-    place = f"{count} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    place, end = (
+        f"{count} processes at {address}:{port}",
+        time.monotonic() + timeout.total_seconds(),
+    )
     text = f"waiting for {place}; this is rank {rank}\n"
     notice = threading.Timer(QUIET_SECONDS, sys.stderr.write, [text])
     notice.daemon = True
     notice.start()
     try:
+        while rank > 0:  # torch's own attempts print pages
+            with contextlib.suppress(OSError):
+                seconds = max(end - time.monotonic(), 1)
+                socket.create_connection((address, port), seconds).close()
+                break
+            if time.monotonic() > end - 1:
+                raise TimeoutError("nobody answers there")
+            time.sleep(POLL_SECONDS)
         store, *_ = next(rendezvous("env://", rank, count, timeout=timeout))
         store = dist.PrefixStore(agree_on_name(store, rank, count, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
