@@ -187,7 +187,7 @@ class _YamlLoader(yaml.SafeLoader):
             ) from None
 
 
-for kind in ("int", "float", "timestamp"):
+for kind in ("int", "float", "timestamp", "value"):
     _YamlLoader.add_constructor(f"tag:yaml.org,2002:{kind}", _YamlLoader.construct_number)
 
 
