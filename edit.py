@@ -22,7 +22,7 @@ from generation.run import load_run_of
 from utils.cli import Parser, add_sampling_options, image_count, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
-from utils.errors import EXIT_OK, ConfigError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
 from utils.files import check_output_name, make_output_dir
 from utils.logs import setup_logging
 
@@ -45,23 +45,23 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
     with distributed_runtime(args.device) as runtime:
-        say = print if runtime.is_main else (lambda *_: None)
+        tell = say if runtime.is_main else (lambda *_: None)
         setup_logging(is_main=runtime.is_main and not args.print_config)
         run = load_run_of(args, runtime.device, args.compile)
         if args.print_config:
-            say(format_config(run.config))
+            tell(format_config(run.config))
             return EXIT_OK
         for name, least in (("batch_size", 1), ("seed", 0)):
             if (value := getattr(args, name)) is not None and value < least:
                 raise ConfigError(f"--{name} {value}: must be {least} or more")
         check_output_name(args.output_name)
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
-        say(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
+        tell(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")
         if args.dry_run:
             return EXIT_OK
         make_output_dir(args.output_dir, "--output_dir")
         for line in lines:
-            say(line)
+            tell(line)
     return EXIT_OK
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from metrics.report import code_version, read_report, report_path
 from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
-from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of
+from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of, say, shell_line
 from utils.files import is_writable, make_output_dir
 from utils.labels import LABEL_MODES
 from utils.logs import setup_logging
@@ -66,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(make_parser(), argv)
-    args.command = shlex.join(["python", "evaluate.py", *argv])
+    args.command = shell_line("python", "evaluate.py", *argv)
     check_arguments(args)
     with distributed_runtime(args.device, timeout_minutes=TIMEOUT_MINUTES) as runtime:
         setup_logging(is_main=runtime.is_main and not args.print_config)
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_of_pictures(args) if run is None else run.config
         if args.print_config:
             if runtime.is_main:
-                print(format_config(config))
+                say(format_config(config))
             return EXIT_OK
         return evaluate(args, config, run, runtime)
 

@@ -19,7 +19,7 @@ from utils.checkpoint import WEIGHTS_SUFFIX
 from utils.cli import add_checkpoint_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require, say
 from utils.logs import setup_logging
 
 
@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = load_run_of(args, choose_device(args.device))
     run.model.cpu()
     if args.print_config:
-        print(format_config(run.config))
+        say(format_config(run.config))
         return EXIT_OK
-    print(run.describe())
+    say(run.describe())
     if args.format == "safetensors":
         require("safetensors")
         write = partial(save_weights, output, run)
     else:
         pipeline, sampling, difference = to_pipeline(run)
-        print(f"network outputs differ by {difference:.1e} of the largest value")
+        say(f"network outputs differ by {difference:.1e} of the largest value")
         write = partial(write_folder, output, pipeline, run, sampling)
     if args.dry_run:
         return EXIT_OK
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write()
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}") from error
-    print(f"wrote {output}")
+    say(f"wrote {output}")
     return EXIT_OK
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
-from utils.cli import Parser, with_underscores
+from utils.cli import Parser, normalized
 from utils.config import Config
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say, show
 from utils.files import write_text
 
 REPORT = "report"
@@ -45,7 +45,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with `command`: "report", or an empty text for the list."""
     command = REPORT if argv[:1] == [REPORT] else ""
-    return make_parser(command).parse_intermixed_args(with_underscores(argv[len(command) > 0 :]))
+    return make_parser(command).parse_intermixed_args(normalized(argv[len(command) > 0 :]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = named or [Config.model_fields["save_dir"].default]
     facts = [facts_of(folder, name) for name, folder in by_name(find_runs(folders)).items()]
     if args.json:
-        print(json.dumps([of_run._asdict() for of_run in facts], indent=2))
+        say(json.dumps([of_run._asdict() for of_run in facts], indent=2))
     else:
-        print(format_table(facts) if facts else f"no runs in {', '.join(folders)}")
+        say(format_table(facts) if facts else f"no runs in {', '.join(folders)}")
     return EXIT_OK
 
 
@@ -78,14 +78,14 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    print(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser")
+    say(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser")
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:
     """The facts of at least one run in aligned columns: names to the left, numbers to the right."""
     texts, columns = [texts_of(run) for run in runs], []
     for head in texts[0]:
-        cells = [head, *(of_run[head] for of_run in texts)]
+        cells = [head, *(show(of_run[head]) for of_run in texts)]
         align, width = "<" if head in ("name", "status") else ">", max(map(len, cells))
         columns.append([f"{cell:{align}{width}}" for cell in cells])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

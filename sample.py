@@ -30,7 +30,7 @@ from utils.cli import (
 )
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
-from utils.errors import EXIT_OK, ConfigError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
 from utils.files import check_output_name, check_picture_folder, make_output_dir, write_each
 from utils.labels import save_images
 from utils.logs import setup_logging
@@ -83,17 +83,17 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
     with distributed_runtime(args.device) as runtime:
-        say = print if runtime.is_main else (lambda *_: None)
+        tell = say if runtime.is_main else (lambda *_: None)
         setup_logging(is_main=runtime.is_main and not args.print_config)
         run = load_run_of(args, runtime.device, args.compile)
         if args.print_config:
-            say(format_config(run.config))
+            tell(format_config(run.config))
             return EXIT_OK
         steps, scale = args.num_inference_steps, args.cfg_scale
         sampling = sampling_from(run.config, args.sampling_method, steps, args.ddim_eta, scale)
         seeds, labels = plan(args, run)
-        say(f"{run.describe()} on {describe_device(runtime.device)}")
-        say(f"{len(seeds)} images: {sampling.describe()}")
+        tell(f"{run.describe()} on {describe_device(runtime.device)}")
+        tell(f"{len(seeds)} images: {sampling.describe()}")
         if args.dry_run:
             return EXIT_OK
         check_outputs(args, len(seeds))
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
-                say(f"wrote {path}")
+                tell(f"wrote {path}")
     return EXIT_OK
 
 

@@ -25,7 +25,7 @@ from training.tracking import check_trackers
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import Runtime, distributed_runtime
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say
 from utils.logs import setup_logging
 
 log = logging.getLogger("diffusion")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = (*CONFIG_CHECKS, check_processes, check_trackers)
     config = load_config(args.config, args.overrides, checks=checks)
     if args.print_config:
-        print(format_config(config))
+        say(format_config(config))
         return EXIT_OK
     if args.sheet and not args.dry_run:
         raise ConfigError("--sheet draws a batch, trains nothing: give it together with --dry_run")

@@ -27,7 +27,7 @@ from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of, show
+from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of, say, show
 from utils.images import ImageSpec
 from utils.logs import setup_logging
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
     config = load_config(args.config, args.overrides, checks=(check_config,))
     if args.print_config:
-        print(format_config(config))
+        say(format_config(config))
         return EXIT_OK
     setup_logging(is_main=True)
     choose_device(args.device)  # not used, but a wrong name is an error here as everywhere
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {"dataset": config.dataset, "data_root": show(config.data_root), "splits": splits}
     code, report["verdict"] = EXIT_OK, "ready to train"
     try:
-        print(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
+        say(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
         train: dict[bytes, str] = {}
         for split in SPLITS if has_test_split(config) else ("train",):
             splits[split] = examine_split(config, split, train)
-            print("\n".join(split_lines(split, splits[split])), flush=True)
+            say("\n".join(split_lines(split, splits[split])))
         num_bad = sum(len(facts["bad"]) for facts in splits.values())
         if num_bad and config.on_bad_image == "error":
             code = EXIT_FAILURE
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             for split in splits:
                 build_dataset(config, split)
-        print(_line("verdict", report["verdict"]))
+        say(_line("verdict", report["verdict"]))
     except DataError as error:
         report["verdict"] = str(error)
         raise

@@ -17,7 +17,7 @@ from generation.run import Run, check_labels
 from generation.sampling import Sampling, batch_rows, gather_images, run_steps, sampling_from
 from utils.captions import class_captions
 from utils.distributed import Runtime
-from utils.errors import ConfigError
+from utils.errors import ConfigError, shell_line
 from utils.images import to_float
 
 
@@ -49,6 +49,11 @@ class Job(NamedTuple):
     def path(self, suffix: str) -> Path:
         """The path of an output file or folder, from --output_dir and --output_name."""
         return Path(self.args.output_dir, self.args.output_name + suffix)
+
+    def command(self, script: str, *words: object) -> str:
+        """The command, for a line to copy, that calls a script for the same checkpoint."""
+        checkpoint = "--checkpoint", Path(self.args.checkpoint)
+        return shell_line("python", *script.split(), *checkpoint, *words)
 
     def sampling(self, *defaults: str | float | None) -> Sampling:
         """The settings that the options ask for; where they say nothing, the `defaults`, which are

@@ -54,8 +54,7 @@ def interpolate(job: Job) -> Iterator[str]:
     sheet = partial(pictures.save_image, strip, contact_sheet(images, rows, left=left))
     moving = partial(save, film, shown, fps=args.fps, final_seconds=args.final_seconds)
     paths = list(write_each([(strip, sheet), (film, moving)]))
-    command = f"python edit.py grid --checkpoint {args.checkpoint} --seeds {chains[0][0].seed}"
-    yield wrote(paths, command)
+    yield wrote(paths, job.command("edit.py grid", "--seeds", chains[0][0].seed))
 
 
 def chains_of(job: Job) -> list[list[Waypoint]]:
@@ -174,6 +173,6 @@ def grid(job: Job) -> Iterator[str]:
     above += [[]] * (len(rows) - 1)
     sheet = contact_sheet(torch.stack(cells), rows, above=above, left=left)
     pictures.save_image(job.path(".png"), sheet)
-    best = f"--num_inference_steps {last.num_inference_steps} --cfg_scale {last.cfg_scale:g}"
-    command = f"python sample.py --checkpoint {args.checkpoint} {best}, with the best of them"
-    yield wrote([job.path(".png")], command)
+    steps, scale = last.num_inference_steps, f"{last.cfg_scale:g}"
+    command = job.command("sample.py", "--num_inference_steps", steps, "--cfg_scale", scale)
+    yield wrote([job.path(".png")], f"{command}, with the best of them")

@@ -178,7 +178,7 @@ def invert(job: Job) -> Iterator[str]:
     arrays = dict(x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
     noise_file = {path: partial(np.savez_compressed, **arrays)}
     paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs, noise_file)
-    yield wrote(paths, f"python edit.py decode --checkpoint {args.checkpoint} --latents {path}")
+    yield wrote(paths, job.command("edit.py decode", "--latents", path))
 
 
 def errors_of(images: Tensor, inputs: Pictures) -> Iterator[str]:

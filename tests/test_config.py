@@ -278,7 +278,7 @@ BAD_FILES = {
     "empty.yml": ("", "must be a mapping"),
     "list.yml": ("- seed", "must be a mapping"),
     "open.yml": ("seed: [", "not valid YAML"),
-    "date.yml": ("seed: 2024-13-45", "not valid YAML: month must be in 1..12"),
+    "date.yml": ("seed: 2024-13-45", "2024-13-45 means different things"),
     "code.yml": ("seed: !!python/object/apply:os.getpid []", "not valid YAML"),
     "keys.yml": ("on: 1\n1: 2\nseed: 3\n", "True is not a config key"),
     "deep.yml": ("[" * 500, "not valid YAML"),
@@ -296,7 +296,7 @@ def test_bad_files_name_the_file(tmp_path, name):
 
 
 def test_a_yaml_alias_of_itself_ends(tmp_path):
-    with pytest.raises(ConfigError, match=r"model_params\.x"):
+    with pytest.raises(ConfigError, match=r"line 1: more than 10,000 values"):
         load_yaml(tmp_path, "model_params: &loop\n  x: *loop\n")
 
 
@@ -304,7 +304,7 @@ def test_files_are_utf8(tmp_path, monkeypatch):
     assert load_python(tmp_path, "project_name='扩散'").project_name == "扩散"
     assert load_yaml(tmp_path, "project_name: 扩散\n").project_name == "扩散"
     (tmp_path / "run.py").write_bytes("config = dict(project_name='é')".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"run\.py: cannot be read as Python"):
+    with pytest.raises(ConfigError, match=r"run\.py:1: not UTF-8 text"):
         load_config(tmp_path / "run.py")
 
 

@@ -25,7 +25,7 @@ from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import Config
 from utils.distributed import describe_device
-from utils.errors import UserError, show
+from utils.errors import UserError, shell_line, show
 from utils.images import save_image, to_uint8
 from utils.labels import NULL_LABEL
 
@@ -142,6 +142,6 @@ def log_end(config: Config) -> None:
         log.info(f"done. best ({by}): {folder / BEST}, last: {folder / CURRENT}")
     else:
         log.info(f"done. {folder / CURRENT}; no best model: {by} had no value yet")
-    log.info(f"next:   python sample.py --checkpoint {folder}")
-    log.info(f"        python evaluate.py --checkpoint {folder}")
-    log.info(f"        python runs.py report {folder}")
+    log.info("next:   " + shell_line("python", "sample.py", "--checkpoint", folder))
+    log.info("        " + shell_line("python", "evaluate.py", "--checkpoint", folder))
+    log.info("        " + shell_line("python", "runs.py", "report", folder))

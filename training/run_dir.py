@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import socket
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import errors
 from utils.config import Config, format_config
-from utils.errors import ConfigError, UserError, one_line
+from utils.errors import ConfigError, UserError, one_line, shell_line
 from utils.files import write_text
 from utils.logs import log_to_file
 
@@ -221,7 +220,7 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
                     )
                 prepare_run_dir(folder)  # after locking: what it sweeps is nobody's then
                 log_to_file(folder / "log.txt")
-                log.info("command: %s", shlex.join([sys.executable, *sys.argv]))
+                log.info("command: %s", shell_line(sys.executable, *sys.argv))
                 write_text(folder / "config.json", format_config(config))
             except UserError as failure:
                 error = failure

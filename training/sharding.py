@@ -14,7 +14,6 @@ import gc
 import inspect
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import Config, Problem
-from utils.distributed import Runtime, world_size
+from utils.distributed import Runtime, from_launcher, world_size
 
 log = logging.getLogger("diffusion")
 
@@ -55,7 +54,7 @@ def check_gpu_ids(gpu_ids: tuple[int, ...] | None) -> str | None:
     """Say what is wrong with `gpu_ids` for the processes of this node; None if nothing is."""
     if not gpu_ids:
         return None
-    given, processes = f"gpu_ids={list(gpu_ids)}", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given, processes = f"gpu_ids={list(gpu_ids)}", from_launcher("LOCAL_WORLD_SIZE", 1)
     if len(gpu_ids) != processes:
         return (
             f"{given} names {len(gpu_ids)} GPU(s), but this node runs {processes} process(es), one "

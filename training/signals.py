@@ -15,7 +15,8 @@ class StopSignal:
     """A context manager whose `name` becomes that of the first of `SIGNALS` that arrives.
 
     A second SIGINT, or a second SIGTERM, more than a second after the first of its kind, ends the
-    process at once. A warning by SIGUSR1 may be followed by a SIGTERM: that is no second one.
+    process at once. A warning by SIGUSR1 may be followed by a SIGTERM: that is no second one. A
+    SIGHUP, which a terminal sends as it closes, ends nothing.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *exception: object) -> None:

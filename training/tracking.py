@@ -219,7 +219,13 @@ class TrackerGroup:
 
 
 def check_trackers(config: Config) -> Iterator[Problem]:
-    """TensorBoard has to be there where it is asked for; SwanLab comes with requirements.txt."""
+    """TensorBoard and SwanLab's local dashboard have to be there where they are asked for; the rest
+    of SwanLab comes with requirements.txt."""
+    mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
+    if config.use_swanlab and mode == "local" and find_spec("swanboard") is None:
+        advice = "pip install 'swanlab[dashboard]'; or swanlab_mode=offline"
+        message = f"swanlab_mode='local' needs a package that is not there: {advice}"
+        yield Problem(("swanlab_mode",), message)
     if config.use_tensorboard and find_spec("tensorboard") is None:
         message = "use_tensorboard=True needs a package that is not there: pip install tensorboard"
         yield Problem(("use_tensorboard",), message)

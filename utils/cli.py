@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from utils.errors import EXIT_USAGE, one_line
+from utils.errors import EXIT_USAGE, one_line, printable
+from utils.files import expand_home
 
 MAX_IMAGES = 10**6  # of one command: the images, or their numbers, must fit into memory
+PLAIN_NUMBER = re.compile(r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?")
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that tells a fault in one line, without the usage that argparse puts above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"error: {message}; see python {self.prog} --help\n")
+        self.exit(EXIT_USAGE, printable(f"error: {message}; see python {self.prog} --help\n"))
 
 
 def new_parser(
@@ -74,16 +76,31 @@ def add_sampling_options(
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
     # not intermixed: a subcommand's parser takes nothing in between
-    args, rest = parser.parse_known_args(with_underscores(argv))
+    args, rest = parser.parse_known_args(normalized(argv))
     if unknown := [token for token in rest if token.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = [*args.set_values, *rest]
     return args
 
 
-def with_underscores(argv: Sequence[str]) -> list[str]:
-    """The arguments with underscores in the names of options: `--dry-run` -> `--dry_run`."""
-    return [re.sub("^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in argv]
+def normalized(argv: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the names of options, `--dry-run` -> `--dry_run`, and with
+    the home directory for `~` where a value begins with it, as no other value does. Raises a
+    ConfigError if there is no such home."""
+    arguments = []
+    for given in argv:
+        option, value = re.fullmatch("(--[^=]*=?)?(.*)", given, re.DOTALL).groups("")
+        value = expand_home(value) if value.startswith("~") else value
+        arguments.append(option[:2] + option[2:].replace("-", "_") + value)
+    return arguments
+
+
+def plain_number(text: str) -> int | float:
+    """The number in `text`. Raises a ValueError for any but a plain decimal: readers do not agree
+    on what 0123, 1:30, 1_000 and 0x10 are."""
+    if not PLAIN_NUMBER.fullmatch(text):
+        raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def parse_float_list(text: str) -> list[float]:

@@ -6,19 +6,16 @@ naming where the value was written. Nothing is created or read besides the confi
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
 import os
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from utils.config_files import RawConfig, merge, read_config_file
+from utils.config_files import RawConfig, merge, parse_value, read_config_file
 from utils.config_schema import (  # noqa: F401 -- the types, for the arguments of backbones
     BelowOne,
     Config,
@@ -86,30 +83,6 @@ def apply_overrides(raw: RawConfig, overrides: Iterable[str]) -> list[str]:
     return problems
 
 
-def parse_value(text: str, field: str | None = None) -> Any:
-    """The value that a text on the command line means for a field.
-
-    Fields of text take it as it is; for others it is a Python literal if it can be one. `1,2,4` is
-    a tuple, `fid,is` a tuple of words. `none` and `null` are None, unless the field takes text but
-    not None (`threshold=none`).
-    """
-    annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
-    is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
-    kinds = typing.get_args(annotation) if is_union else (annotation,)
-    is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
-    if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
-        return None
-    if is_text:
-        return text
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        words = [word.strip() for word in text.split(",")]
-        return tuple(words) if len(words) > 1 else text
-
-
 def validate(
     raw: RawConfig, *, checks: Iterable[Check] = (), problems: Iterable[str] = ()
 ) -> Config:
@@ -142,6 +115,8 @@ def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
         hint = did_you_mean(key, Config.model_fields, ALIASES)
         return f"{key!r} is not a config key{hint or '; docs/configs.md lists them all'}"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "string_type":
+        message = "text is needed; put it in quotes"
     if fault["type"] == "literal_error":
         message = f"use {fault['ctx']['expected']}"
         if isinstance(value, str):
@@ -160,9 +135,6 @@ def check_values(config: Config) -> Iterable[Problem]:
     if name in ("", ".", "..") or not is_plain or len(os.fsencode(name)) > MAX_NAME_BYTES:
         message = f"experiment_name={name!r}: must be usable as a folder name"
         yield Problem(("experiment_name",), message)
-    for key in ("resume_path", "init_from", "data_root", "label_file", "save_dir", "sample_dir"):
-        if getattr(config, key) == "":
-            yield Problem((key,), f"{key}='': give a path, or leave it out")
     if config.beta_start >= config.beta_end and config.beta_schedule != "cosine":
         message = f"beta_start={config.beta_start} must be below beta_end={config.beta_end}"
         yield Problem(("beta_start", "beta_end"), message)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
+import re
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal
 
 import yaml
 
+from utils.cli import plain_number
 from utils.config_schema import Config
-from utils.errors import ConfigError
+from utils.errors import ConfigError, one_line
+from utils.files import expand_home
+
+MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a config file
+# Numbers that look like plain decimals to some readers, and to others do not: 0123, 0x10, 1_000.
+ODD_NUMBER = re.compile(r"(?<![\w.])(?<![eE][-+])0[0-9xXoObB_]|[0-9]_[0-9]")
 
 Mapping = list[tuple[Any, int]]  # the keys that one mapping of a file has, with their lines
 
@@ -28,8 +38,9 @@ class RawConfig:
 def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
     """The mapping that a file defines, laid over that of its `_base_`; `chain` led to this file.
     Raises a ConfigError if the file or its base is missing, or defines no such mapping."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file{_similar_file(path)}")
+    if not os.path.isfile(path):  # which raises nothing, whatever the path is
+        there = "not a regular file" if os.path.exists(path) else ""
+        raise ConfigError(f"{path}: {there or 'no such config file' + _similar_file(path)}")
     if path.resolve() in chain:
         raise ConfigError(f"{path}: `_base_` refers back to itself")
     if path.suffix not in READERS:
@@ -45,7 +56,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
         return own
     if not isinstance(base_name, str):
         raise ConfigError(f"{sources.get('_base_', path)}: _base_={base_name!r}: give a file name")
-    base = read_config_file(path.parent / base_name, chain=(*chain, path.resolve()))
+    base = read_config_file(path.parent / expand_home(base_name), chain=(*chain, path.resolve()))
     merge(base, own)
     return base
 
@@ -63,6 +74,32 @@ def merge(base: RawConfig, top: RawConfig) -> None:
         base.values["model_params"] = {**old, **new}
 
 
+def parse_value(text: str, field: str | None = None) -> Any:
+    """The value that a text on the command line means for a field.
+
+    Fields of text take it as it is; for others it is a Python literal if it can be one. `1,2,4` is
+    a tuple, `fid,is` a tuple of words. `none` and `null` are None, unless the field takes text but
+    not None (`threshold=none`). Numbers are plain decimals: 0x10 and 1_000 stay text.
+    """
+    annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
+    is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
+    if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
+        return None
+    if is_text:
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if not ODD_NUMBER.search(text):
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    words = [word.strip() for word in text.split(",")]
+    return tuple(words) if len(words) > 1 else text
+
+
 def _lines_of(mappings: Iterable[Mapping], path: Path) -> dict[str, int]:
     """The line of each key: the one in the first of the mappings that have it. Raises a ConfigError
     if a mapping gives a key twice."""
@@ -75,16 +112,30 @@ def _lines_of(mappings: Iterable[Mapping], path: Path) -> dict[str, int]:
     return lines
 
 
+def _source(path: Path) -> str:
+    """The text of a config file, with or without a byte order mark. Raises a ConfigError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: a config file has at most {MAX_BYTES:,} bytes")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save it anew, as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     """Run the file in a namespace of its own and take its `config`."""
+    source = _source(path)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(source, filename=str(path))
         code = compile(tree, str(path), "exec")
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         raise ConfigError(f"{path}{line}: not valid Python: {error.msg}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as Python: {error}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}: cannot be read as Python: {one_line(error)}") from error
     mappings = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
@@ -94,8 +145,9 @@ def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": "config_file"}
     try:
         exec(code, namespace)
-    except Exception as error:
-        raise ConfigError(f"{path}: running it failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{path}: running it failed: {reason}") from error
     config = namespace.get("config")
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: must define `config = dict(...)`")
@@ -103,26 +155,61 @@ def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader, which also notes the keys of every mapping, from the outermost inwards."""
+    """PyYAML's loader, which also notes the keys of every mapping, from the outermost inwards,
+    counts the values that aliases multiply, and takes no numbers but plain decimals."""
 
     def __init__(self, source: str) -> None:
         super().__init__(source)
         self.mappings: list[Mapping] = []
+        self.num_values, self.sizes = 0, {}  # aliases written out; of each node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        before, is_alias = self.num_values, self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        size = self.sizes.get(id(node), MAX_VALUES) if is_alias else self.num_values - before + 1
+        self.sizes[id(node)], self.num_values = size, before + size
+        if self.num_values > MAX_VALUES:
+            raise _at(node, f"more than {MAX_VALUES:,} values, counting what aliases repeat")
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         self.mappings.insert(0, [(key.value, key.start_mark.line + 1) for key, _ in node.value])
         return node
 
+    def construct_number(self, node: yaml.Node) -> int | float:
+        try:
+            return plain_number(text := self.construct_scalar(node))
+        except ValueError:
+            advice = "write a plain decimal number, or put it in quotes if it is text"
+            raise _at(
+                node, f"{text} means different things to different readers; {advice}"
+            ) from None
+
+
+for kind in ("int", "float", "timestamp", "value"):
+    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{kind}", _YamlLoader.construct_number)
+
+
+def _at(node: yaml.Node, message: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {node.start_mark.line + 1}: {message}")
+
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
+    source = _source(path)
     try:
-        loader = _YamlLoader(path.read_text(encoding="utf-8"))
+        loader = _YamlLoader(source)
         values = loader.get_single_data()
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: bad dates
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
+    for mapping in (values, values.get("model_params")):
+        for key, text in mapping.items() if isinstance(mapping, dict) else ():
+            if isinstance(text, str):  # `16,16`, `(16, 16)` and 1e-4 are no YAML, but meant
+                mapping[key] = parse_value(text, key)
+                if mapping[key] is None:
+                    raise ConfigError(f"{path}: {key}: {text}: write null, as YAML calls it")
     return values, loader.mappings
 
 
@@ -130,7 +217,7 @@ READERS = {".py": _read_python, ".yml": _read_yaml, ".yaml": _read_yaml}
 
 
 def _similar_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("configs")
+    folder = path.parent if os.path.isdir(path.parent) else Path("configs")
     names = sorted(p.name for p in folder.glob("*") if p.suffix in READERS)
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:

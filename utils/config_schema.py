@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from utils.cli import plain_number
+from utils.files import expand_home
 
 # pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
 # number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
@@ -18,10 +21,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError("a number is needed") from None
+        value = plain_number(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError("a finite number is needed")
@@ -50,6 +50,8 @@ def _compile(value: Any) -> Any:
     return {True: "model", False: None}[value] if isinstance(value, bool) else value
 
 
+PathText = Annotated[str, AfterValidator(expand_home)]
+PathOrNone = Annotated[str | None, AfterValidator(expand_home)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
@@ -111,9 +113,9 @@ class Config(BaseModel):
     """SwanLab project"""
     experiment_name: str = key("", also="name")
     """names the run's folder; default: the config file's name"""
-    resume_path: str | None = key(None, also="resume")
+    resume_path: PathOrNone = key(None, also="resume")
     """checkpoint to go on from, or `auto`: the run's newest one if there is any"""
-    init_from: str | None = None
+    init_from: PathOrNone = None
     """checkpoint whose weights (EMA, if it has them) a fresh run starts from"""
     seed: NonNegativeInt = key(42, resume="run")
     """fixes weights, data order, noise and samples"""
@@ -133,7 +135,7 @@ class Config(BaseModel):
     # --- data
     dataset: str = key("digits", resume="warn", also="data")
     """name of a data set, or `custom`: a folder"""
-    data_root: str = key("./data", also="data_dir data_path")
+    data_root: PathText = key("./data", also="data_dir data_path")
     """folder that holds the data"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
@@ -148,7 +150,7 @@ class Config(BaseModel):
     classes: Annotated[Numbers, Field(min_length=1)] | None = key(None, resume="warn")
     """use only the images of these classes, counted from 0; default: all. The model still has all
     of them"""
-    label_file: str | None = None
+    label_file: PathOrNone = None
     """`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled"""
     on_bad_image: Literal["error", "skip"] = key("error", resume="warn")
     """image files that cannot be decoded: stop, or let the next good image take their place (at
@@ -257,13 +259,13 @@ class Config(BaseModel):
     """`step`: factor of a drop"""
 
     # --- files
-    save_dir: str = key("checkpoints", also="output_dir")
+    save_dir: PathText = key("checkpoints", also="output_dir")
     """the run's folder is made in here"""
     save_interval: PositiveInt = 10
     """epochs between two checkpoints"""
     keep_last: PositiveInt = 3
     """`model_epoch_*.pth` files kept"""
-    sample_dir: str | None = None
+    sample_dir: PathOrNone = None
     """previews go to its folder of this experiment; default: the run's `samples/`"""
     sample_interval: PositiveInt = 10
     """epochs between two previews"""

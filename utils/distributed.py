@@ -8,6 +8,9 @@ import importlib
 import os
 import platform
 import re
+import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,12 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError, one_line
 from utils.precision import allow_tf32
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
 POLL_SECONDS = 0.01
+QUIET_SECONDS = 5  # of waiting for other processes, before a line says so
 PATIENCE_HOURS = 12  # for the longest download, and the longest work of one process alone
+
+# What helps against variables that an earlier job, or a shell, has left behind.
+UNSET = "start it by torchrun, or for one process: unset WORLD_SIZE RANK LOCAL_RANK"
 
 # Constants of glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -138,10 +145,10 @@ def _patient_group() -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group(group)
 
 
-def choose_device(name: str | None, index: int = 0) -> torch.device:
+def choose_device(name: str | None, index: int = 0, *, several: bool = False) -> torch.device:
     """`name` if given, else cuda, mps, cpu, whichever exists first; a CUDA device without a number
-    gets `index`. Raises a ConfigError if the named device does not exist on this machine."""
-    several = world_size() > 1
+    gets `index`. Raises a ConfigError if the named device does not exist on this machine, or cannot
+    serve `several` processes."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available |= {"mps": available["mps"] and not several, "cpu": True}  # gloo carries no MPS
     if name is None:
@@ -175,7 +182,47 @@ def describe_device(device: torch.device) -> str:
 
 def world_size() -> int:
     """Count the processes in this job, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return from_launcher("WORLD_SIZE", 1)
+
+
+def from_launcher(name: str, default: int, least: int = 1, most: int = 10**6) -> int:
+    """The whole number in an environment variable that launchers set. Raises a ConfigError for any
+    other text in it, and for a number outside `least` ... `most`."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        needed = f"a whole number from {least} to {most}" if least < most else str(least)
+        raise ConfigError(f"{name}={text!r} in the environment: must be {needed}; {UNSET}")
+    return int(text)
+
+
+def place_in_job(port: int | None = None) -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) as the launcher says, or those of a job of one.
+
+    Sets MASTER_ADDR and MASTER_PORT where it did not. Raises a ConfigError for what does not go
+    together, and a UserError if the processes cannot meet at that address.
+    """
+    count = world_size()
+    needed = ("RANK", "MASTER_PORT") if port is None else ("RANK",)
+    if count > 1 and (missing := [name for name in needed if name not in os.environ]):
+        given = f"WORLD_SIZE={count} in the environment"
+        raise ConfigError(f"{given}, but no {' and no '.join(missing)}; {UNSET}")
+    rank = from_launcher("RANK", 0, 0, count - 1)
+    local_rank = from_launcher(
+        "LOCAL_RANK", 0, 0, from_launcher("LOCAL_WORLD_SIZE", count, 1, count) - 1
+    )
+    if count == 1:
+        return 0, local_rank, 1
+    os.environ.setdefault("MASTER_PORT", str(port))
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = from_launcher("MASTER_PORT", 0, 1, 65535)
+    try:
+        socket.getaddrinfo(address or "?", port)
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            socket.create_server(("", port)).close()
+    except (OSError, UnicodeError) as error:
+        place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
+        raise UserError(f"{place}: {one_line(error)}; give others, or {UNSET}") from error
+    return rank, local_rank, count
 
 
 @contextlib.contextmanager
@@ -191,38 +238,60 @@ def distributed_runtime(
     Under torchrun each process takes its own GPU: of `gpu_ids` the one at its local rank, or else
     the GPU of that number. `port` is the MASTER_PORT where the launcher has set none.
     """
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    chosen = choose_device(device, gpu_ids[local_rank] if gpu_ids else local_rank)
+    rank, local_rank, count = place_in_job(port)
+    index = gpu_ids[local_rank] if gpu_ids else local_rank
+    chosen = choose_device(device, index, several=count > 1)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         allow_tf32()
     elif chosen.type == "cpu":
         keep_freed_memory()
-    runtime = Runtime(chosen, rank, world_size(), local_rank)
-    if runtime.world_size == 1:
+    runtime = Runtime(chosen, rank, count, local_rank)
+    if count == 1:
         yield runtime
         return
     # Optimizers and others import this lazily. Imported while a process group exists it keeps a
     # reference to the group, whose threads then outlive the interpreter and abort at exit.
     importlib.import_module("torch._dynamo")
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if port is not None:
-        os.environ.setdefault("MASTER_PORT", str(port))
     # gloo carries CPU tensors (flags, objects, gathered images) beside nccl for the gradients.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
-    store, *_ = next(rendezvous("env://", rank, runtime.world_size, timeout=timeout))
-    name = agree_on_name(store, rank, runtime.world_size, timeout)
-    store = dist.PrefixStore(name, store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=runtime.world_size, timeout=timeout
-    )
+    meet(backend, rank, count, timedelta(minutes=timeout_minutes))
     try:
         yield runtime
         runtime.barrier()  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
+
+
+def meet(backend: str, rank: int, count: int, timeout: timedelta) -> None:
+    """Make the process group of this start. A UserError tells that it could not be made, be it that
+    the others did not come; a line on stderr, that they let this process wait."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    place, end = (
+        f"{count} processes at {address}:{port}",
+        time.monotonic() + timeout.total_seconds(),
+    )
+    text = f"waiting for {place}; this is rank {rank}\n"
+    notice = threading.Timer(QUIET_SECONDS, sys.stderr.write, [text])
+    notice.daemon = True
+    notice.start()
+    try:
+        while rank > 0:  # torch's own attempts print pages
+            with contextlib.suppress(OSError):
+                seconds = max(end - time.monotonic(), 1)
+                socket.create_connection((address, port), seconds).close()
+                break
+            if time.monotonic() > end - 1:
+                raise TimeoutError("nobody answers there")
+            time.sleep(POLL_SECONDS)
+        store, *_ = next(rendezvous("env://", rank, count, timeout=timeout))
+        store = dist.PrefixStore(agree_on_name(store, rank, count, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    except (RuntimeError, TimeoutError) as error:
+        raise UserError(f"the {place} have not met: {one_line(error)}; {UNSET}") from error
+    finally:
+        notice.cancel()
 
 
 def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,13 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 EXIT_INCOMPLETE = 3  # evaluate.py --strict: a requested metric has no value
 EXIT_NON_FINITE = 41  # training stopped before a non-finite optimizer step
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: SIGTERM or SIGINT, state saved, run again to go on
+EXIT_INTERRUPTED = 130  # Ctrl-C, where no state is to be saved
+
+# What a terminal obeys: control characters, and marks that turn the direction of the text. Half of
+# a surrogate pair stands for a byte of a file name that is no UTF-8.
+OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(ValueError):
@@ -51,6 +62,26 @@ def show(path: Path | str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def printable(text: object) -> str:
+    """`text` with what a terminal obeys as escapes such as `\\u001b`, which JSON reads back. Line
+    breaks, tabs and letters of every language stay."""
+    return OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
+
+
+def say(text: object) -> None:
+    """Print what a script has to tell on stdout, see `printable`. `exit_code_of` reports it if the
+    text is lost there."""
+    print(printable(text), flush=True)
+    _Console.is_incomplete |= _Console.failure is not None
+
+
+def shell_line(*words: object) -> str:
+    """A command to copy, in which every word is quoted where a shell would change it. A `Path` is
+    no option, even if its name begins with a dash."""
+    texts = (f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words)
+    return shlex.join(texts)
+
+
 def require(*packages: str) -> None:
     """Make sure, without importing them, that optional packages are installed; if not, a UserError
     says how to install all of them."""
@@ -59,12 +90,54 @@ def require(*packages: str) -> None:
         raise UserError(f"{missing}: not installed; pip install {' '.join(packages)}")
 
 
+class _Console(io.FileIO):
+    """A stream's file that never fails: what it cannot take is dropped. `failure` says why stdout
+    took no more, unless its reader has gone away, which is nobody's fault."""
+
+    failure: OSError | None = None
+    is_incomplete = False
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content) or 0  # 0, which is tried again, where it would block
+        except OSError as error:
+            if self.fileno() == 1 and error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+                _Console.failure = error
+            return len(content)
+
+
+def make_streams_safe() -> None:
+    """Let stdout and stderr take any text, and outlive a console that is closed or goes away."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file to be opened would get its number, and the text with it
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            encoding = getattr(stream, "encoding", "utf-8")
+            file = io.BufferedWriter(_Console(number, "w", closefd=False))
+            safe = io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, safe)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def exit_code_of(main: Callable[[], int]) -> int:
-    """Run `main`; print a `UserError` as text on stderr and return its exit code."""
+    """Run `main` with streams that take everything. Print a `UserError` as text on stderr and
+    return its exit code; a success of which stdout has lost some text is none."""
+    make_streams_safe()
     try:
-        return main()
+        code = main()
+        if code == EXIT_OK and _Console.is_incomplete:
+            raise UserError(f"standard output has lost some text: {_Console.failure.strerror}")
+        return code
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{prefix}: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED

@@ -39,6 +39,16 @@ LOOKS_LIKE = {
 }
 
 
+def expand_home(path: str | None) -> str | None:
+    """`path` with the home directory for a leading `~` or `~user`, as in a shell; None stays None.
+    Raises a ConfigError if there is no such user, or the path is empty."""
+    if path is not None and (not path or "\0" in path):
+        raise ConfigError("give a path, or leave it out")
+    if path is not None and (path := os.path.expanduser(path)).startswith("~"):
+        raise ConfigError(f"{path}: no such user; write ./{path} if that is its name")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the body ends.
@@ -59,10 +69,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file so that readers see the old or the new one; makes its folder. An
-    OSError leaves `path` as it was."""
+    OSError leaves `path` as it was. Broken bytes of file names are escaped, as in JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -10,16 +10,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.errors import printable
+
+
+class _Formatter(logging.Formatter):
+    """Names of classes and files, and texts of errors, may hold what a terminal obeys."""
+
+    converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # where the output goes the disk may be full; a run does not die of it
-            self.handleError(record)
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class _FileHandler(logging.FileHandler):
@@ -36,7 +44,7 @@ def setup_logging(*, is_main: bool) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     console = _ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(_Formatter("%(message)s"))
     logger.addHandler(console)
     logger.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
     return logger
@@ -45,9 +53,8 @@ def setup_logging(*, is_main: bool) -> logging.Logger:
 def log_to_file(path: Path) -> None:
     """Append to `path` all that was logged since `setup_logging` or will be, with UTC times."""
     handler = _FileHandler(path, encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    form = "%(asctime)sZ %(levelname)s %(message)s"
+    handler.setFormatter(_Formatter(form, "%Y-%m-%dT%H:%M:%S"))
     logger = logging.getLogger("diffusion")
     for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
         logger.removeHandler(early)

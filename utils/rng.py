@@ -41,7 +41,8 @@ class EvaluationDraw(IntEnum):
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
-    """Mix the keys into 64 bits. (`seed + step` would make run 0 step 6 equal run 1 step 5.)"""
+    """Mix the keys into 64 bits. (`seed + step` would make run 0 step 6 equal run 1 step 5.) Not
+    every generator takes them all: torch's on a CPU, an MT19937, is seeded by 32 bits."""
     return int(_mix(seed, stream, *index).generate_state(1, np.uint64)[0])
 
 
