@@ -13,12 +13,12 @@ import socket
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.lib import format as npy
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError, UserError, one_line, show
+
+if TYPE_CHECKING:  # the list of runs is there before numpy would be
+    import numpy as np
 
 KEY_DIGITS = 12
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
@@ -197,6 +197,8 @@ def read_npz(
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
+    from numpy.lib import format as npy
+
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
