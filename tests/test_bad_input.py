@@ -149,7 +149,7 @@ def test_a_checkpoint_for_sampling_alone_cannot_be_continued(command, tmp_path):
     config = write_config(tmp_path, body)
     code, text = command(train.main, "--config", config, "resume_path=old")
     assert code == EXIT_FAILURE
-    assert "cannot be continued, it lacks optimizer_state_dict" in text
+    assert "cannot be continued: optimizer_state_dict is missing" in text
     code, text = command(train.main, "--config", config, "resume_path=old", "seed=1", "use_ema=no")
     assert code == EXIT_USAGE
     code, text = command(train.main, "--config", config, "resume_path=old", "seed=1", "epochs=7")

@@ -85,7 +85,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tiny, tmp_path):
     """Refused at once, by name; free at once after kill -9, though a loader process lives on."""
     make_images(tmp_path / "images")
     options = ["dataset=custom", "data_root=images", "resident=false", "num_workers=1"]
-    options += ["save_interval=1", "resume_path=auto", "epochs=10_000"]
+    options += ["save_interval=1", "resume_path=auto", "epochs=10000"]
     first = start_script(
         "train.py", "--config", tiny, "experiment_name=a", *options, "log_interval=1", cwd=tmp_path
     )

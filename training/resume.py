@@ -87,8 +87,9 @@ def find_resume(config: Config) -> Resume | None:
 def check_goes_on(path: Path, state: dict[str, Any]) -> None:
     """Raise a CheckpointError unless a run can take over every part of a `state` read from `path`:
     each must be there, of the shape and type that the state's own config makes it, and finite."""
+    saved = {"optimizer_state_dict": {"state": lambda moments: isinstance(moments, dict)}}
     try:
-        problem = misfit(state, _form_of(state))
+        problem = misfit(state, saved) or misfit(state, _form_of(state))
     except Exception as error:  # a config and sizes that make no model
         problem = one_line(error)
     if problem is not None:
@@ -107,8 +108,10 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         for p in group["params"]:
             moments[len(moments)] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
     skipped, scaler = state.get("nonfinite_steps", ()), state.get("scaler_state_dict")
-    if not state["optimizer_state_dict"]["state"] and (scaler or len(skipped) == step):
-        moments = {}  # no step was taken yet
+    saved = state["optimizer_state_dict"]["state"]
+    if saved or scaler or len(skipped) == step:
+        # The others have had no gradient, or no step was taken yet.
+        moments = {i: form for i, form in moments.items() if i in saved}
     averages = {"ema_model_state_dict": model.state_dict()}
     averages["ema_num_updates"] = lambda number: is_count(number, most=step)
     needed = {
