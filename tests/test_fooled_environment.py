@@ -69,7 +69,7 @@ REFUSED = [  # key, what YAML has after it, a part of the error
     ("learning_rate", "1:30.5", PLAIN),
     ("seed", "0x10", PLAIN),
     ("seed", "0b1", PLAIN),
-    ("seed", "1_000", PLAIN),
+    ("seed", "1_0", PLAIN),
     ("learning_rate", ".inf", PLAIN),
     ("learning_rate", ".NaN", PLAIN),
     ("experiment_name", "001", PLAIN),
@@ -95,6 +95,8 @@ MEANT = [
     ("learning_rate", "1e-4", 1e-4),
     ("learning_rate", ".5", 0.5),
     ("epochs", "1e3", 1000),
+    ("epochs", "10_000", 10_000),
+    ("epochs", "'1_000'", 1000),
     ("seed", "'12345678901234567891'", 12345678901234567891),
     ("image_size", "16,16", (16, 16)),
     ("image_size", "(16, 8)", (16, 8)),
@@ -123,7 +125,7 @@ def test_yaml_is_read_as_the_command_line_is(key, text, value):
     assert getattr(config_of(f"{key}: {text}\n"), key) == value
 
 
-ODD_OVERRIDES = ["seed=0123", "batch_size=1_000", "seed=0x10", "seed=0b1", "seed=1:30", "seed=0o7"]
+ODD_OVERRIDES = ["seed=0123", "batch_size=1_00", "seed=0x10", "seed=0b1", "seed=1:30", "seed=0o7"]
 ODD_OVERRIDES += ["classes=0,010", "image_size=(16,016)", "learning_rate=1_0.5", "seed='0123'"]
 
 
@@ -136,6 +138,7 @@ def test_odd_numbers_on_the_command_line_are_refused(override):
 def test_plain_numbers_on_the_command_line_stay_what_they_were():
     for text in ("1e-05", "0.05", "-0.5", "10", "1E+04", "0", "1.0e05"):
         assert parse_value(text, "learning_rate") == float(text)
+    assert config_of("{}", "run.yml", "epochs=10_000").epochs == 10_000
     assert parse_value("a0123", "experiment_name") == "a0123"
     assert config_of("config = dict(seed=0x10, batch_size=1_000)", "run.py").seed == 16
 

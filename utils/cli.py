@@ -11,7 +11,9 @@ from utils.errors import EXIT_USAGE, one_line, printable
 from utils.files import expand_home
 
 MAX_IMAGES = 10**6  # of one command: the images, or their numbers, must fit into memory
-PLAIN_NUMBER = re.compile(r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?")
+PLAIN_NUMBER = re.compile(
+    r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]{0,2}(_[0-9]{3})+|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,10 +99,10 @@ def normalized(argv: Sequence[str]) -> list[str]:
 
 def plain_number(text: str) -> int | float:
     """The number in `text`. Raises a ValueError for any but a plain decimal: readers do not agree
-    on what 0123, 1:30, 1_000 and 0x10 are."""
+    on what 0123, 1:30, 1_0 and 0x10 are. 10_000 is plain to all of them."""
     if not PLAIN_NUMBER.fullmatch(text):
         raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+    return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
 
 
 def parse_float_list(text: str) -> list[float]:

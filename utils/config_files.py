@@ -21,7 +21,7 @@ from utils.errors import ConfigError, one_line
 from utils.files import expand_home
 
 MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a config file
-# Numbers that look like plain decimals to some readers, and to others do not: 0123, 0x10, 1_000.
+# Numbers that look like plain decimals to some readers, and to others do not: 0123, 0x10, 1_0.
 ODD_NUMBER = re.compile(r"(?<![\w.])(?<![eE][-+])0[0-9xXoObB_]|[0-9]_[0-9]")
 
 Mapping = list[tuple[Any, int]]  # the keys that one mapping of a file has, with their lines
@@ -79,7 +79,7 @@ def parse_value(text: str, field: str | None = None) -> Any:
 
     Fields of text take it as it is; for others it is a Python literal if it can be one. `1,2,4` is
     a tuple, `fid,is` a tuple of words. `none` and `null` are None, unless the field takes text but
-    not None (`threshold=none`). Numbers are plain decimals: 0x10 and 1_000 stay text.
+    not None (`threshold=none`). Numbers are plain decimals: 0x10 and 1_0 stay text.
     """
     annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
