@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import plain_number
+from utils.cli import MAX_IMAGES, plain_number
 from utils.files import expand_home
 
 # pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
@@ -56,6 +56,7 @@ Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
+ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
@@ -271,7 +272,7 @@ class Config(BaseModel):
     """epochs between two previews"""
     sample_start_epoch: PositiveInt = 1
     """epoch of the first preview"""
-    num_samples: PositiveInt = 64
+    num_samples: ImageCount = 64
     """images of a preview, or of sample.py"""
 
     # --- evaluation
@@ -279,7 +280,7 @@ class Config(BaseModel):
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
     """what evaluations compute; `all`: everything"""
-    eval_num_samples: PositiveInt = 50_000
+    eval_num_samples: ImageCount = 50_000
     """images an evaluation draws"""
     eval_interval: NonNegativeInt = 0
     """epochs between evaluations during training; 0: none"""

@@ -202,20 +202,18 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
-    with archive.open(info) as file:
-        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
-    version = npy.read_magic(head)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read_header(head)
-    start = head.tell()
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects, which could run code")
-    if start + num_bytes != info.file_size:
-        raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
     packed = min(info.compress_size, archive_bytes)  # a hostile file claims any size
-    if num_bytes > max(UNCHECKED_BYTES, MAX_RATIO * packed):
-        sizes = f"{packed:,} bytes would become {num_bytes:,}"
+    if info.file_size > max(UNCHECKED_BYTES, MAX_RATIO * packed):
+        sizes = f"{packed:,} bytes would become {info.file_size:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
+        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+        is_first = npy.read_magic(head) == (1, 0)
+        read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which could run code")
+        if head.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
+        file.seek(0)
         return npy.read_array(file, allow_pickle=False)
