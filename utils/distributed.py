@@ -207,9 +207,8 @@ def place_in_job(port: int | None = None) -> tuple[int, int, int]:
         given = f"WORLD_SIZE={count} in the environment"
         raise ConfigError(f"{given}, but no {' and no '.join(missing)}; {UNSET}")
     rank = from_launcher("RANK", 0, 0, count - 1)
-    local_rank = from_launcher(
-        "LOCAL_RANK", 0, 0, from_launcher("LOCAL_WORLD_SIZE", count, 1, count) - 1
-    )
+    local_count = from_launcher("LOCAL_WORLD_SIZE", count, 1, count)
+    local_rank = from_launcher("LOCAL_RANK", 0, 0, local_count - 1)
     if count == 1:
         return 0, local_rank, 1
     os.environ.setdefault("MASTER_PORT", str(port))
@@ -278,17 +277,17 @@ def meet(backend: str, rank: int, count: int, timeout: timedelta) -> None:
     notice.start()
     try:
         while rank > 0:  # torch's own attempts print pages
-            with contextlib.suppress(OSError):
-                seconds = max(end - time.monotonic(), 1)
-                socket.create_connection((address, port), seconds).close()
+            try:
+                socket.create_connection((address, port), max(end - time.monotonic(), 1)).close()
                 break
-            if time.monotonic() > end - 1:
-                raise TimeoutError("nobody answers there")
+            except OSError:
+                if time.monotonic() > end - 1:
+                    raise
             time.sleep(POLL_SECONDS)
         store, *_ = next(rendezvous("env://", rank, count, timeout=timeout))
         store = dist.PrefixStore(agree_on_name(store, rank, count, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(f"the {place} have not met: {one_line(error)}; {UNSET}") from error
     finally:
         notice.cancel()

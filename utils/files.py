@@ -104,10 +104,15 @@ def is_writable(folder: Path) -> bool:
     return os.access(there, os.W_OK)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether `name` can be that of a file or a folder, with a suffix or without."""
+    is_plain = name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
+    return bool(is_plain) and len(name.encode()) <= MAX_NAME_BYTES
+
+
 def check_output_name(name: str) -> None:
     """Raise a ConfigError unless this can be the beginning of the names of files in a folder."""
-    is_plain = name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
-    if not is_plain or len(name.encode()) > MAX_NAME_BYTES:
+    if not is_file_name(name):
         form = f"give a file name without folders, at most {MAX_NAME_BYTES} bytes"
         raise ConfigError(f"--output_name {one_line(ascii(name), 80)}: {form}")
 
