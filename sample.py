@@ -143,13 +143,12 @@ def write_outputs(
     gif = partial(pictures.save_gif, frames=grids, fps=args.gif_fps, final_seconds=seconds)
     outputs = {
         f"{name}.png": partial(pictures.save_image, image=sheet),
-        f"{name}.gif": gif if args.create_gif else None,
-        f"{name}_steps": write_steps if args.save_intermediate else None,
-        "images": partial(save_images, images=images, labels=labels) if args.save_images else None,
-        f"{name}_{count}x{height}x{width}x{channels}.npz": write_npz if args.npz else None,
+        f"{name}.gif": args.create_gif and gif,
+        f"{name}_steps": args.save_intermediate and write_steps,
+        "images": args.save_images and partial(save_images, images=images, labels=labels),
+        f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz and write_npz,
     }
-    asked_for = {folder / name: write for name, write in outputs.items() if write is not None}
-    return write_each((path, partial(write, path)) for path, write in asked_for.items())
+    return write_each({folder / name: write for name, write in outputs.items() if write})
 
 
 if __name__ == "__main__":

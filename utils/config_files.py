@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from utils.cli import PLAIN_NUMBER
-from utils.config_schema import Config
+from utils.config_schema import Config, PathText
 from utils.errors import ConfigError, one_line
 from utils.files import expand_home
 
@@ -87,7 +87,7 @@ def parse_value(text: str, field: str | None = None) -> Any:
     annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
     kinds = typing.get_args(annotation) if is_union else (annotation,)
-    is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
+    is_text = any(kind in (str, PathText) or isinstance(kind, str) for kind in kinds)
     if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
         return None
     if is_text:

@@ -131,10 +131,6 @@ class Runtime:
             with _patient_group() as group:
                 dist.barrier(group)
 
-    def barrier(self) -> None:
-        """Wait until every process has come here."""
-        self.all_reduce(torch.zeros(1))
-
 
 @contextlib.contextmanager
 def _patient_group() -> Iterator[dist.ProcessGroup]:
@@ -258,7 +254,7 @@ def distributed_runtime(
     meet(backend, rank, count, timedelta(minutes=timeout_minutes))
     try:
         yield runtime
-        runtime.barrier()  # nobody hangs up while another still listens
+        runtime.any(False)  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +39,12 @@ LOOKS_LIKE = {
 }
 
 
-def expand_home(path: str | None) -> str | None:
-    """`path` with the home directory for a leading `~` or `~user`, as in a shell; None stays None.
-    Raises a ConfigError if there is no such user, or the path is empty."""
-    if path is not None and (not path or "\0" in path):
+def expand_home(path: str) -> str:
+    """`path` with the home directory for a leading `~` or `~user`, as in a shell. Raises a
+    ConfigError if there is no such user, or the path is empty."""
+    if not path or "\0" in path:
         raise ConfigError("give a path, or leave it out")
-    if path is not None and (path := os.path.expanduser(path)).startswith("~"):
+    if (path := os.path.expanduser(path)).startswith("~"):
         raise ConfigError(f"{path}: no such user; write ./{path} if that is its name")
     return path
 
@@ -117,13 +117,13 @@ def check_output_name(name: str) -> None:
         raise ConfigError(f"--output_name {one_line(ascii(name), 80)}: {form}")
 
 
-def write_each(outputs: Iterable[tuple[Path, Callable[[], object]]]) -> Iterator[Path]:
+def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Path]:
     """Write what was asked for, and yield each path; one that cannot be written costs no other.
     At the end a UserError tells of those, a line each."""
     failed = []
-    for path, write in outputs:
+    for path, write in outputs.items():
         try:
-            write()
+            write(path)
         except Exception as error:  # of disks, and of Pillow and ffmpeg
             failed.append(f"{show(path)}: cannot be written ({one_line(error)})")
         else:
