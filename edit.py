@@ -22,7 +22,7 @@ from generation.run import load_run_of
 from utils.cli import Parser, add_sampling_options, image_count, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
-from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
+from utils.errors import EXIT_OK, exit_code_of, say
 from utils.files import check_output_name, make_output_dir
 from utils.logs import setup_logging
 
@@ -51,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             tell(format_config(run.config))
             return EXIT_OK
-        for name, least in (("batch_size", 1), ("seed", 0)):
-            if (value := getattr(args, name)) is not None and value < least:
-                raise ConfigError(f"--{name} {value}: must be {least} or more")
         check_output_name(args.output_name)
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
         tell(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")

@@ -86,11 +86,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     given = [name for name in ONLY_CHECKPOINT if getattr(args, name) is not None]
     if args.images is not None and given:
         raise ConfigError(f"--{given[0]}: for images drawn from a --checkpoint, not for --images")
-    counts = (args.batch_size, args.num_samples, args.num_real, args.repeats)
-    if any(count is not None and count < 1 for count in counts):
-        raise ConfigError("--num_samples, --num_real, --repeats, --batch_size: must be at least 1")
-    if args.seed is not None and args.seed < 0:
-        raise ConfigError(f"--seed {args.seed}: must be 0 or more")
     if args.compare is not None:
         read_report(args.compare)
 

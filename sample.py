@@ -20,14 +20,7 @@ from generation.run import Run, check_labels, load_run_of
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.cli import (
-    MAX_IMAGES,
-    add_sampling_options,
-    image_count,
-    new_parser,
-    parse_args,
-    parse_int_list,
-)
+from utils.cli import add_sampling_options, image_count, new_parser, parse_args, parse_int_list
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
@@ -63,14 +56,10 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
     default = len(args.seeds) if args.seeds else run.config.num_samples
     num_samples = default if args.num_samples is None else args.num_samples
     seed = run.config.seed if args.seed is None else args.seed
-    if num_samples > MAX_IMAGES:
-        raise ConfigError(f"num_samples={num_samples}: draw at most {MAX_IMAGES} images at a time")
     seeds = args.seeds or list(range(seed, seed + num_samples))
-    if len(seeds) != num_samples or num_samples < 1 or min(seeds) < 0 or args.batch_size < 1:
-        raise ConfigError(
-            f"{num_samples} images, {len(seeds)} seeds, batch_size {args.batch_size}: give at "
-            "least one image, one non-negative seed per image, and a batch_size of at least 1"
-        )
+    if len(seeds) != num_samples:
+        given = f"{num_samples} images, {len(seeds)} seeds"
+        raise ConfigError(f"{given}: give one non-negative seed per image")
     if not run.config.conditional and not args.labels:
         if args.captions:
             raise ConfigError("--captions: class names, but this model was trained without classes")
@@ -154,13 +143,12 @@ def write_outputs(
     gif = partial(pictures.save_gif, frames=grids, fps=args.gif_fps, final_seconds=seconds)
     outputs = {
         f"{name}.png": partial(pictures.save_image, image=sheet),
-        f"{name}.gif": gif if args.create_gif else None,
-        f"{name}_steps": write_steps if args.save_intermediate else None,
-        "images": partial(save_images, images=images, labels=labels) if args.save_images else None,
-        f"{name}_{count}x{height}x{width}x{channels}.npz": write_npz if args.npz else None,
+        f"{name}.gif": args.create_gif and gif,
+        f"{name}_steps": args.save_intermediate and write_steps,
+        "images": args.save_images and partial(save_images, images=images, labels=labels),
+        f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz and write_npz,
     }
-    asked_for = {folder / name: write for name, write in outputs.items() if write is not None}
-    return write_each((path, partial(write, path)) for path, write in asked_for.items())
+    return write_each({folder / name: write for name, write in outputs.items() if write})
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def interpolate(job: Job) -> Iterator[str]:
     layout = pictures.grid_rows(len(chains))
     shown = [pictures.make_grid(m, layout, min_cell_size=FILM_CELL_SIZE) for m in moments]
     save = pictures.save_gif if args.format == "gif" else pictures.save_mp4
-    sheet = partial(pictures.save_image, strip, contact_sheet(images, rows, left=left))
-    moving = partial(save, film, shown, fps=args.fps, final_seconds=args.final_seconds)
-    paths = list(write_each([(strip, sheet), (film, moving)]))
+    sheet = partial(pictures.save_image, image=contact_sheet(images, rows, left=left))
+    moving = partial(save, frames=shown, fps=args.fps, final_seconds=args.final_seconds)
+    paths = list(write_each({strip: sheet, film: moving}))
     yield wrote(paths, job.command("edit.py grid", "--seeds", chains[0][0].seed))
 
 

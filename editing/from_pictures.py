@@ -84,7 +84,7 @@ def write_pictures(
     outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
     if job.args.save_images:
         outputs[job.path("_images")] = partial(save_images, images=results, labels=inputs.labels)
-    return list(write_each((path, partial(write, path)) for path, write in outputs.items()))
+    return list(write_each(outputs))
 
 
 def box_mask(box: Sequence[int], height: int, width: int) -> Tensor:

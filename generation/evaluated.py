@@ -25,7 +25,6 @@ from metrics.evaluation import Evaluation
 from metrics.inception import FID_FEATURES
 from metrics.reference import read_reference
 from metrics.report import Report, read_report, save_sweep, summary
-from utils.cli import MAX_IMAGES
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
@@ -92,8 +91,6 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     config, mode, labels, labels_from = run.config, args.label_mode, None, None
     count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
     count, repeats = args.num_samples or count, args.repeats or repeats
-    if count > MAX_IMAGES:
-        raise ConfigError(f"eval_num_samples={count}: score at most {MAX_IMAGES} images at a time")
     if config.conditional:
         mode, classes = mode or "balanced", run.classes
         seen = real.sets and real.sets.train.labels

@@ -421,8 +421,6 @@ BAD = [
     ("interpolate --labels 1,2 --labels 1,2,3", "same number of stops"),
     ("interpolate --labels 1,2 --frames 1", "--frames 1"),
     ("interpolate --labels 1,2 --fps 0", "--fps"),
-    ("interpolate --labels 1,2 --seed -1", "--seed -1"),
-    ("interpolate --labels 1,2 --batch_size 0", "--batch_size 0"),
     ("interpolate --labels 1,2 --format mp4", "pip install imageio-ffmpeg"),
     ("img2img --real_split test --n 2 --strength 0", "strength=0"),
     ("img2img --real_split test --n 2 --strength 1.5", "strength=1.5"),

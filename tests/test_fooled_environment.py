@@ -89,6 +89,8 @@ REFUSED = [  # key, what YAML has after it, a part of the error
     ("cfg_scale", "None", "write null"),
     ("grad_clip", "none", "write null"),
     ("sample_dir", "nUll", "write null"),
+    ("seed", "!!timestamp '5'", "not valid YAML"),
+    ("use_ema", "!!bool maybe", "not valid YAML"),
     ("seed", "!!python/name:os.system", "could not determine a constructor"),
 ]
 MEANT = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import NoReturn
 
 from utils.errors import EXIT_USAGE, one_line, printable
@@ -113,20 +114,21 @@ def parse_float_list(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers such as 1,1.5,2") from None
 
 
-def whole_number(text: str, most: int = 2**63 - 1) -> int:
+def whole_number(text: str, least: int = 0, most: int = 2**63 - 1) -> int:
     """The number of an option such as `--seed 3`; none that is larger than 64 bits hold."""
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r}: give a whole number") from None
-    if number > most:
-        raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: must be at most {most}")
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most}"
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: must be {bound}")
     return number
 
 
 def image_count(text: str) -> int:
     """The number of an option such as `--num_samples 64`."""
-    return whole_number(text, MAX_IMAGES)
+    return whole_number(text, 1, MAX_IMAGES)
 
 
 def parse_int_list(text: str) -> list[int]:
@@ -135,15 +137,14 @@ def parse_int_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            ends = int(first), int(last if dash else first)
+            added = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            ends = 0, -1
-        if not ends[0] <= ends[1]:
+            added = range(0)
+        if not added:
             form = "give whole numbers such as 0,1,2 or 0-9"
             raise argparse.ArgumentTypeError(f"{one_line(text, 40)!r}: {form}")
-        whole_number(str(ends[1]))
-        if len(numbers) + ends[1] - ends[0] >= MAX_IMAGES:
-            message = f"more than {MAX_IMAGES} numbers"
-            raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: {message}")
-        numbers += range(ends[0], ends[1] + 1)
+        whole_number(str(added[-1]))
+        numbers += islice(added, MAX_IMAGES + 1)
+        if len(numbers) > MAX_IMAGES:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: more than {MAX_IMAGES} numbers")
     return numbers

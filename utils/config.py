@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,7 @@ from utils.config_schema import (  # noqa: F401 -- the types, for the arguments 
     PositiveInt,
 )
 from utils.errors import ConfigError
-
-MAX_NAME_BYTES = 200  # file systems take 255
+from utils.files import is_file_name
 
 
 class Problem(NamedTuple):
@@ -130,10 +128,8 @@ def _short(text: str) -> str:
 
 def check_values(config: Config) -> Iterable[Problem]:
     """What no type in the schema can see, above all the combinations of several keys."""
-    name = config.experiment_name
-    is_plain = name.isprintable() and not any(c in name for c in "/\\")
-    if name in ("", ".", "..") or not is_plain or len(os.fsencode(name)) > MAX_NAME_BYTES:
-        message = f"experiment_name={name!r}: must be usable as a folder name"
+    if not is_file_name(config.experiment_name):
+        message = f"experiment_name={config.experiment_name!r}: must be usable as a folder name"
         yield Problem(("experiment_name",), message)
     if config.beta_start >= config.beta_end and config.beta_schedule != "cosine":
         message = f"beta_start={config.beta_start} must be below beta_end={config.beta_end}"

@@ -15,14 +15,17 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.cli import plain_number
-from utils.config_schema import Config
+from utils.cli import PLAIN_NUMBER
+from utils.config_schema import Config, PathText
 from utils.errors import ConfigError, one_line
 from utils.files import expand_home
 
 MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a config file
 # Numbers that look like plain decimals to some readers, and to others do not: 0123, 0x10, 1_0.
 ODD_NUMBER = re.compile(r"(?<![\w.])(?<![eE][-+])0[0-9xXoObB_]|[0-9]_[0-9]")
+
+TOO_MANY = f"more than {MAX_VALUES:,} values, counting what aliases repeat"
+NUMBER_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp", "value")}
 
 Mapping = list[tuple[Any, int]]  # the keys that one mapping of a file has, with their lines
 
@@ -84,7 +87,7 @@ def parse_value(text: str, field: str | None = None) -> Any:
     annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType, Literal)
     kinds = typing.get_args(annotation) if is_union else (annotation,)
-    is_text = any(kind is str or isinstance(kind, str) for kind in kinds)
+    is_text = any(kind in (str, PathText) or isinstance(kind, str) for kind in kinds)
     if text.lower() in ("none", "null") and (NoneType in kinds or not is_text):
         return None
     if is_text:
@@ -155,52 +158,37 @@ def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader, which also notes the keys of every mapping, from the outermost inwards,
-    counts the values that aliases multiply, and takes no numbers but plain decimals."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(source)
-        self.mappings: list[Mapping] = []
-        self.num_values, self.sizes = 0, {}  # aliases written out; of each node
+    num_values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        before, is_alias = self.num_values, self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        size = self.sizes.get(id(node), MAX_VALUES) if is_alias else self.num_values - before + 1
-        self.sizes[id(node)], self.num_values = size, before + size
+        self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise _at(node, f"more than {MAX_VALUES:,} values, counting what aliases repeat")
-        return node
+            raise yaml.YAMLError(TOO_MANY)
+        return super().compose_node(parent, index)
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        self.mappings.insert(0, [(key.value, key.start_mark.line + 1) for key, _ in node.value])
-        return node
 
-    def construct_number(self, node: yaml.Node) -> int | float:
-        try:
-            return plain_number(text := self.construct_scalar(node))
-        except ValueError:
+def _yaml_nodes(source: str) -> list[yaml.Node]:
+    """What a file holds, from the outermost inwards, each as often as aliases repeat it. Raises a
+    YAMLError for too many, and for numbers that are no plain decimals."""
+    nodes = [yaml.compose(source, _YamlLoader)]
+    for node in nodes:
+        if isinstance(node, yaml.CollectionNode):
+            for part in node.value:
+                nodes += part if isinstance(part, tuple) else [part]
+        elif node and node.tag in NUMBER_TAGS and not PLAIN_NUMBER.fullmatch(node.value):
+            place = f"line {node.start_mark.line + 1}: {node.value}"
             advice = "write a plain decimal number, or put it in quotes if it is text"
-            raise _at(
-                node, f"{text} means different things to different readers; {advice}"
-            ) from None
-
-
-for kind in ("int", "float", "timestamp", "value"):
-    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{kind}", _YamlLoader.construct_number)
-
-
-def _at(node: yaml.Node, message: str) -> yaml.YAMLError:
-    return yaml.YAMLError(f"line {node.start_mark.line + 1}: {message}")
+            raise yaml.YAMLError(f"{place} means different things to different readers; {advice}")
+        if len(nodes) > MAX_VALUES:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {TOO_MANY}")
+    return nodes
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
     source = _source(path)
     try:
-        loader = _YamlLoader(source)
-        values = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        nodes, values = _yaml_nodes(source), yaml.safe_load(source)
+    except Exception as error:  # PyYAML's own, and what its constructors raise for odd tags
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
@@ -210,7 +198,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
                 mapping[key] = parse_value(text, key)
                 if mapping[key] is None:
                     raise ConfigError(f"{path}: {key}: {text}: write null, as YAML calls it")
-    return values, loader.mappings
+    keys = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
+    return values, [[(key.value, key.start_mark.line + 1) for key, _ in pairs] for pairs in keys]
 
 
 READERS = {".py": _read_python, ".yml": _read_yaml, ".yaml": _read_yaml}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import plain_number
+from utils.cli import MAX_IMAGES, plain_number
 from utils.files import expand_home
 
 # pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
@@ -51,11 +51,11 @@ def _compile(value: Any) -> Any:
 
 
 PathText = Annotated[str, AfterValidator(expand_home)]
-PathOrNone = Annotated[str | None, AfterValidator(expand_home)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
+ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
@@ -113,9 +113,9 @@ class Config(BaseModel):
     """SwanLab project"""
     experiment_name: str = key("", also="name")
     """names the run's folder; default: the config file's name"""
-    resume_path: PathOrNone = key(None, also="resume")
+    resume_path: PathText | None = key(None, also="resume")
     """checkpoint to go on from, or `auto`: the run's newest one if there is any"""
-    init_from: PathOrNone = None
+    init_from: PathText | None = None
     """checkpoint whose weights (EMA, if it has them) a fresh run starts from"""
     seed: NonNegativeInt = key(42, resume="run")
     """fixes weights, data order, noise and samples"""
@@ -150,7 +150,7 @@ class Config(BaseModel):
     classes: Annotated[Numbers, Field(min_length=1)] | None = key(None, resume="warn")
     """use only the images of these classes, counted from 0; default: all. The model still has all
     of them"""
-    label_file: PathOrNone = None
+    label_file: PathText | None = None
     """`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled"""
     on_bad_image: Literal["error", "skip"] = key("error", resume="warn")
     """image files that cannot be decoded: stop, or let the next good image take their place (at
@@ -265,13 +265,13 @@ class Config(BaseModel):
     """epochs between two checkpoints"""
     keep_last: PositiveInt = 3
     """`model_epoch_*.pth` files kept"""
-    sample_dir: PathOrNone = None
+    sample_dir: PathText | None = None
     """previews go to its folder of this experiment; default: the run's `samples/`"""
     sample_interval: PositiveInt = 10
     """epochs between two previews"""
     sample_start_epoch: PositiveInt = 1
     """epoch of the first preview"""
-    num_samples: PositiveInt = 64
+    num_samples: ImageCount = 64
     """images of a preview, or of sample.py"""
 
     # --- evaluation
@@ -279,7 +279,7 @@ class Config(BaseModel):
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
     """what evaluations compute; `all`: everything"""
-    eval_num_samples: PositiveInt = 50_000
+    eval_num_samples: ImageCount = 50_000
     """images an evaluation draws"""
     eval_interval: NonNegativeInt = 0
     """epochs between evaluations during training; 0: none"""

@@ -131,10 +131,6 @@ class Runtime:
             with _patient_group() as group:
                 dist.barrier(group)
 
-    def barrier(self) -> None:
-        """Wait until every process has come here."""
-        self.all_reduce(torch.zeros(1))
-
 
 @contextlib.contextmanager
 def _patient_group() -> Iterator[dist.ProcessGroup]:
@@ -207,9 +203,8 @@ def place_in_job(port: int | None = None) -> tuple[int, int, int]:
         given = f"WORLD_SIZE={count} in the environment"
         raise ConfigError(f"{given}, but no {' and no '.join(missing)}; {UNSET}")
     rank = from_launcher("RANK", 0, 0, count - 1)
-    local_rank = from_launcher(
-        "LOCAL_RANK", 0, 0, from_launcher("LOCAL_WORLD_SIZE", count, 1, count) - 1
-    )
+    local_count = from_launcher("LOCAL_WORLD_SIZE", count, 1, count)
+    local_rank = from_launcher("LOCAL_RANK", 0, 0, local_count - 1)
     if count == 1:
         return 0, local_rank, 1
     os.environ.setdefault("MASTER_PORT", str(port))
@@ -259,7 +254,7 @@ def distributed_runtime(
     meet(backend, rank, count, timedelta(minutes=timeout_minutes))
     try:
         yield runtime
-        runtime.barrier()  # nobody hangs up while another still listens
+        runtime.any(False)  # nobody hangs up while another still listens
     finally:
         dist.destroy_process_group()
 
@@ -278,17 +273,17 @@ def meet(backend: str, rank: int, count: int, timeout: timedelta) -> None:
     notice.start()
     try:
         while rank > 0:  # torch's own attempts print pages
-            with contextlib.suppress(OSError):
-                seconds = max(end - time.monotonic(), 1)
-                socket.create_connection((address, port), seconds).close()
+            try:
+                socket.create_connection((address, port), max(end - time.monotonic(), 1)).close()
                 break
-            if time.monotonic() > end - 1:
-                raise TimeoutError("nobody answers there")
+            except OSError:
+                if time.monotonic() > end - 1:
+                    raise
             time.sleep(POLL_SECONDS)
         store, *_ = next(rendezvous("env://", rank, count, timeout=timeout))
         store = dist.PrefixStore(agree_on_name(store, rank, count, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(f"the {place} have not met: {one_line(error)}; {UNSET}") from error
     finally:
         notice.cancel()

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +39,12 @@ LOOKS_LIKE = {
 }
 
 
-def expand_home(path: str | None) -> str | None:
-    """`path` with the home directory for a leading `~` or `~user`, as in a shell; None stays None.
-    Raises a ConfigError if there is no such user, or the path is empty."""
-    if path is not None and (not path or "\0" in path):
+def expand_home(path: str) -> str:
+    """`path` with the home directory for a leading `~` or `~user`, as in a shell. Raises a
+    ConfigError if there is no such user, or the path is empty."""
+    if not path or "\0" in path:
         raise ConfigError("give a path, or leave it out")
-    if path is not None and (path := os.path.expanduser(path)).startswith("~"):
+    if (path := os.path.expanduser(path)).startswith("~"):
         raise ConfigError(f"{path}: no such user; write ./{path} if that is its name")
     return path
 
@@ -104,21 +104,26 @@ def is_writable(folder: Path) -> bool:
     return os.access(there, os.W_OK)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether `name` can be that of a file or a folder, with a suffix or without."""
+    is_plain = name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
+    return bool(is_plain) and len(name.encode()) <= MAX_NAME_BYTES
+
+
 def check_output_name(name: str) -> None:
     """Raise a ConfigError unless this can be the beginning of the names of files in a folder."""
-    is_plain = name.isprintable() and not {"/", "\\"} & set(name) and name.strip(". ")
-    if not is_plain or len(name.encode()) > MAX_NAME_BYTES:
+    if not is_file_name(name):
         form = f"give a file name without folders, at most {MAX_NAME_BYTES} bytes"
         raise ConfigError(f"--output_name {one_line(ascii(name), 80)}: {form}")
 
 
-def write_each(outputs: Iterable[tuple[Path, Callable[[], object]]]) -> Iterator[Path]:
+def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Path]:
     """Write what was asked for, and yield each path; one that cannot be written costs no other.
     At the end a UserError tells of those, a line each."""
     failed = []
-    for path, write in outputs:
+    for path, write in outputs.items():
         try:
-            write()
+            write(path)
         except Exception as error:  # of disks, and of Pillow and ffmpeg
             failed.append(f"{show(path)}: cannot be written ({one_line(error)})")
         else:
@@ -202,20 +207,18 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
-    with archive.open(info) as file:
-        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
-    version = npy.read_magic(head)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read_header(head)
-    start = head.tell()
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects, which could run code")
-    if start + num_bytes != info.file_size:
-        raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
     packed = min(info.compress_size, archive_bytes)  # a hostile file claims any size
-    if num_bytes > max(UNCHECKED_BYTES, MAX_RATIO * packed):
-        sizes = f"{packed:,} bytes would become {num_bytes:,}"
+    if info.file_size > max(UNCHECKED_BYTES, MAX_RATIO * packed):
+        sizes = f"{packed:,} bytes would become {info.file_size:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
+        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+        is_first = npy.read_magic(head) == (1, 0)
+        read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which could run code")
+        if head.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
+        file.seek(0)
         return npy.read_array(file, allow_pickle=False)
