@@ -32,6 +32,7 @@ from utils.images import ImageSpec
 AUTO = "auto"
 # Their values belong to the weights: no other value makes sense with them.
 SAME_MODEL = keys_by_resume("architecture", "meaning")
+SCALER_KEYS = ("scale", "growth_factor", "backoff_factor")
 
 log = logging.getLogger("diffusion")
 
@@ -107,9 +108,8 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         numbers.append(list(range(len(moments), len(moments) + len(group["params"]))))
         for p in group["params"]:
             moments[len(moments)] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-    skipped, scaler = state.get("nonfinite_steps", ()), state.get("scaler_state_dict")
     saved = state["optimizer_state_dict"]["state"]
-    if saved or scaler or len(skipped) == step:
+    if saved or state.get("scaler_state_dict") or len(state.get("nonfinite_steps", ())) == step:
         # The others have had no gradient, or no step was taken yet.
         moments = {i: form for i, form in moments.items() if i in saved}
     averages = {"ema_model_state_dict": model.state_dict()}
@@ -122,10 +122,7 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
             "param_groups": lambda saved: [group["params"] for group in saved] == numbers,
         },
         "scaler_state_dict": lambda saved: (
-            not saved
-            or all(
-                0 < saved[key] < math.inf for key in ("scale", "growth_factor", "backoff_factor")
-            )
+            not saved or all(0 < saved[key] < math.inf for key in SCALER_KEYS)
         ),
         "best_loss": lambda loss: isinstance(loss, float) and not math.isnan(loss),
         "loss_stats": lambda x: x.dim() == 1 and x.is_floating_point() and x.isfinite().all(),
@@ -133,10 +130,10 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
     optional = {
         "scheduler_state_dict": lambda saved: saved["last_epoch"] == step and "lr_lambdas" in saved,
         "nonfinite_steps": lambda steps: all(is_count(number, most=step) for number in steps),
-        "best": lambda best: (
-            isinstance(best["metric"], str)
-            and (best["value"] is None or math.isfinite(best["value"]))
-        ),
+        "best": {
+            "metric": lambda name: isinstance(name, str),
+            "value": lambda value: value is None or math.isfinite(value),
+        },
         "extended_steps": lambda steps: steps is None or is_count(steps),
         "world_size": is_count,
         "num_threads": is_count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,8 +144,12 @@ class Trainer:
             "train/images_per_sec": progress.lap(self.step),
             "train/memory_mib": memory_mib(self.runtime.device),
         }
-        self.tracker.log_scalars(scalars, self.step)
+        self._record(scalars)
         progress.report(self.step, scalars)
+
+    def _record(self, scalars: Mapping[str, float]) -> None:
+        if self.saver.status.is_ours():
+            self.tracker.log_scalars(scalars, self.step)
 
     def _end_of_step(self) -> None:
         """Evaluation, checkpoint and preview of the epochs this step completed."""
@@ -156,7 +160,7 @@ class Trainer:
             values = self._attempt("evaluation", epoch, self.evaluate) or {}
             known = {f"eval/{name}": value for name, value in values.items() if value is not None}
             if known:
-                self.tracker.log_scalars(known, self.step)
+                self._record(known)
             score = values.get(best.metric)
             self.saver.settle()  # a checkpoint that was refused takes its score back
         to_save = is_due(config.save_interval, config.save_interval)
