@@ -227,8 +227,8 @@ class Memorization(ChosenImages, Metric):
             searched = f"{num_train} of {len(train.labels)} train images are searched"
             doubts.append(f"{searched}, copies of the others are missed")
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
-        counts["n_train_equal"] = self.num_equal
         baseline = self.test.split if self.test else LEFT_OUT
+        counts["n_train_equal"] = self.num_equal
         details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
         share = compared["generated"]["share_close"]
         return measured(share, "; ".join(doubts), **compared, **details)

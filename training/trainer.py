@@ -64,8 +64,7 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                is_ours = self.saver.status.is_ours()
-                if self.runtime.any(stop.name is not None or not is_ours):
+                if self.runtime.any(stop.name is not None or not self.saver.status.is_ours()):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
