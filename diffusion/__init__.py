@@ -12,17 +12,9 @@ from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import make_denoiser
 from diffusion.schedules import SCHEDULES, timestep_grid
 from utils.config import Config, Problem, did_you_mean
-from utils.config import warnings_of as config_warnings
 
 __all__ = ["SAMPLERS", "SCHEDULES", "GaussianDiffusion", "Prediction", "Sampler", "Step"]
-__all__ += [
-    "build_diffusion",
-    "check_config",
-    "make_denoiser",
-    "takers_of",
-    "timestep_grid",
-    "warnings_of",
-]
+__all__ += ["build_diffusion", "check_config", "make_denoiser", "timestep_grid"]
 
 
 class Sampler(NamedTuple):
@@ -42,19 +34,6 @@ SAMPLERS = {
     "ddim": Sampler(ddim, 50, deterministic=lambda eta: eta == 0, options=("eta",)),
     "dpmpp_2m": Sampler(dpmpp_2m, 20, deterministic=True, multistep=True),
 }
-
-
-def takers_of(option: str) -> list[str]:
-    """The names of the samplers that take an option."""
-    return [name for name, sampler in SAMPLERS.items() if option in sampler.options]
-
-
-def warnings_of(config: Config) -> list[str]:
-    """What `utils.config.warnings_of` says, and of options that the sampler does not take."""
-    warnings, takers = config_warnings(config), takers_of("eta")
-    if "ddim_eta" in config.model_fields_set and config.sampling_method not in takers:
-        warnings.append(f"ddim_eta has no effect without sampling_method={' or '.join(takers)}")
-    return warnings
 
 
 def build_diffusion(config: Config) -> GaussianDiffusion:

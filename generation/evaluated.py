@@ -223,14 +223,14 @@ def score_sets(
             key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
             batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
-        to_save, complete = args.save_images_dir is not None, []
+        to_save, written = args.save_images_dir is not None, []
         if to_save:
-            batches = saved(batches, Path(args.save_images_dir, name), share.start, complete)
+            batches = saved(batches, Path(args.save_images_dir, name), share.start, written)
         report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
         # Not before the pictures of all processes are there: older ones are of other classes.
-        if to_save and not evaluation.runtime.any(not complete) and is_main:
+        if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
-                save_labels(*complete, generated.labels)
+                save_labels(Path(args.save_images_dir, name), generated.labels)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

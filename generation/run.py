@@ -19,14 +19,14 @@ from diffusion import GaussianDiffusion
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
-from utils.config import Check, Config, RawConfig, apply_overrides, read_config_file, validate
+from utils.config import Config, RawConfig, apply_overrides, read_config_file, validate, warnings_of
 from utils.errors import CheckpointError, ConfigError, show
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
 
-CONFIG_CHECKS: tuple[Check, ...] = (
+CONFIG_CHECKS = (
     datasets.check_config,
     diffusion.check_config,
     metrics.check_config,
@@ -122,7 +122,7 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
     method = getattr(args, "sampling_method", None) or run.config.sampling_method
     sampled = run.config.model_copy(update={"sampling_method": method})
     named = {text.partition("=")[0] for text in args.overrides}
-    for warning in diffusion.warnings_of(sampled):
+    for warning in warnings_of(sampled):
         if warning.split()[0] in named:
             log.warning(warning)
     return run

@@ -41,14 +41,19 @@ def resumed(
         share: global indices of the images.
         draw: makes the images of a range of indices: uint8 (b, C, H, W), batch by batch.
     """
-    damaged: set[int] = set()  # indices of images that are drawn although they are stored
     stored = {}  # index of an image -> the file that holds it, and the first index in there
     for path in sorted(folder.glob(FILES)):
         first, stop = map(int, path.stem.split("_")[1:])
+        if stop <= share.start or share.stop <= first:
+            continue  # another process reads it
         with contextlib.suppress(OSError, EOFError, ValueError):
             array = np.load(path, mmap_mode="r")
-            if array.shape == (stop - first, *shape) and array.dtype == np.uint8:
+            if array.shape != (stop - first, *shape) or array.dtype != np.uint8:
+                continue
+            if has_its_checksum(path):
                 stored |= dict.fromkeys(range(first, stop), (path, first))
+            else:
+                log.info("%s is damaged, or has no checksum: its images are drawn again", path)
     if there := sum(index in stored for index in share):
         log.info("%d of %d images are there already: %s", there, len(share), folder)
 
@@ -59,15 +64,10 @@ def resumed(
                 yield from draw(range(indices[0], indices[-1] + 1))
             else:
                 path, first = file
-                if has_its_checksum(path):
-                    yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
-                    continue
-                log.info("%s is damaged, or has no checksum: its images are drawn again", path)
-                damaged.update(indices)
-                yield from draw(range(indices[0], indices[-1] + 1))
+                yield torch.from_numpy(np.load(path)[[index - first for index in indices]])
 
     def keep(start: int, images: Tensor) -> None:
-        if start not in stored or start in damaged:
+        if start not in stored:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"images_{start:08d}_{start + len(images):08d}.npy"
             save_checked(path, lambda file: (np.save(file, images.numpy()), file.write(bytes(2))))
@@ -87,28 +87,25 @@ def remove(folder: Path) -> None:
 
 
 def saved(
-    batches: Iterable[Tensor], folder: Path, start: int, complete: list[Path]
+    batches: Iterable[Tensor], folder: Path, start: int, written: list[int]
 ) -> Iterator[Tensor]:
     """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
-    labels; `complete` gets the folder once all are there."""
+    labels; `written` gets the indices of those that are there."""
 
     def save(first: int, images: Tensor) -> None:
         if first == start:
             forget_labels(folder)
         for i, image in enumerate(images, first):
             save_image(folder / f"{i:06d}.png", image)
+            written.append(i)
 
-    return _written(batches, start, save, "all saved", lambda: complete.append(folder))
+    return _written(batches, start, save, "all saved")
 
 
 def _written(
-    batches: Iterable[Tensor],
-    start: int,
-    write: Callable[[int, Tensor], None],
-    how: str,
-    end: Callable[[], None] = lambda: None,
+    batches: Iterable[Tensor], start: int, write: Callable[[int, Tensor], None], how: str
 ) -> Iterator[Tensor]:
-    """Pass `batches` on, each after `write(index of its first image, images)`; then call `end`.
+    """Pass `batches` on, each after `write(index of its first image, images)`.
 
     A disk that refuses costs the files alone: it is told once, and the images still go on.
     """
@@ -122,5 +119,3 @@ def _written(
             log.warning("images from %06d on are not %s: %s", start, how, error)
         yield images
         start += len(images)
-    if writable:
-        end()

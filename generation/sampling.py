@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, Step, make_denoiser, takers_of, timestep_grid
+from diffusion import SAMPLERS, Step, make_denoiser, timestep_grid
 from diffusion.guidance import Denoiser
 from generation.run import Run
 from utils.config import Config
@@ -96,9 +96,8 @@ def sampling_from(
     scale = config.guidance_scale if cfg_scale is None else cfg_scale
     if not 0 <= scale < float("inf"):
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
-    if eta is not None and chosen not in (takers := takers_of("eta")):
-        use = f"use {' or '.join(takers)}, or leave it out"
-        raise ConfigError(f"--ddim_eta {eta:g}: {chosen} takes none; {use}")
+    if eta is not None and "eta" not in SAMPLERS[chosen].options:
+        raise ConfigError(f"--ddim_eta {eta:g}: {chosen} takes none; use ddim, or leave it out")
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")

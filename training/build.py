@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from datasets.remarks import remarks_on
-from diffusion import warnings_of
 from models import backend_of
 from training.job import Job
 from training.learner import Learner
@@ -23,7 +22,7 @@ from training.tracking import start_trackers
 from training.trainer import Trainer
 from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
-from utils.config import Config
+from utils.config import Config, warnings_of
 from utils.distributed import describe_device
 from utils.errors import UserError, shell_line, show
 from utils.images import save_image, to_uint8
@@ -78,8 +77,7 @@ def build_trainer(
     config, runtime, resume = job.config, job.runtime, job.resume
     step = 0 if resume is None else resume.step
     run_id = None if resume is None else resume.state.get("tracker_run_id")
-    begin = dict(start_step=step, run_id=run_id, is_ours=status.is_ours)
-    tracker = start_trackers(config, is_main=runtime.is_main, **begin)
+    tracker = start_trackers(config, is_main=runtime.is_main, start_step=step, run_id=run_id)
     folder, state = config.run_dir, fixed_state(job)
     saver = Saver(folder, config.keep_last, runtime, best=best, status=status, fixed_state=state)
     guard = NonFiniteGuard(config, job.dataset, runtime)

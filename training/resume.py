@@ -16,14 +16,7 @@ from models import computing_params, skeleton
 from models.lora import add_adapters
 from training.optim import parameter_groups
 from training.progress import Schedule
-from utils.checkpoint import (
-    CURRENT,
-    epochs_saved,
-    is_count,
-    load_checkpoint,
-    misfit,
-    newest_checkpoint,
-)
+from utils import checkpoint as files
 from utils.config import Config, RawConfig, keys_by_resume, validate
 from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError, one_line, show
@@ -32,6 +25,7 @@ from utils.images import ImageSpec
 AUTO = "auto"
 # Their values belong to the weights: no other value makes sense with them.
 SAME_MODEL = keys_by_resume("architecture", "meaning")
+SCALER_KEYS = ("scale", "growth_factor", "backoff_factor")
 
 log = logging.getLogger("diffusion")
 
@@ -56,7 +50,7 @@ def find_resume(config: Config) -> Resume | None:
     """
     folder, resume, is_ours = config.run_dir, None, config.resume_path == AUTO
     if is_ours:
-        if (newest := newest_checkpoint(folder, check_goes_on)) is None:
+        if (newest := files.newest_checkpoint(folder, check_goes_on)) is None:
             return None
         path, state, skipped = newest
         for reason in skipped:
@@ -64,11 +58,11 @@ def find_resume(config: Config) -> Resume | None:
         resume = Resume(path, state)
     elif config.resume_path is not None:
         path = Path(config.resume_path)
-        path = path / CURRENT if path.is_dir() else path
-        resume = Resume(path, load_checkpoint(path))
+        path = path / files.CURRENT if path.is_dir() else path
+        resume = Resume(path, files.load_checkpoint(path))
         check_goes_on(path, resume.state)
         is_ours = path.resolve().parent == folder.resolve()
-        epoch, last_epoch = resume.state["epoch"], max(epochs_saved(folder), default=0)
+        epoch, last_epoch = resume.state["epoch"], max(files.epochs_saved(folder), default=0)
         if is_ours and last_epoch > epoch:
             raise ConfigError(
                 f"{path} is of epoch {epoch}, but {folder} has epoch {last_epoch}; to branch off, "
@@ -89,7 +83,7 @@ def check_goes_on(path: Path, state: dict[str, Any]) -> None:
     each must be there, of the shape and type that the state's own config makes it, and finite."""
     saved = {"optimizer_state_dict": {"state": lambda moments: isinstance(moments, dict)}}
     try:
-        problem = misfit(state, saved) or misfit(state, _form_of(state))
+        problem = files.misfit(state, saved) or files.misfit(state, _form_of(state))
     except Exception as error:  # a config and sizes that make no model
         problem = one_line(error)
     if problem is not None:
@@ -107,13 +101,12 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         numbers.append(list(range(len(moments), len(moments) + len(group["params"]))))
         for p in group["params"]:
             moments[len(moments)] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-    skipped, scaler = state.get("nonfinite_steps", ()), state.get("scaler_state_dict")
     saved = state["optimizer_state_dict"]["state"]
-    if saved or scaler or len(skipped) == step:
+    if saved or state.get("scaler_state_dict") or len(state.get("nonfinite_steps", ())) == step:
         # The others have had no gradient, or no step was taken yet.
         moments = {i: form for i, form in moments.items() if i in saved}
     averages = {"ema_model_state_dict": model.state_dict()}
-    averages["ema_num_updates"] = lambda number: is_count(number, most=step)
+    averages["ema_num_updates"] = lambda number: files.is_count(number, most=step)
     needed = {
         "model_state_dict": model.state_dict(),
         **(averages if config.use_ema else {}),
@@ -122,24 +115,21 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
             "param_groups": lambda saved: [group["params"] for group in saved] == numbers,
         },
         "scaler_state_dict": lambda saved: (
-            not saved
-            or all(
-                0 < saved[key] < math.inf for key in ("scale", "growth_factor", "backoff_factor")
-            )
+            not saved or all(0 < saved[key] < math.inf for key in SCALER_KEYS)
         ),
         "best_loss": lambda loss: isinstance(loss, float) and not math.isnan(loss),
         "loss_stats": lambda x: x.dim() == 1 and x.is_floating_point() and x.isfinite().all(),
     }
     optional = {
         "scheduler_state_dict": lambda saved: saved["last_epoch"] == step and "lr_lambdas" in saved,
-        "nonfinite_steps": lambda steps: all(is_count(number, most=step) for number in steps),
-        "best": lambda best: (
-            isinstance(best["metric"], str)
-            and (best["value"] is None or math.isfinite(best["value"]))
-        ),
-        "extended_steps": lambda steps: steps is None or is_count(steps),
-        "world_size": is_count,
-        "num_threads": is_count,
+        "nonfinite_steps": lambda steps: all(files.is_count(number, most=step) for number in steps),
+        "best": {
+            "metric": lambda name: isinstance(name, str),
+            "value": lambda value: value is None or math.isfinite(value),
+        },
+        "extended_steps": lambda steps: steps is None or files.is_count(steps),
+        "world_size": files.is_count,
+        "num_threads": files.is_count,
         "backend": lambda names: names is None or [type(name) for name in names] == [str, str],
         "tracker_run_id": lambda name: name is None or isinstance(name, str),
     }

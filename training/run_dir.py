@@ -156,14 +156,12 @@ class Status:
             if self._path is None or not self.is_ours():
                 return
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            text = json.dumps(self._facts | {"updated": now}, indent=2)
-            text = text.ljust(STATUS_BYTES - 1) + "\n"
+            text = json.dumps(self._facts | {"updated": now}, indent=2).ljust(STATUS_BYTES - 1)
+            text += "\n"
             try:
                 write_text(self._path, text)
             except OSError as error:
-                if (
-                    self._facts.get("exit_code") is not None
-                ):  # the last word needs no room of its own
+                if self._facts.get("exit_code") is not None:  # the last word needs no new room
                     with contextlib.suppress(OSError), open(self._path, "r+b", 0) as file:
                         file.write(text.encode())
                         return

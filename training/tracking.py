@@ -39,10 +39,8 @@ class MetricsFile:
     warning; one that is full now may have room later.
     """
 
-    def __init__(
-        self, path: Path, start_step: int, is_ours: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._path, self._has_warned, self._is_ours = path, False, is_ours
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path, self._has_warned = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(open(path, "rb")) if path.is_file() else ()
@@ -53,8 +51,6 @@ class MetricsFile:
                         kept.write(line.rstrip(b"\r\n") + b"\n")
 
     def append(self, scalars: Mapping[str, float], step: int) -> None:
-        if not self._is_ours():
-            return
         row = (json.dumps({"step": step, **scalars}) + "\n").encode()
         try:
             with open(self._path, "ab", buffering=0) as file:
@@ -232,21 +228,15 @@ def check_trackers(config: Config) -> Iterator[Problem]:
 
 
 def start_trackers(
-    config: Config,
-    *,
-    is_main: bool,
-    start_step: int,
-    run_id: str | None,
-    is_ours: Callable[[], bool] = lambda: True,
+    config: Config, *, is_main: bool, start_step: int, run_id: str | None
 ) -> TrackerGroup:
-    """metrics.jsonl always, as long as the folder `is_ours`, SwanLab and TensorBoard if asked for;
-    nothing on other ranks."""
+    """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
     if not is_main:
         return TrackerGroup(earlier_id=run_id)
     path, events = config.run_dir / "metrics.jsonl", config.run_dir / "tensorboard"
     record, lanes = None, []
     try:
-        record = MetricsFile(path, start_step, is_ours)
+        record = MetricsFile(path, start_step)
     except OSError as error:
         log.warning(NOT_STARTED, path.name, _reason(error))
     if config.use_swanlab:

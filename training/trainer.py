@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,8 +64,7 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                is_ours = self.saver.status.is_ours()
-                if self.runtime.any(stop.name is not None or not is_ours):
+                if self.runtime.any(stop.name is not None or not self.saver.status.is_ours()):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
@@ -144,8 +143,12 @@ class Trainer:
             "train/images_per_sec": progress.lap(self.step),
             "train/memory_mib": memory_mib(self.runtime.device),
         }
-        self.tracker.log_scalars(scalars, self.step)
+        self._record(scalars)
         progress.report(self.step, scalars)
+
+    def _record(self, scalars: Mapping[str, float]) -> None:
+        if self.saver.status.is_ours():
+            self.tracker.log_scalars(scalars, self.step)
 
     def _end_of_step(self) -> None:
         """Evaluation, checkpoint and preview of the epochs this step completed."""
@@ -156,7 +159,7 @@ class Trainer:
             values = self._attempt("evaluation", epoch, self.evaluate) or {}
             known = {f"eval/{name}": value for name, value in values.items() if value is not None}
             if known:
-                self.tracker.log_scalars(known, self.step)
+                self._record(known)
             score = values.get(best.metric)
             self.saver.settle()  # a checkpoint that was refused takes its score back
         to_save = is_due(config.save_interval, config.save_interval)

@@ -192,7 +192,7 @@ class Config(BaseModel):
     """ddpm, ddim or dpmpp_2m"""
     num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")
     """sampling steps; default: ddpm T, ddim 50, dpmpp_2m 20"""
-    ddim_eta: Probability = key(0.0, also="eta")
+    ddim_eta: Probability = key(0.0, also="eta", needs=having(sampling_method="ddim"))
     """noise of DDIM: 0 none, 1 as DDPM"""
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     """how sampling steps spread over T"""
