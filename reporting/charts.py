@@ -62,11 +62,10 @@ def draw_chart(
             keeps its colour for the charts where it has some.
         log: use a logarithmic y axis if all values are positive and far enough apart.
     """
-    ys = np.concatenate([np.zeros(0), *(points_of(points)[:, 1] for points in lines.values())])
-    ys = ys[np.isfinite(ys)]
-    if not len(ys):
+    ys = [y for points in lines.values() for _, y in points if math.isfinite(y)]
+    if not ys:
         return None
-    log = log and ys.min() > 0 and ys.max() / ys.min() >= MIN_LOG_RATIO
+    log = log and min(ys) > 0 and max(ys) / min(ys) >= MIN_LOG_RATIO
     source, note = Markup(""), "log scale" if log else ""
     try:
         import matplotlib.style
@@ -82,11 +81,6 @@ def draw_chart(
     return Chart(title, x_label, source, note, wide)
 
 
-def points_of(points: Sequence[tuple[float, float]]) -> np.ndarray:
-    """The points of a line as float64 (N, 2)."""
-    return np.asarray(points, dtype=float).reshape(-1, 2)
-
-
 def draw_lines(axes: Axes, lines: Lines) -> None:
     """Draw the lines of `draw_chart`, and set the ticks.
 
@@ -94,7 +88,7 @@ def draw_lines(axes: Axes, lines: Lines) -> None:
     points each is marked; of many only those that stand alone between two gaps.
     """
     for name, (color, dash) in legend_of(lines).items():
-        xs, ys = points_of(lines[name]).T
+        xs, ys = np.array(lines[name], dtype=float).reshape(-1, 2).T
         marked = known = np.isfinite(ys)
         if known.sum() > MAX_MARKED:
             axes.plot(xs, ys, color=color, linewidth=0.8, alpha=0.35)

@@ -11,27 +11,24 @@ import math
 import os
 import re
 import sys
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from training.run_dir import STATUS, is_trained
 from utils.errors import ConfigError, show
-
-if TYPE_CHECKING:
-    import numpy as np
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # the files that training alone writes
 MAX_CELL = 100  # characters of a cell
 MAX_JSON, MAX_LINE = 2**24, 2**20  # bytes; what is longer was not written by a run
+MAX_ROWS = 100_000  # of training that charts are drawn from
 TAIL_BYTES = 65_536  # so much of the end of metrics.jsonl holds the last loss
 PREVIEW = re.compile(r"epoch_(\d+)\.png")
 
-Series = dict[str, "np.ndarray"]  # name -> float64 (N, 2) of step and value
+Series = dict[str, list[tuple[float, float]]]  # name -> (step, value) by ascending step
 
 
 class RunFacts(NamedTuple):
@@ -89,10 +86,8 @@ def facts_of(folder: Path, name: str) -> RunFacts:
         state = "killed"
     best = status.get("best")
     score = _largest(best.get("value")) if isinstance(best, dict) else None
-    changed = 0.0
-    for path in (path for name in WRITTEN for path in folder.glob(name)):
-        with contextlib.suppress(OSError):  # training has just removed it; or it leads nowhere
-            changed = max(changed, path.stat().st_mtime)
+    written = _stats(path for name in WRITTEN for path in folder.glob(name))
+    changed = max((stat.st_mtime for stat in written), default=0.0)
     return RunFacts(
         name=name,
         folder=str(folder),
@@ -137,28 +132,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return _mapping(_text(path, MAX_JSON))
 
 
-def read_series(path: Path) -> tuple[Series, int]:
-    """Name -> float64 (N, 2), of step and value, by ascending step; and the number of lines that
-    could not be read.
+def read_series(path: Path) -> tuple[Series, int, int]:
+    """The values, how many lines could not be read, and n: every n-th row of training is read, the
+    first and the last, and all others.
 
     Where a row of training lacks a name that earlier ones have, its value was not finite: NaN.
     """
-    import numpy as np  # which a list of runs does without
-
-    columns: dict[str, array[float]] = {}
-    num_torn = 0
+    series, num_torn, every = {}, 0, 1
     with contextlib.suppress(OSError), _opened(path) as file:
-        for line in iter(partial(file.readline, MAX_LINE), b""):
+        num_rows = sum(1 for _ in iter(partial(file.readline, MAX_LINE), b""))
+        every = max(1, -(-num_rows // MAX_ROWS))
+        file.seek(0)
+        for i, line in enumerate(iter(partial(file.readline, MAX_LINE), b""), 1):
+            if i % every and 1 < i < num_rows and b'"train/' in line:
+                continue
             row = parse_row(line.decode("utf-8", errors="replace"))
             if row is None:
                 num_torn += bool(line.strip())
                 continue
             step = row.pop("step")
             if any(key.startswith("train/") for key in row):
-                row = {key: math.nan for key in columns if key.startswith("train/")} | row
+                row = {key: math.nan for key in series if key.startswith("train/")} | row
             for key, value in row.items():
-                columns.setdefault(key, array("d")).extend((step, value))
-    return {key: np.frombuffer(column).reshape(-1, 2) for key, column in columns.items()}, num_torn
+                series.setdefault(key, []).append((step, value))
+    return series, num_torn, every
 
 
 def parse_row(line: str) -> dict[str, float] | None:
@@ -208,9 +205,11 @@ def _largest(*values: Any) -> float | None:
 
 def _size(folder: Path) -> int:
     """Bytes of all files below; one with several names (best_model.pth has) counts once."""
-    sizes = {}
-    for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
-        with contextlib.suppress(OSError):  # training has just replaced it
-            stat = path.lstat()
-            sizes[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(sizes.values())
+    stats = _stats(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+
+
+def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
+    for path in paths:
+        with contextlib.suppress(OSError):  # training has just removed or replaced it
+            yield path.lstat()

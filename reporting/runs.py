@@ -38,6 +38,7 @@ class RunRecord(NamedTuple):
     config: Mapping[str, Any]  # as config.json has it; empty if there is none
     series: run_files.Series
     num_torn: int  # lines of metrics.jsonl that could not be read
+    every: int  # n, where only every n-th was
     pictures: Mapping[str, Picture]
     unreadable: Sequence[str]  # pictures that could not be read, and why
 
@@ -63,7 +64,7 @@ def render_report(folders: Sequence[Path]) -> str:
 def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
     """Read the folder of a run: of its previews at most `num_pictures`, from first to last."""
     config, unreadable = run_files.read_json(folder / run_files.CONFIG), []
-    series, num_torn = run_files.read_series(folder / run_files.METRICS)
+    series, num_torn, every = run_files.read_series(folder / run_files.METRICS)
     drawn, pictures = run_files.previews(folder, config), {}
     chosen = np.linspace(0, len(drawn) - 1, min(num_pictures, len(drawn))).round().astype(int)
     for epoch, path in (drawn[place] for place in chosen):
@@ -72,7 +73,7 @@ def read_run(folder: Path, name: str, num_pictures: int) -> RunRecord:
         except Exception as error:  # what Pillow raises for torn files are many kinds
             unreadable.append(f"{path.name} cannot be read ({one_line(error)})")
     facts = run_files.facts_of(folder, name)
-    return RunRecord(facts, config, series, num_torn, pictures, unreadable)
+    return RunRecord(facts, config, series, num_torn, every, pictures, unreadable)
 
 
 def read_picture(path: Path, title: str) -> Picture:
@@ -91,9 +92,8 @@ def facts_table(runs: Sequence[RunRecord]) -> Table:
     rows = [run_files.texts_of(run.facts) for run in runs]
     for texts, run in zip(rows, runs, strict=True):
         for label, key, summary, unit in MEASURED:
-            values = run.series.get(key, np.zeros((0, 2)))[:, 1]
-            values = values[np.isfinite(values)]
-            texts[label] = f"{summary(values):.0f}{unit}" if len(values) else ""
+            values = [y for _, y in run.series.get(key, ()) if math.isfinite(y)]
+            texts[label] = f"{summary(values):.0f}{unit}" if values else ""
     return list(rows[0]), [list(texts.values()) for texts in rows]
 
 

@@ -591,22 +591,24 @@ def test_a_checkpoint_removed_during_the_listing(run_dir, monkeypatch):
 def test_a_long_record_is_read_line_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with open(path, "w") as file:
-        for step in range(1, 100_001):
+        for step in range(1, 300_001):
             file.write(f'{{"step": {step}, "train/loss": 0.5, "train/lr": 0.1}}\n')
+            file.write('{"step": 50001, "eval/fid": 3.0}\n' if step == 50_001 else "")
     code = (
         "import resource, sys; from pathlib import Path; import numpy;"
         "from training.tracking import MetricsFile; from reporting.run_files import read_series;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; p = Path(sys.argv[1]);"
-        "MetricsFile(p, 99_000); series, torn = read_series(p);"
+        "MetricsFile(p, 299_000); series, torn, every = read_series(p);"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "print(after - before, len(series['train/lr']))"
+        "steps = [step for step, _ in series['train/lr']];"
+        "print(after - before, len(steps), steps[0], steps[-1], every, len(series['eval/fid']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    grown, count = map(int, done.stdout.split())
-    assert count == 99_000
-    assert grown < 15_000  # KiB; as lists of tuples it was ten times that
+    grown, *told = map(int, done.stdout.split())
+    assert told == [99_668, 1, 299_000, 3, 1]
+    assert grown < 60_000  # KiB
 
 
 # --- options

@@ -379,12 +379,12 @@ def test_values_that_were_not_finite_are_gaps(tmp_path):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text[:30] + "\n\n" + text + '{"step": 6, "tr', encoding="utf-8")
-    series, num_torn = read_series(path)
-    assert num_torn == 2
-    assert str(series["train/loss"].tolist()) == "[[1.0, 4.0], [2.0, nan], [3.0, 2.5], [5.0, 1.0]]"
+    series, num_torn, every = read_series(path)
+    assert (num_torn, every) == (2, 1)
+    assert str(series["train/loss"]) == "[(1, 4.0), (2, nan), (3, 2.5), (5, 1.0)]"
     assert [step for step, _ in series["train/lr"]] == [1, 2, 3, 5]
-    assert series["eval/fid"].tolist() == [[3, 9.0]]
-    assert read_series(tmp_path / "missing") == ({}, 0)
+    assert series["eval/fid"] == [(3, 9.0)]
+    assert read_series(tmp_path / "missing") == ({}, 0, 1)
 
 
 def test_what_a_resumed_run_makes_again_stands_there_once(tiny):
@@ -394,7 +394,7 @@ def test_what_a_resumed_run_makes_again_stands_there_once(tiny):
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"step": 15, "train/loss": 9.0}\n{"step": 20, "tr')
     run(tiny, "run", "max_steps=15", "resume_path=auto")
-    series, num_torn = read_series(path)
+    series, num_torn, _ = read_series(path)
     steps = [step for step, _ in series["train/loss"]]
     assert steps == sorted(set(steps))
     assert (steps[-1], num_torn) == (15, 0)

@@ -121,13 +121,11 @@ def save_image(path: Path, image: Tensor) -> None:
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
     """Raise a ConfigError unless a film can have that many frames a second, and such an end."""
-    if not 1 / MAX_FRAME_SECONDS <= fps <= MAX_FPS:
-        limits = f"must lie in {1 / MAX_FRAME_SECONDS:.4f}..{MAX_FPS}"
-        raise ConfigError(f"{prefix}fps {fps:g}: {limits}")
-    if not 0 <= final_seconds <= MAX_FRAME_SECONDS:
-        raise ConfigError(
-            f"{prefix}final_seconds {final_seconds:g}: must lie in 0..{MAX_FRAME_SECONDS}"
-        )
+    limits = (1 / MAX_FRAME_SECONDS, MAX_FPS), (0, MAX_FRAME_SECONDS)
+    given = ("fps", fps), ("final_seconds", final_seconds)
+    for (name, value), (low, high) in zip(given, limits, strict=True):
+        if not low <= value <= high:
+            raise ConfigError(f"{prefix}{name} {value:g}: must lie in {low:.2g}..{high}")
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
