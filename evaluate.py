@@ -24,7 +24,7 @@ from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of, say, shell_line
-from utils.files import is_writable, make_output_dir
+from utils.files import check_picture_folder, is_writable, make_output_dir
 from utils.labels import LABEL_MODES
 from utils.logs import setup_logging
 
@@ -128,6 +128,9 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         return EXIT_OK
     make_output_dir(path.parent, "--output")
     if args.save_images_dir is not None:
+        names = [setting.name() for setting in images.settings] if images.settings[1:] else [""]
+        for name in names:
+            check_picture_folder(Path(args.save_images_dir, name), count)
         make_output_dir(args.save_images_dir, "--save_images_dir")
 
     evaluation.prepare()

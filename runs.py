@@ -71,6 +71,8 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         if not is_run(folder):
             raise ConfigError(f"{folder}: not the folder of a run; `python runs.py` lists them")
     path = Path(output) if output is not None else folders[0] / "report.html"
+    if path.suffix not in (".html", ".htm"):  # anything else may be a file of the run
+        raise ConfigError(f"--output {show(path)}: name the page, NAME.html")
     if not path.parent.is_dir():
         raise ConfigError(f"--output {path}: {path.parent} is not a folder")
     text = render_report(list(dict.fromkeys(folders)))

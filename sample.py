@@ -83,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")
+        check_outputs(args, len(seeds))
         if args.dry_run:
             return EXIT_OK
-        check_outputs(args, len(seeds))
+        make_output_dir(args.output_dir, "--output_dir")
 
         shows_steps = args.create_gif or args.save_intermediate
         num_steps = sampling.num_inference_steps if shows_steps else 0
@@ -112,7 +113,6 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     check_output_name(args.output_name)
     if args.save_images:
         check_picture_folder(Path(args.output_dir) / "images", num_images)
-    make_output_dir(args.output_dir, "--output_dir")
 
 
 def write_outputs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.info("gpu_ids=%s: no CUDA here, ignored", list(config.gpu_ids))
         try:
             return train(config, runtime, dry_run=args.dry_run, sheet=args.sheet)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not re.search("out of memory|can't allocate memory", str(error)):
+                raise
             raise UserError(
                 f"out of memory on {runtime.device}; raise gradient_accumulation_steps (now "
                 f"{config.gradient_accumulation_steps}), which keeps the result, or lower "

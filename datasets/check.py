@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_device(args.device)  # not used, but a wrong name is an error here as everywhere
     splits: dict[str, Any] = {}
     report = {"dataset": config.dataset, "data_root": show(config.data_root), "splits": splits}
-    code, report["verdict"] = EXIT_OK, "ready to train"
+    code, report["verdict"] = EXIT_OK, "not finished"
     try:
         say(_line("data set", f"{report['dataset']}, data_root={report['data_root']}"))
         train: dict[bytes, str] = {}
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             for split in splits:
                 build_dataset(config, split)
+            report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:
         report["verdict"] = str(error)

@@ -131,6 +131,8 @@ def inpaint(job: Job) -> Iterator[str]:
         raise ConfigError(f"--resample: {sampling.method} remembers its last step; use {others}")
     unknown = box_mask(args.box, *size) if args.mask is None else read_mask(args.mask, *size)
     inputs = inputs_of(job)
+    if not unknown.any():
+        raise ConfigError("--mask: nothing in it is white, at least half so; white is painted anew")
     count, area = len(inputs.images), f"{int(unknown.sum())} of {unknown.numel()} pixels"
     again = f", each step {times} times" if times > 1 else ""
     yield f"{count} pictures, {area} to be drawn: {sampling.describe()}{again}"

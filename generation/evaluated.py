@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     def name(self) -> str:
         """The part of a file name that tells this setting from others."""
         scale, steps = self.sampling.cfg_scale, self.sampling.num_inference_steps
-        return f"cfg{scale:g}_steps{steps}" + (f"_seed{self.seed}" if self.is_repeat else "")
+        return f"cfg{scale:.12g}_steps{steps}" + (f"_seed{self.seed}" if self.is_repeat else "")
 
     def facts(self) -> dict[str, Any]:
         """How to draw it, for a report, as plain types."""
@@ -102,7 +102,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         raise ConfigError("--label_mode: this model was trained without class labels")
     first_seed = config.seed if args.seed is None else args.seed
     settings = []
-    for scale, steps in product(args.cfg_scale or [None], args.num_inference_steps or [None]):
+    values = (dict.fromkeys(v or [None]) for v in (args.cfg_scale, args.num_inference_steps))
+    for scale, steps in product(*values):
         sampling = sampling_from(config, args.sampling_method, steps, args.ddim_eta, scale)
         seeds = (first_seed + i * count for i in range(repeats))  # no image shares another's
         settings += [Setting(sampling, seed, repeats > 1) for seed in seeds]

@@ -20,7 +20,7 @@ from reporting.pages import Picture
 from utils.errors import ConfigError, one_line, show
 from utils.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, MAX_BYTES = 1, 2**27
 LARGEST = 1e300  # no metric has such a value, and a difference of two would be infinite
 STATUSES = ("complete", "partial", "empty")  # what a report can be, from best to worst
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy")
@@ -112,7 +112,9 @@ def save_sweep(
 def read_report(path: str | Path) -> Report:
     """Read a report.json of this project; raises a ConfigError if it is not one."""
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not Path(path).is_file() or Path(path).stat().st_size > MAX_BYTES:
+            raise ValueError("no such file, or none of a report's size")
+        report = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--compare {show(path)}: cannot be read ({one_line(error)})") from error
     entries = report.get("metrics") if isinstance(report, dict) else None

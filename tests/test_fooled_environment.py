@@ -4,6 +4,7 @@ that was meant, never a traceback."""
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import resource
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import edit
 import evaluate
@@ -36,7 +39,16 @@ from utils.cli import normalized
 from utils.config import load_config, parse_value
 from utils.config_schema import Config
 from utils.distributed import choose_device, place_in_job
-from utils.errors import ConfigError, UserError, exit_code_of, printable, say, shell_line
+from utils.errors import (
+    EXIT_FAILURE,
+    EXIT_USAGE,
+    ConfigError,
+    UserError,
+    exit_code_of,
+    printable,
+    say,
+    shell_line,
+)
 from utils.files import write_text
 from utils.logs import log_to_file, setup_logging
 
@@ -540,3 +552,53 @@ def test_the_workflow_takes_known_actions_and_may_only_read():
 def test_the_oldest_pillow_has_no_known_hole():
     floors = re.findall(r"^pillow>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
     assert [tuple(map(int, floor.split("."))) >= (10, 3) for floor in floors] == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "error: a/b: No space left"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", b"n\n"), r"error: 'n\n': File name too"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied"),
+        (MemoryError(), "error: not enough memory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, line, capsys):
+    def main() -> int:
+        raise error
+
+    assert exit_code_of(main) == EXIT_FAILURE
+    text = capsys.readouterr().err
+    assert text.startswith(line)
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["data_root", "save_dir", "resume_path", "init_from"])
+def test_a_name_too_long_for_the_disk_is_one_line(key, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yml").write_text("dataset: custom\nimage_size: 8\ndata_root: d\n")
+    (tmp_path / "d").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "d/1.png")
+    words = ["--config", "c.yml", "--device", "cpu", "use_subdirs=false", f"{key}={'x' * 300}"]
+    code = exit_code_of(lambda: train.main(words))
+    text = capsys.readouterr().err
+    assert code in (EXIT_FAILURE, EXIT_USAGE)
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_file_that_is_no_regular_one_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        write_text(tmp_path / "pipe", "text")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_page_replaces_no_file_of_a_run(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/metrics.jsonl").write_text("")
+    for name in ("best_model.pth", "metrics.jsonl", ".", "page"):
+        words = ["report", str(tmp_path / "r"), "--output", str(tmp_path / "r" / name)]
+        assert exit_code_of(lambda words=words: runs.main(words)) == EXIT_USAGE
+    assert (tmp_path / "r/metrics.jsonl").read_text() == ""

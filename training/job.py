@@ -25,6 +25,8 @@ from utils.errors import UserError
 from utils.precision import resolve_precision
 from utils.rng import seed_everything
 
+OF_A_NODE = ("gpu_ids", "data_root", "num_workers")  # keys that may differ between processes
+
 log = logging.getLogger("diffusion")
 
 
@@ -50,6 +52,9 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     Returns None where an automatically resumed run is complete already, which is logged. Raises a
     UserError where what the config names is missing, or does not fit together.
     """
+    shared = {k: v for k, v in config.to_dict().items() if k not in OF_A_NODE}
+    if runtime.any(runtime.broadcast_object(shared) != shared):
+        raise UserError("the processes read different configs; no value may depend on the process")
     precision = resolve_precision(config.precision, runtime.device)
     seen, resume = checkpoints_in(config.run_dir), find_resume(config)
     step = -1 if resume is None else resume.step

@@ -112,7 +112,9 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         **(averages if config.use_ema else {}),
         "optimizer_state_dict": {
             "state": moments,
-            "param_groups": lambda saved: [group["params"] for group in saved] == numbers,
+            "param_groups": lambda saved: (
+                isinstance(saved, list) and [group["params"] for group in saved] == numbers
+            ),
         },
         "scaler_state_dict": lambda saved: (
             not saved or all(0 < saved[key] < math.inf for key in SCALER_KEYS)

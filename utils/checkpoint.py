@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import CheckpointError, one_line, require, show
-from utils.files import atomic_path
+from utils.files import atomic_path, looks_like
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
 READ_BYTES = 2**20  # read at a time
@@ -123,6 +123,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{show(path)}: no such checkpoint")
     try:
+        if what := looks_like(path):
+            raise ValueError(what)
         _check_members(path)
         is_whole = has_its_checksum(path)
         damaged = None if is_whole else _damaged_member(path)

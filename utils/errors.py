@@ -138,6 +138,12 @@ def exit_code_of(main: Callable[[], int]) -> int:
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         print(printable(f"{prefix}: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
+    except (OSError, MemoryError) as error:
+        # A full disk, a folder one may not enter, a name that is too long: whatever named it
+        place = f"{show(os.fsdecode(name))}: " if (name := getattr(error, "filename", None)) else ""
+        reason = getattr(error, "strerror", None) or f"not enough memory {one_line(error)}"
+        print(printable(f"error: {place}{reason}"), file=sys.stderr, flush=True)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

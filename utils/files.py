@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
 
 KEY_DIGITS = 12
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
@@ -57,6 +59,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was and the temporary file is removed. A killed process leaves a file named
     `*.tmp-PID`, which the next run in that folder sweeps up.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe would be gone
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
@@ -135,11 +139,12 @@ def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Pat
 def check_picture_folder(folder: Path, num_images: int) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
     replaced = {f"{i:06d}.png" for i in range(num_images)}
-    if others := sorted(path.name for path in folder.glob("*.png") if path.name not in replaced):
+    names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in PICTURES}
+    if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
-        advice = "choose another --output_dir, or remove them"
+        advice = "choose another folder, or remove them"
         message = f"{older} that these {num_images} would not replace; {advice}"
-        raise UserError(f"--save_images: {message}")
+        raise UserError(f"the images are to be saved, but {message}")
 
 
 def file_sha256(path: Path) -> str:
