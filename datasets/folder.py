@@ -118,10 +118,6 @@ def list_images(config: Config, split: str) -> Listing:
             f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
             f"the folder of your images{hint}"
         )
-    for written in (config.run_dir, config.preview_dir) if config.use_subdirs else ():
-        if written.resolve().is_relative_to(root.resolve()):
-            place = f"{show(written)} would lie in data_root={show(root)} as a class"
-            raise DataError(f"{place}; set save_dir and sample_dir to folders outside")
     folders = _split_folders(config)
     if split not in folders:
         raise DataError(

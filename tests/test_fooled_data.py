@@ -29,6 +29,8 @@ from editing.from_noise import read_latents
 from metrics.reference import read_reference
 from tests.hostile_files import chunk, encoded, picture, png
 from tests.image_files import assert_data_error, custom, flat, write_image
+from training.job import prepare
+from utils.distributed import Runtime
 from utils.errors import EXIT_OK, EXIT_USAGE, UserError, exit_code_of
 from utils.files import read_npz
 from utils.images import ImageSpec
@@ -590,3 +592,17 @@ def test_half_a_number_of_steps_is_not_rounded(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays | {"num_inference_steps": 2.5})
     with pytest.raises(UserError, match="invert"):
         read_latents(str(tmp_path / "a.npz"), (3, 4, 4))
+
+
+@pytest.mark.parametrize("key", ["save_dir", "sample_dir"])
+def test_no_run_writes_among_the_classes(key, tmp_path):
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / name / "1.png")
+    others = {"save_dir": str(tmp_path / "runs"), "sample_dir": str(tmp_path / "previews")}
+    given = custom(
+        tmp_path / "images", conditional=True, **(others | {key: str(tmp_path / "images/out")})
+    )
+    with pytest.raises(UserError, match="among the classes"):
+        prepare(given, Runtime(torch.device("cpu")))
+    assert prepare(custom(tmp_path / "images", **others), Runtime(torch.device("cpu")))

@@ -631,13 +631,14 @@ def test_a_long_run_makes_a_small_page_soon(tmp_path):
 
 def test_bad_requests_are_one_line_and_write_nothing(folder, tmp_path):
     (tmp_path / "no run").mkdir()
+    (tmp_path / "folder.html").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="not the folder of a run"):
         runs.main(["report", str(folder / "first"), str(tmp_path / "no run")])
     with pytest.raises(ConfigError, match="is not a folder"):
         runs.main(["report", str(folder / "first"), "--output", str(tmp_path / "x" / "y.html")])
     with pytest.raises(UserError, match="cannot be written"):
-        runs.main(["report", str(folder / "first"), "--output", str(tmp_path / "no run")])
+        runs.main(["report", str(folder / "first"), "--output", str(tmp_path / "folder.html")])
     with pytest.raises(SystemExit):
         runs.main(["report"])
     assert sorted(tmp_path.rglob("*")) == before

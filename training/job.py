@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from training.resume import Resume, check_backend, check_data, find_resume, plan
 from training.run_dir import Seen, checkpoints_in
 from utils.config import Config
 from utils.distributed import Runtime
-from utils.errors import UserError
+from utils.errors import UserError, show
 from utils.precision import resolve_precision
 from utils.rng import seed_everything
 
@@ -65,6 +66,11 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
         )
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
+    has_class_folders = datasets.DATASETS[config.dataset].native is None and config.use_subdirs
+    for written in (config.run_dir, config.preview_dir) if has_class_folders else ():
+        if written.resolve().is_relative_to(Path(config.data_root).resolve()):
+            place = f"{show(written)} would lie among the classes in {show(config.data_root)}"
+            raise UserError(f"{place}; set save_dir and sample_dir to folders outside")
     if resume is not None:
         check_data(resume, dataset)
     schedule = plan_steps(config, len(dataset), resume)
