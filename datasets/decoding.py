@@ -16,10 +16,9 @@ from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from utils.errors import DataError, one_line, show
-from utils.files import looks_like
+from utils.files import IMAGE_EXTENSIONS, looks_like
 from utils.images import ImageSpec
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size

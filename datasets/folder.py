@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
-from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix, read_size
+from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import read_label_file
 from datasets.storage import ImageFileDataset, Listing, require_classes
 from utils.config import Config
 from utils.errors import DataError, show
+from utils.files import IMAGE_EXTENSIONS
 
 # What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
 # images_val. The last of each are the Chinese words.

@@ -13,8 +13,9 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datasets.decoding import IMAGE_EXTENSIONS, has_image_suffix
+from datasets.decoding import has_image_suffix
 from utils.errors import DataError, one_line, show
+from utils.files import IMAGE_EXTENSIONS
 
 MAX_BYTES = 2**27  # a few million images; reading takes about ten times as much memory
 MAX_SHOWN = 80  # characters of a name or label in a message

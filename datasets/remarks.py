@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from datasets.bad_images import map_images
-from datasets.decoding import IMAGE_EXTENSIONS, bit_depth
+from datasets.decoding import bit_depth
 from datasets.storage import ImageDataset, Listing
 from utils.errors import show
+from utils.files import IMAGE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import Step
+from diffusion import SAMPLERS, Step
 from generation.run import Run, check_labels
 from generation.sampling import Sampling, batch_rows, gather_images, run_steps, sampling_from
 from utils.captions import class_captions
@@ -61,8 +61,9 @@ class Job(NamedTuple):
         args = self.args
         given = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
         chosen = [b if a is None else a for a, b in zip_longest(given, defaults)]
-        if args.ddim_eta is None and chosen[0] != "ddim":
-            chosen[2] = None  # the others take none
+        sampler = SAMPLERS.get(chosen[0] or self.run.config.sampling_method)
+        if args.ddim_eta is None and sampler and "eta" not in sampler.options:
+            chosen[2] = None
         return sampling_from(self.run.config, *chosen)
 
     def labels(self, own: list[int] | None, count: int, missing: str | None) -> list[int] | None:

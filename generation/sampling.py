@@ -97,7 +97,8 @@ def sampling_from(
     if not 0 <= scale < float("inf"):
         raise ConfigError(f"cfg_scale={scale:g}: must be 0 or more")
     if eta is not None and "eta" not in SAMPLERS[chosen].options:
-        raise ConfigError(f"--ddim_eta {eta:g}: {chosen} takes none; use ddim, or leave it out")
+        takers = " or ".join(name for name in SAMPLERS if "eta" in SAMPLERS[name].options)
+        raise ConfigError(f"--ddim_eta {eta:g}: {chosen} takes none; use {takers}, or leave it out")
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")

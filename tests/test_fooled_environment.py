@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -34,11 +35,12 @@ from editing.command import Job
 from tests.conftest import ROOT
 from training import tracking
 from training.build import log_end
+from training.job import prepare
 from training.signals import StopSignal
 from utils.cli import normalized
 from utils.config import load_config, parse_value
 from utils.config_schema import Config
-from utils.distributed import choose_device, place_in_job
+from utils.distributed import Runtime, choose_device, place_in_job
 from utils.errors import (
     EXIT_FAILURE,
     EXIT_USAGE,
@@ -560,6 +562,7 @@ def test_the_oldest_pillow_has_no_known_hole():
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "error: a/b: No space left"),
         (OSError(errno.ENAMETOOLONG, "File name too long", b"n\n"), r"error: 'n\n': File name too"),
         (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied"),
+        (OSError("broken data\nstream"), "error: broken data stream"),
         (MemoryError(), "error: not enough memory"),
     ],
 )
@@ -602,3 +605,25 @@ def test_a_page_replaces_no_file_of_a_run(tmp_path, capsys):
         words = ["report", str(tmp_path / "r"), "--output", str(tmp_path / "r" / name)]
         assert exit_code_of(lambda words=words: runs.main(words)) == EXIT_USAGE
     assert (tmp_path / "r/metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "value", ["min_snr_gamma=true", "timeout_minutes=false", "min_snr_gamma=1e40"]
+)
+def test_bounded_numbers_are_numbers(value, tmp_path):
+    (tmp_path / "c.yml").write_text("dataset: digits\n")
+    with pytest.raises(ConfigError, match=value.partition("=")[0]):
+        load_config(tmp_path / "c.yml", [value])
+
+
+def test_processes_of_one_run_read_one_config(tmp_path):
+    class SecondRank(Runtime):
+        """Its rank 0 has read another seed."""
+
+        def broadcast_object(self, value):
+            return value | {"seed": 1} if isinstance(value, dict) else value
+
+    with pytest.raises(UserError, match="different configs"):
+        prepare(
+            Config(save_dir=str(tmp_path), experiment_name="r"), SecondRank(torch.device("cpu"))
+        )

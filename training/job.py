@@ -64,13 +64,13 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
             "the processes would resume from different steps; save_dir must be one folder that "
             "all nodes share"
         )
-    with runtime.main_first():  # it may download
-        dataset = datasets.build_dataset(config, "train")
     has_class_folders = datasets.DATASETS[config.dataset].native is None and config.use_subdirs
     for written in (config.run_dir, config.preview_dir) if has_class_folders else ():
         if written.resolve().is_relative_to(Path(config.data_root).resolve()):
             place = f"{show(written)} would lie among the classes in {show(config.data_root)}"
             raise UserError(f"{place}; set save_dir and sample_dir to folders outside")
+    with runtime.main_first():  # it may download
+        dataset = datasets.build_dataset(config, "train")
     if resume is not None:
         check_data(resume, dataset)
     schedule = plan_steps(config, len(dataset), resume)

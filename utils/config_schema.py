@@ -123,7 +123,7 @@ class Config(BaseModel):
     """CUDA device of each process on this node; default: all in order"""
     port: Annotated[Int, Field(ge=1, le=65535)] | None = None
     """rendezvous port, where the launcher sets no MASTER_PORT"""
-    timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] = 10.0
+    timeout_minutes: Annotated[Float, Field(gt=0, le=10**6)] = 10.0
     """processes that wait longer for another one give up"""
 
     # --- model
@@ -177,7 +177,7 @@ class Config(BaseModel):
     """distance to the target"""
     loss_weighting: Literal["uniform", "min_snr"] = key("uniform", resume="warn")
     """weight over t"""
-    min_snr_gamma: Annotated[float, Field(gt=0, le=1e30)] = key(
+    min_snr_gamma: Annotated[Float, Field(gt=0, le=1e30)] = key(
         5.0, resume="warn", needs=having(loss_weighting="min_snr")
     )
     """cap of the min-SNR weighting"""

@@ -263,10 +263,8 @@ def meet(backend: str, rank: int, count: int, timeout: timedelta) -> None:
     """Make the process group of this start. A UserError tells that it could not be made, be it that
     the others did not come; a line on stderr, that they let this process wait."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    place, end = (
-        f"{count} processes at {address}:{port}",
-        time.monotonic() + timeout.total_seconds(),
-    )
+    place = f"{count} processes at {address}:{port}"
+    end = time.monotonic() + timeout.total_seconds()
     text = f"waiting for {place}; this is rank {rank}\n"
     notice = threading.Timer(QUIET_SECONDS, sys.stderr.write, [text])
     notice.daemon = True

@@ -125,25 +125,24 @@ def make_streams_safe() -> None:
 
 
 def exit_code_of(main: Callable[[], int]) -> int:
-    """Run `main` with streams that take everything. Print a `UserError` as text on stderr and
-    return its exit code; a success of which stdout has lost some text is none."""
+    """Run `main` with streams that take everything. Print a `UserError`, or what the system
+    refuses, as text on stderr and return the exit code; a success of which stdout has lost some
+    text is none."""
     make_streams_safe()
     try:
         code = main()
         if code == EXIT_OK and _Console.is_incomplete:
             raise UserError(f"standard output has lost some text: {_Console.failure.strerror}")
         return code
-    except UserError as error:
+    except (UserError, OSError, MemoryError) as error:
+        message = "not enough memory" if isinstance(error, MemoryError) else str(error)
+        if isinstance(error, OSError):  # a full disk, a name that is too long: whatever named it
+            place = f"{show(os.fsdecode(error.filename))}: " if error.filename else ""
+            message = place + (error.strerror or one_line(error))
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (rank {rank})"
-        print(printable(f"{prefix}: {error}"), file=sys.stderr, flush=True)
-        return error.exit_code
-    except (OSError, MemoryError) as error:
-        # A full disk, a folder one may not enter, a name that is too long: whatever named it
-        place = f"{show(os.fsdecode(name))}: " if (name := getattr(error, "filename", None)) else ""
-        reason = getattr(error, "strerror", None) or f"not enough memory {one_line(error)}"
-        print(printable(f"error: {place}{reason}"), file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+        print(printable(f"{prefix}: {message}"), file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", EXIT_FAILURE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

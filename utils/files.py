@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
 
 KEY_DIGITS = 12
-PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
@@ -139,7 +139,7 @@ def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Pat
 def check_picture_folder(folder: Path, num_images: int) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
     replaced = {f"{i:06d}.png" for i in range(num_images)}
-    names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in PICTURES}
+    names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
         advice = "choose another folder, or remove them"
