@@ -20,11 +20,11 @@ from generation.run import CONFIG_CHECKS, Run, load_run_of
 from metrics import METRICS, check_metric_names, networks_of
 from metrics.evaluation import Evaluation
 from metrics.report import code_version, read_report, report_path
+from utils import files
 from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of, say, shell_line
-from utils.files import check_picture_folder, is_writable, make_output_dir
 from utils.labels import LABEL_MODES
 from utils.logs import setup_logging
 
@@ -94,7 +94,8 @@ def config_of_pictures(args: argparse.Namespace) -> Config:
     """The config of --config, or the default one, with the command line's values laid over it."""
     if args.config is not None:
         return load_config(args.config, args.overrides, checks=CONFIG_CHECKS)
-    raw = RawConfig({"experiment_name": Path(args.images).stem or "pictures"}, {})
+    name = Path(args.images).stem
+    raw = RawConfig({"experiment_name": name if files.is_file_name(name) else "pictures"}, {})
     return validate(raw, problems=apply_overrides(raw, args.overrides))
 
 
@@ -112,7 +113,7 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         images.generated,
         real,
         runtime=runtime,
-        cache_dir=images.home if is_writable(images.home) else path.parent,
+        cache_dir=images.home if files.is_writable(images.home) else path.parent,
         weights={n.name: getattr(args, n.flag.strip("-")) for n in networks_of(METRICS)},
         download=not args.dry_run,
     )
@@ -126,12 +127,15 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     log.info("report: %s", path)
     if args.dry_run:
         return EXIT_OK
-    make_output_dir(path.parent, "--output")
+    files.make_output_dir(path.parent, "--output")
     if args.save_images_dir is not None:
         names = [setting.name() for setting in images.settings] if images.settings[1:] else [""]
-        for name in names:
-            check_picture_folder(Path(args.save_images_dir, name), count)
-        make_output_dir(args.save_images_dir, "--save_images_dir")
+        folders = [Path(args.save_images_dir, name) for name in names]
+        own = config.data_root if config.dataset == "custom" else None
+        files.check_inputs_stay(folders, args.reference, own)
+        for folder in folders:
+            files.check_picture_folder(folder, count)
+        files.make_output_dir(args.save_images_dir, "--save_images_dir")
 
     evaluation.prepare()
     if args.write_reference is not None:

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
+from utils import files
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
 from utils.cli import add_sampling_options, image_count, new_parser, parse_args, parse_int_list
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
-from utils.files import check_output_name, check_picture_folder, make_output_dir, write_each
 from utils.labels import save_images
 from utils.logs import setup_logging
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_outputs(args, len(seeds))
         if args.dry_run:
             return EXIT_OK
-        make_output_dir(args.output_dir, "--output_dir")
+        files.make_output_dir(args.output_dir, "--output_dir")
 
         shows_steps = args.create_gif or args.save_intermediate
         num_steps = sampling.num_inference_steps if shows_steps else 0
@@ -110,9 +110,9 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
         raise ConfigError(f"{most}; lower --num_samples")
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
-    check_output_name(args.output_name)
+    files.check_output_name(args.output_name)
     if args.save_images:
-        check_picture_folder(Path(args.output_dir) / "images", num_images)
+        files.check_picture_folder(Path(args.output_dir) / "images", num_images)
 
 
 def write_outputs(
@@ -130,9 +130,9 @@ def write_outputs(
         names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
 
-    def write_npz(path: Path) -> None:
-        given = {} if labels is None else {"arr_1": np.array(labels)}
-        np.savez_compressed(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **given)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+    if labels is not None:
+        arrays["arr_1"] = np.array(labels)
 
     def write_steps(path: Path) -> None:
         for number, grid in enumerate(grids):
@@ -146,9 +146,10 @@ def write_outputs(
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
         "images": args.save_images and partial(save_images, images=images, labels=labels),
-        f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz and write_npz,
+        f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
+        and partial(files.write_npz, **arrays),
     }
-    return write_each({folder / name: write for name, write in outputs.items() if write})
+    return files.write_each({folder / name: write for name, write in outputs.items() if write})
 
 
 if __name__ == "__main__":

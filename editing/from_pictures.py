@@ -19,7 +19,7 @@ from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_s
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
-from utils.files import check_picture_folder, write_each
+from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
 from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
 from utils.labels import save_images
 
@@ -57,6 +57,9 @@ def inputs_of(job: Job) -> Pictures:
     count = max(len(images), len(args.labels or ()), len(seeds or ()))
     if len(images) not in (1, count):
         raise ConfigError(f"{len(images)} pictures, but {count} --labels or --seeds")
+    kinds = {".png": True, ".npz": args.command == "invert", "_images": args.save_images}
+    outputs = [job.path(kind) for kind, is_written in kinds.items() if is_written]
+    check_inputs_stay(outputs, args.input, getattr(args, "mask", None))
     if args.save_images:
         check_picture_folder(job.path("_images"), count)
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
@@ -178,7 +181,7 @@ def invert(job: Job) -> Iterator[str]:
     labels = {} if inputs.labels is None else {"labels": np.array(inputs.labels)}
     steps, scale = sampling.num_inference_steps, sampling.cfg_scale
     arrays = dict(x_T=x_T.numpy(), num_inference_steps=steps, cfg_scale=scale, **labels)
-    noise_file = {path: partial(np.savez_compressed, **arrays)}
+    noise_file = {path: partial(write_npz, **arrays)}
     paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs, noise_file)
     yield wrote(paths, job.command("edit.py decode", "--latents", path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -160,7 +161,8 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         pictures.unlabelled or "",
     )
     facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
-    home = path.with_name(f"{path.stem}_eval")
+    home = Path(os.path.abspath(path))  # of `.` and `..`, too
+    home = home.with_name(f"{home.stem}_eval")
     return ImageSets(str(path), home, generated, facts, [None], draw)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils.distributed import Runtime
 from utils.errors import ConfigError, show
-from utils.files import atomic_path, read_npz
+from utils.files import read_npz, write_npz
 
 ROUNDING = 1e-5  # share of the largest variance by which a covariance may be off
 BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
@@ -113,10 +113,8 @@ def covariance_problem(mu: Tensor, sigma: Tensor) -> str | None:
 
 def write_reference(path: Path, reference: Reference) -> None:
     """Write the statistics to an .npz, the whole file or none; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(reference, name).cpu().numpy() for name in ("mu", "sigma")}
     arrays["meta"] = np.array(json.dumps(dict(reference.meta)))
     if reference.num_images is not None:
         arrays["num_images"] = np.array(reference.num_images)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    write_npz(path, **arrays)

@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,17 @@ def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Pat
         raise UserError("\n       ".join(failed))
 
 
+def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
+    """Raise a ConfigError if an output, a file or (without a suffix) a folder of pictures, would
+    replace an input file, or pictures of an input folder, or be added to these as a folder."""
+    for path, given in product(outputs, filter(None, inputs)):
+        target, source = path.resolve(), Path(given).resolve()
+        inside = source in target.parents and (not path.suffix or target.exists())
+        if target == source or inside or (source.is_file() and target == source.parent):
+            message = f"{show(path)}: the input {show(given)} would not stay as it is"
+            raise ConfigError(f"{message}; write to another place")
+
+
 def check_picture_folder(folder: Path, num_images: int) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
     replaced = {f"{i:06d}.png" for i in range(num_images)}
@@ -204,6 +216,15 @@ def read_npz(
             return {name: _read_member(archive, members[name], size) for name in wanted}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged files
         raise ValueError(show(one_line(error))) from error
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Write arrays to an .npz, compressed: the whole file, or after an error what was there."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:

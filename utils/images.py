@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.files import atomic_path
 
 GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
@@ -114,9 +115,14 @@ def make_grid(
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder."""
+    """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder. An error
+    leaves an older one as it was, and so does a link to one that lies elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_array(image)).save(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"unknown file extension: {path.suffix}")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        Image.fromarray(to_array(image)).save(file, kind)
 
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
@@ -136,7 +142,9 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
     durations = [frame_ms] * (len(frames) - 1) + [final_ms]
     arrays = [to_array(frame) for frame in frames]
     # Pillow takes no list for a single frame
-    iio.imwrite(path, arrays, duration=durations if len(arrays) > 1 else final_ms, loop=0)
+    duration = durations if len(arrays) > 1 else final_ms
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        iio.imwrite(file, arrays, extension=".gif", duration=duration, loop=0)
 
 
 def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
