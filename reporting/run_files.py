@@ -25,6 +25,7 @@ WRITTEN = (STATUS, METRICS, "log.txt", "*.pth")  # the files that training alone
 MAX_CELL = 100  # characters of a cell
 MAX_JSON, MAX_LINE = 2**24, 2**20  # bytes; what is longer was not written by a run
 MAX_ROWS = 100_000  # of training that charts are drawn from
+LATEST = 253_402_128_000.0  # seconds; the last day that dates can say
 TAIL_BYTES = 65_536  # so much of the end of metrics.jsonl holds the last loss
 PREVIEW = re.compile(r"epoch_(\d+)\.png")
 
@@ -87,7 +88,7 @@ def facts_of(folder: Path, name: str) -> RunFacts:
     best = status.get("best")
     score = _largest(best.get("value")) if isinstance(best, dict) else None
     written = _stats(path for name in WRITTEN for path in folder.glob(name))
-    changed = max((stat.st_mtime for stat in written), default=0.0)
+    changed = min(max((stat.st_mtime for stat in written), default=0.0), LATEST)
     return RunFacts(
         name=name,
         folder=str(folder),

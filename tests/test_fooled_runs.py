@@ -559,6 +559,7 @@ def test_odd_names_cost_themselves_alone(run_dir, command, capsys):
     (run_dir / "samples" / "epoch_0004.png").mkdir()
     (run_dir / "config.json").unlink()
     os.mkfifo(run_dir / "config.json")
+    os.utime(run_dir / CURRENT, (3e11, 3e11))  # the year 11476
     assert runs.main(["checkpoints"]) == EXIT_OK
     assert "complete" in capsys.readouterr().out
     page = render_report([run_dir])
@@ -646,6 +647,7 @@ OPTIONS = {
     "evaluate --seed 9223372036854775808": "must be at most",
     "evaluate --output a\0b": "--output",
     "evaluate --save_images_dir a\0b": "--save_images_dir",
+    "evaluate --label_mode " + "1" * 5000: "--label_mode",
     "evaluate --seed -1": "must be at least 0",
     "edit interpolate --labels 1,2 --seed -1": "argument --seed: -1: must be at least 0",
     "edit interpolate --labels 1,2 --batch_size 0": "argument --batch_size: 0: must be at least 1",
