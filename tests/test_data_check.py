@@ -120,6 +120,18 @@ def test_flowers102(check, tmp_path):
     assert "1 missing" in check("dataset=flowers102").error
 
 
+def test_the_config_of_flowers102_draws_its_first_batch(tmp_path, capsys):
+    write_flowers102(tmp_path / "flowers-102")
+    small = ["image_size=16", "model_params.model_channels=32", "model_params.channel_mult=1,2"]
+    small += ["model_params.attention_resolutions=8,", "batch_size=8", "num_workers=0"]
+    command = ["--config", str(ROOT / "configs/flowers102_unet.py"), f"data_root={tmp_path}"]
+    command += ["--device", "cpu", "--dry_run", "--sheet", str(tmp_path / "sheet.png")]
+    assert exit_code_of(lambda: train.main([*command, *small])) == EXIT_OK
+    printed = "".join(capsys.readouterr())
+    assert "flowers102, 8 images 3x16x16, 102 classes (pink primrose, " in printed
+    assert (tmp_path / "sheet.png").is_file()
+
+
 # --- folders
 
 
