@@ -37,15 +37,19 @@ def _torchvision(class_name: str, native: ImageSpec, *, flip: bool) -> DatasetEn
     return DatasetEntry(partial(builtin.build_torchvision, class_name), native, flip)
 
 
+def _photos(list_images: Callable[[Config, str], Listing], num_classes: int) -> DatasetEntry:
+    build = partial(builtin.build_photos, list_images)
+    return DatasetEntry(build, ImageSpec(3, *builtin.PHOTO_SIZE, num_classes), True, list_images)
+
+
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(builtin.build_digits, ImageSpec(1, 8, 8, 10), flip=False),
     "mnist": _torchvision("MNIST", ImageSpec(1, 28, 28, 10), flip=False),
     "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=True),
     "cifar10": _torchvision("CIFAR10", ImageSpec(3, 32, 32, 10), flip=True),
     "cifar100": _torchvision("CIFAR100", ImageSpec(3, 32, 32, 100), flip=True),
-    "celeba": DatasetEntry(
-        builtin.build_celeba, ImageSpec(3, 64, 64, 0), flip=True, in_files=builtin.list_celeba
-    ),
+    "celeba": _photos(builtin.list_celeba, 0),
+    "flowers102": _photos(builtin.list_flowers102, 102),
     "synthetic": DatasetEntry(build_synthetic, ImageSpec(3, 32, 32, 6), flip=False),
     "custom": DatasetEntry(
         folder.build_custom,

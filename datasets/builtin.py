@@ -7,7 +7,8 @@ not guarded against other processes: under torchrun rank 0 builds first and the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from utils.files import socket_timeout
 
 DIGIT_NAMES = tuple("0123456789")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; a blocked network may never answer
-CELEBA_SIZE = (64, 64)
+PHOTO_SIZE = (64, 64)  # of data sets of larger photos, if the config asks for no size
 CELEBA_PARTITION = {"train": "0", "valid": "1", "test": "2"}
+FLOWERS_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+FLOWERS_FILES = ("jpg", "imagelabels.mat", "setid.mat")
 
 
 def build_digits(config: Config, split: str) -> InMemoryDataset:
@@ -104,14 +107,64 @@ def list_celeba(config: Config, split: str) -> Listing:
     return Listing(images_dir, sorted(names), [0] * len(names), ())
 
 
-def build_celeba(config: Config, split: str) -> ImageFileDataset:
-    """Aligned CelebA; of 178x218 pixels the centred 178x178, where `image_size` is square.
+def list_flowers102(config: Config, split: str) -> Listing:
+    """The files of Oxford Flowers 102 (Nilsback and Zisserman, 2008), sorted; of `classes` alone.
 
-    Raises as `list_celeba` and `replace_bad_images` do.
+    As the official train split has but 1,020 of 8,189 images, "test" is the validation split, 1,020
+    too, and "train" all others. A DataError tells of files that are missing, damaged or at odds.
     """
-    listing = replace_bad_images(config, list_celeba(config, split))
-    size = config.image_size or CELEBA_SIZE
+    from scipy.io import loadmat
+    from torchvision.datasets import Flowers102
+
+    root = Path(config.data_root)
+    if not _find_flowers102(root):
+        files = ("jpg/ (the unpacked 102flowers.tgz)", *FLOWERS_FILES[1:], f"from {FLOWERS_URL}")
+        with _download("flowers102", root / "flowers-102", files):
+            Flowers102(root, download=True)
+    images_dir, labels_path, splits_path = _find_flowers102(root)
+    there = {name.casefold(): name for name in sorted(os.listdir(images_dir))}
+    try:
+        labels = loadmat(path := labels_path)["labels"].ravel()
+        if not {*labels} <= {*range(1, 103)}:
+            raise ValueError("its labels are not 1 to 102")
+        content = loadmat(path := splits_path)
+        validation, *others = (content[key].ravel() for key in ("valid", "trnid", "tstid"))
+        numbers = np.arange(1, len(labels) + 1)
+        is_whole = np.array_equal(np.sort(np.concatenate([validation, *others])), numbers)
+        if not is_whole or not 0 < len(validation) < len(labels):
+            raise ValueError(f"its splits do not share out {len(labels)} images, each once")
+        path, names = images_dir, [there.get(f"image_{number:05d}.jpg") for number in numbers]
+        if lost := names.count(None):
+            raise ValueError(f"{lost} missing, first image_{names.index(None) + 1:05d}.jpg")
+    except Exception as error:  # of scipy and zlib, a dozen kinds for damaged files
+        fault = f"damaged or incomplete ({type(error).__name__}: {one_line(error)})"
+        raise DataError(f"{show(path)}: {fault}; get it anew from {FLOWERS_URL}") from error
+    indices = np.flatnonzero(np.isin(numbers, validation) == (split == "test"))
+    listing = Listing(images_dir, names, [int(n) - 1 for n in labels], tuple(Flowers102.classes))
+    return listing.take(indices).of_classes(config.classes)
+
+
+def build_photos(
+    list_images: Callable[[Config, str], Listing], config: Config, split: str
+) -> ImageFileDataset:
+    """The listed images, the largest centred part of each; 64x64 pixels without `image_size`.
+    Raises as `list_images` and `replace_bad_images` do."""
+    listing = replace_bad_images(config, list_images(config, split))
+    size = config.image_size or PHOTO_SIZE
     return ImageFileDataset(listing, config.image_channels or 3, *size)
+
+
+def _find_flowers102(root: Path) -> list[Path]:
+    """Where `FLOWERS_FILES` are, in any capitals; empty unless all are in `root/flowers-102`,
+    another folder named after flowers, or `root`, with folders of such names in there."""
+    for top in (root / "flowers-102", *sorted(root.glob("*[Ff][Ll][Oo][Ww][Ee][Rr]*")), root):
+        places: dict[str, Path] = {}
+        for folder, inner, files in os.walk(top):
+            places |= {name.casefold(): Path(folder, name) for name in sorted(inner + files)}
+            inner[:] = sorted(n for n in inner if "flower" in n.casefold() or n.lower() == "jpg")
+        if places.keys() >= set(FLOWERS_FILES):
+            return [places[name] for name in FLOWERS_FILES]
+    return []
 
 
 @contextlib.contextmanager

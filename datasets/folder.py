@@ -23,7 +23,7 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import read_label_file
-from datasets.storage import ImageFileDataset, Listing, require_classes
+from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
 from utils.files import IMAGE_EXTENSIONS
@@ -53,7 +53,7 @@ COMPANIONS = re.compile(
     r".*\(text\)"
 ).fullmatch
 PLAIN_TEXTS = re.compile(r"readme|licen[sc]e|copying|notice|icon\r", re.IGNORECASE).fullmatch
-BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "digits")
+BUILTIN_HINTS = ("cifar100", "cifar10", "fashionmnist", "mnist", "celeba", "flowers102", "digits")
 # What is wrong with a label_file beside use_subdirs=True
 BESIDE_SUBDIRS = (
     "goes with use_subdirs=False; with use_subdirs=True the folder names are the labels"
@@ -130,11 +130,7 @@ def list_images(config: Config, split: str) -> Listing:
     else:
         listing = _list_folder(config, folders, split)
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
-    listing = listing._replace(passed_over=told)
-    if config.classes is None or not listing.class_names:
-        return listing
-    require_classes(config.classes, listing.labels, len(listing.class_names))
-    return listing.take([i for i, label in enumerate(listing.labels) if label in config.classes])
+    return listing._replace(passed_over=told).of_classes(config.classes)
 
 
 def children_of(folder: Path, *, deep: bool = False) -> Children:

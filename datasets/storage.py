@@ -79,6 +79,13 @@ class Listing(NamedTuple):
         names, labels = ([column[i] for i in indices] for column in (self.names, self.labels))
         return self._replace(names=names, labels=labels)
 
+    def of_classes(self, classes: Sequence[int] | None) -> Listing:
+        """The images of `classes`, all if None; a DataError if one of them has no image."""
+        if classes is None or not self.class_names:
+            return self
+        require_classes(classes, self.labels, len(self.class_names))
+        return self.take([i for i, label in enumerate(self.labels) if label in classes])
+
 
 class ImageFileDataset:
     """Image files decoded each time they are asked for. Satisfies `ImageDataset`.

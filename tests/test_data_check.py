@@ -19,7 +19,7 @@ from PIL import Image
 import train
 from datasets.check import NUM_SHOWN, main, make_parser
 from tests.hostile_files import BAD, GOOD, KINDS, write_kind
-from tests.image_files import flat, write_image
+from tests.image_files import flat, write_flowers102, write_image
 from utils.cli import parse_args
 from utils.config import load_config
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, exit_code_of
@@ -102,6 +102,34 @@ def test_celeba(check, tmp_path):
     assert value_of(found.text, "train") == "2 images without labels"
     assert value_of(found.text, "height x width") == "218 x 178: 1"
     assert check("dataset=celeba", "on_bad_image=skip").code == EXIT_OK
+
+
+def test_flowers102(check, tmp_path):
+    folder = tmp_path / "images" / "flowers-102"
+    write_flowers102(folder)
+    (folder / "jpg" / "image_00003.jpg").write_bytes(b"")
+    found = check("dataset=flowers102")
+    assert found.code == EXIT_FAILURE
+    assert list(found["splits"]["train"]["bad"]) == ["image_00003.jpg"]
+    assert value_of(found.text, "train") == "8 images in 102 classes"
+    assert value_of(found.text, "test") == "4 images in 102 classes"
+    found = check("dataset=flowers102", "classes=2,101")
+    assert found.code == EXIT_OK
+    assert found["splits"]["train"]["classes"] == {"canterbury bells": 1, "blackberry lily": 1}
+    (folder / "jpg" / "image_00003.jpg").unlink()
+    assert "1 missing" in check("dataset=flowers102").error
+
+
+def test_the_config_of_flowers102_draws_its_first_batch(tmp_path, capsys):
+    write_flowers102(tmp_path / "flowers-102")
+    small = ["image_size=16", "model_params.model_channels=32", "model_params.channel_mult=1,2"]
+    small += ["model_params.attention_resolutions=8,", "batch_size=8", "num_workers=0"]
+    command = ["--config", str(ROOT / "configs/flowers102_unet.py"), f"data_root={tmp_path}"]
+    command += ["--device", "cpu", "--dry_run", "--sheet", str(tmp_path / "sheet.png")]
+    assert exit_code_of(lambda: train.main([*command, *small])) == EXIT_OK
+    printed = "".join(capsys.readouterr())
+    assert "flowers102, 8 images 3x16x16, 102 classes (pink primrose, " in printed
+    assert (tmp_path / "sheet.png").is_file()
 
 
 # --- folders

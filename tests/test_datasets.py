@@ -20,10 +20,11 @@ from datasets import (
     default_flip,
     native_spec,
 )
+from datasets.builtin import FLOWERS_URL
 from datasets.loader import make_resident
 from datasets.real import real_sets
 from datasets.synthetic import CLASS_NAMES, draw_shapes
-from tests.image_files import assert_data_error, config, write_image
+from tests.image_files import assert_data_error, config, write_flowers102, write_image
 from utils.distributed import Runtime
 from utils.images import ImageSpec, to_float, to_uint8
 
@@ -89,6 +90,8 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             write_cifar(root, monkeypatch, int(name.removeprefix("cifar")))
         elif name == "celeba":
             write_celeba(root)
+        elif name == "flowers102":
+            write_flowers102(root / "flowers-102")
         elif name == "custom":
             write_custom(root)
         return root
@@ -265,7 +268,9 @@ def test_damaged_mnist_names_the_folder(tmp_path):
     assert_data_error(lambda: build_dataset(settings), file.parent, "damaged", file.name)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashionmnist", "cifar10", "cifar100", "celeba"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashionmnist", "cifar10", "cifar100", "celeba", "flowers102"]
+)
 def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no\nnetwork")
@@ -274,6 +279,7 @@ def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch
         ("mnist", "download_and_extract_archive"),
         ("cifar", "download_and_extract_archive"),
         ("celeba", "download_file_from_google_drive"),
+        ("flowers102", "download_and_extract_archive"),
     ):
         monkeypatch.setattr(f"torchvision.datasets.{module}.{function}", no_network)
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://nowhere.invalid/"])
@@ -283,6 +289,7 @@ def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch
         "cifar10": ["cifar-10-batches-py", "data_batch_1", "test_batch", "batches.meta"],
         "cifar100": ["cifar-100-python", "train", "test", "meta"],
         "celeba": ["celeba", "img_align_celeba", "list_eval_partition.txt", "dataset='custom'"],
+        "flowers102": ["flowers-102", "jpg/", "imagelabels.mat", "setid.mat", FLOWERS_URL],
     }[name]
     root = tmp_path / "new" / "data"
     settings = config(dataset=name, data_root=str(root))
@@ -303,6 +310,84 @@ def test_celeba_crops_the_centre_and_keeps_the_splits(data_root):
     assert_data_error(lambda: build_dataset(settings), f"{partition}:2", "../x.jpg")
     partition.write_text("000000.jpg 0\nmissing.jpg 0\n")
     assert_data_error(lambda: build_dataset(settings), "missing.jpg")
+
+
+def test_flowers102_has_the_images_and_labels_of_torchvision(data_root, monkeypatch):
+    from torchvision.datasets import Flowers102
+
+    root = data_root("flowers102")
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *args: True)
+    theirs = {}
+    for split in ("train", "val", "test"):
+        source = Flowers102(root, split)
+        names = [path.name for path in source._image_files]
+        theirs[split] = dict(zip(names, source._labels, strict=True))
+    settings = config(dataset="flowers102", data_root=str(root))
+    train, test = (build_dataset(settings, split) for split in SPLITS)
+    for ours, expected in ((train, theirs["train"] | theirs["test"]), (test, theirs["val"])):
+        assert dict(zip(ours.names, ours.labels.tolist(), strict=True)) == expected
+        assert ours.names == sorted(expected)
+        assert ours.class_names == tuple(Flowers102.classes)
+    assert len(set(Flowers102.classes)) == native_spec(settings).num_classes == 102
+    some = build_dataset(settings.model_copy(update={"classes": (6, 101)}), "test")
+    assert some.names == ["image_00008.jpg", "image_00012.jpg"]
+    photo = settings.model_copy(update={"image_size": (50, 50)})
+    with Image.open(root / "flowers-102" / "jpg" / "image_00002.jpg") as image:
+        expected = np.asarray(image)[:, 6:56].transpose(2, 0, 1)
+    assert np.array_equal(build_dataset(photo)[0][0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("folder", "images", "data_root"),
+    [
+        ("flowers-102", "jpg", "."),
+        ("FLOWERS102", "102flowers/JPG", "."),
+        ("Oxford-Flowers/Flowers 102", "jpg/jpg", "."),
+        ("flowers-102", "jpg", "flowers-102"),
+        ("mine", "102Flowers/jpg", "mine"),
+    ],
+)
+def test_flowers102_is_found_as_unpacked_by_hand(folder, images, data_root, tmp_path):
+    """Beside folders of the same names that hold something else."""
+    write_flowers102(tmp_path / folder, images)
+    write_image(tmp_path / "jpg" / "1.jpg")
+    write_image(tmp_path / "Flowers" / "jpg" / "1.jpg")
+    write_flowers102(tmp_path / "elsewhere" / "flowers-102")
+    built = [
+        build_dataset(config(dataset="flowers102", data_root=str(tmp_path / root)))
+        for root in (data_root, "elsewhere")
+    ]
+    assert built[0].listing.root == tmp_path / folder / images
+    assert built[0].fingerprint == built[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"labels": [0] * 12}, ("imagelabels.mat: ", "labels are not 1 to 102")),
+        ({"labels": [103] * 12}, ("imagelabels.mat: ", "labels are not 1 to 102")),
+        ({"labels": [1] * 13}, ("setid.mat: ", "13 images, each once")),
+        ({"trnid": [11, 2, 2]}, ("setid.mat: ", "12 images, each once")),
+        ({"valid": []}, ("setid.mat: ", "KeyError", "valid")),
+        ({"labels": [1] * 13, "trnid": [11, 2, 3, 13]}, ("jpg: ", "1 missing", "image_00013.jpg")),
+    ],
+)
+def test_flowers102_whose_files_contradict_each_other(tables, said, tmp_path):
+    write_flowers102(tmp_path / "flowers-102", **tables)
+    settings = config(dataset="flowers102", data_root=str(tmp_path))
+    for split in SPLITS:
+        assert_data_error(lambda split=split: build_dataset(settings, split), *said, "get it anew")
+
+
+@pytest.mark.parametrize("name", ["imagelabels.mat", "setid.mat"])
+def test_flowers102_with_a_damaged_table(name, tmp_path):
+    write_flowers102(tmp_path / "flowers-102")
+    path, settings = tmp_path / "flowers-102" / name, config(dataset="flowers102")
+    settings = settings.model_copy(update={"data_root": str(tmp_path)})
+    whole = path.read_bytes()
+    for content in (b"", whole[:150], whole[:-12], b"<html>not found</html>", b"\0" * 500):
+        path.write_bytes(content)
+        assert_data_error(lambda: build_dataset(settings), path, "damaged", "get it anew from http")
 
 
 # --- synthetic
@@ -347,7 +432,7 @@ def test_check_config_accepts_every_dataset():
             assert problems(dataset=name, num_classes=entry.native.num_classes) == []
         if entry.native is None or entry.native.num_classes:
             assert problems(dataset=name, conditional=True) == []
-        is_file_backed = name in ("celeba", "custom")
+        is_file_backed = name in ("celeba", "flowers102", "custom")
         assert (problems(dataset=name, on_bad_image="skip") == []) == is_file_backed
 
 
@@ -362,7 +447,7 @@ def test_check_config_accepts_every_dataset():
         ({"dataset": "celeba", "conditional": True}, "conditional", "labels"),
         ({"dataset": "mnist", "label_file": "x.json"}, "label_file", "custom"),
         ({"dataset": "custom", "label_file": "x.json"}, "label_file", "use_subdirs=False"),
-        ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "celeba, custom"),
+        ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "flowers102, custom"),
         ({"dataset": "custom", "num_classes": 0}, "num_classes", "has labels"),
         (
             {"dataset": "custom", "use_subdirs": False, "num_classes": 3},

@@ -169,6 +169,7 @@ def test_no_two_modules_get_one_name():
         ("cifar10_unet.py", [], 32),
         ("cifar100_unet.py", [], 32),
         ("celeba_unet.py", [], 32),
+        ("flowers102_unet.py", [], 32),
         ("digits_unet.py", ["model_params.norm_groups=8"], 8),
         ("mnist_unet.py", ["model_params.norm_groups=8"], 8),
         ("custom_folder.py", ["model_params.norm_groups=8"], 8),

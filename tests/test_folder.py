@@ -121,6 +121,7 @@ def test_folder_faults(tmp_path):
     message = fails("my-CIFAR_10", "dataset='cifar10'")
     assert "my-CIFAR_10" in message
     fails("none", "dataset='cifar100'", experiment_name="cifar100_unet")
+    fails("Flowers-102", "dataset='flowers102'")
     (tmp_path / "file").write_text("")
     fails("file", "file", "not a folder")
 
