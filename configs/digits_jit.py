@@ -2,7 +2,7 @@
 
 python train.py --config configs/digits_jit.py
 
-2 CPU cores, x minutes.
+1 CPU core, 3.5 minutes: requested-class accuracy 1.00 (docs/results.md).
 """
 
 config = dict(
