@@ -106,8 +106,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is: 8 bits of mantissa are too few for decays and
-    step sizes."""
+    """The tensor in float32, or in float64 if it is: 8 bits of mantissa are too few for decays,
+    step sizes and norms."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -141,7 +141,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         width = 2 * hidden_dim // 3
         if not width:
-            raise ValueError(f"SwiGLU leaves none of {hidden_dim} hidden channel; raise mlp_ratio")
+            raise ValueError(f"SwiGLU leaves nothing of hidden width {hidden_dim}; raise mlp_ratio")
         self.fc1 = nn.Linear(dim, 2 * width)
         self.fc2 = nn.Linear(width, dim)
         self.dropout = nn.Dropout(dropout)
