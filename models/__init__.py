@@ -15,6 +15,7 @@ from torch import nn
 
 from models.dim import DiM
 from models.dit import DiT
+from models.jit import JiT
 from models.unet import UNet
 from utils.config import Config, Problem, did_you_mean
 from utils.config_schema import Bool, Float, Int
@@ -23,7 +24,7 @@ from utils.images import ImageSpec
 
 log = logging.getLogger("diffusion")
 
-BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet, "dit": DiT, "dim": DiM}
+BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet, "dit": DiT, "jit": JiT, "dim": DiM}
 
 # Arguments that follow from the data. A config may repeat them, but not contradict them.
 SPEC_ARGUMENTS = ("image_size", "img_size", "in_channels", "out_channels", "num_classes")

@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import layers
-from models.layers import LabelEmbedding
-from models.mamba import MIXERS, TORCH, at_least_fp32
+from models.layers import LabelEmbedding, at_least_fp32
+from models.mamba import MIXERS, TORCH
 from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
 from utils.config_schema import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt

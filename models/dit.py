@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,39 +25,69 @@ SIZES = {
     for patch in (2, 4, 8)
 }
 DEFAULT = "DiT-S/2"
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+RMS_NORM = partial(nn.RMSNorm, eps=1e-6)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention over all tokens (B, N, D).
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    With `qk_norm` an RMSNorm per head normalises queries and keys. A table `rotations`, as of
+    `layers.rotary_table` for D / heads channels, rotates them by the positions of their tokens.
+    A ValueError is raised if `num_heads` does not divide D.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide hidden_size={dim}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = RMS_NORM(dim // num_heads) if qk_norm else None
+        self.k_norm = RMS_NORM(dim // num_heads) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D / heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if self.q_norm is not None:
+            q, k = self.q_norm(layers.at_least_fp32(q)), self.k_norm(layers.at_least_fp32(k))
+        if rotations is not None:
+            q, k = layers.rotate(q, rotations), layers.rotate(k, rotations)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each normalised, shifted, scaled and gated by the conditioning."""
+    """Attention and MLP, each normalised, shifted, scaled and gated by the conditioning.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, dropout: float) -> None:
+    `norm` makes a normalisation of so many channels; `mlp` a network from tokens to tokens, of the
+    arguments of `layers.MLP`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        *,
+        norm: Callable[[int], nn.Module] = LAYER_NORM,
+        mlp: Callable[[int, int, float], nn.Module] = layers.MLP,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(dim, num_heads)
+        self.norm1 = norm(dim)
+        self.attention = Attention(dim, num_heads, qk_norm=qk_norm)
         self.dropout = nn.Dropout(dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = layers.MLP(dim, layers.mlp_width(dim, mlp_ratio), dropout)
+        self.norm2 = norm(dim)
+        self.mlp = mlp(dim, layers.mlp_width(dim, mlp_ratio), dropout)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotations: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
-        h = self.dropout(self.attention(layers.modulate(self.norm1(x), shift1, scale1)))
+        h = layers.modulate(self.norm1(x), shift1, scale1)
+        h = self.dropout(self.attention(h, rotations))
         x = torch.addcmul(x, gate1[:, None], h)
         h = self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
         return torch.addcmul(x, gate2[:, None], h)
@@ -98,10 +130,6 @@ class DiT(nn.Module):
         args = dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth)
         args["num_heads"] = num_heads
         patch_size, hidden_size, depth, num_heads = layers.from_size(size, SIZES, DEFAULT, args)
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
-        if hidden_size % 4:
-            raise ValueError(f"hidden_size={hidden_size}: the positions need a multiple of 4")
         self.img_size, self.patch_size = tuple(img_size), patch_size
         self.grid = layers.patch_grid(self.img_size, patch_size)
         self.activation_checkpointing = activation_checkpointing
@@ -115,24 +143,10 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(depth)
         )
-        self.final_norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.final_norm = LAYER_NORM(hidden_size)
         self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.out = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
-        for layer in (self.time_embedding.mlp[0], self.time_embedding.mlp[2]):
-            nn.init.normal_(layer.weight, std=INIT_STD)
-        for block in self.blocks:
-            layers.zero_init(block.modulation)
-        layers.zero_init(self.final_modulation)
-        layers.zero_init(self.out)
+        init_weights(self)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         layers.check_image_size(x, self.img_size)
@@ -146,3 +160,22 @@ class DiT(nn.Module):
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
         x = self.out(layers.modulate(self.final_norm(x), shift, scale))  # (B, N, p * p * C)
         return layers.unpatchify(x, self.grid, self.patch_size)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Draw the weights of a DiT or a JiT: its fresh blocks are identities, its output is 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in model.patch_embedding.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for layer in (model.time_embedding.mlp[0], model.time_embedding.mlp[2]):
+        nn.init.normal_(layer.weight, std=INIT_STD)
+    for block in model.blocks:
+        layers.zero_init(block.modulation)
+    layers.zero_init(model.final_modulation)
+    layers.zero_init(model.out)

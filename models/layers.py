@@ -65,10 +65,32 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed sinusoidal positions (h * w, dim): half of dim tells the row, the other the column."""
+    """Fixed sinusoidal positions (h * w, dim): half of dim tells the row, the other the column.
+    Raises a ValueError unless dim is a multiple of 4."""
+    if dim % 4:
+        raise ValueError(f"hidden_size={dim}: the positions need a multiple of 4")
     h, w = grid
     rows, columns = (timestep_features(torch.arange(side), dim // 2) for side in grid)
     return torch.cat([rows.repeat_interleave(w, 0), columns.repeat(h, 1)], dim=1)
+
+
+def rotary_table(grid: tuple[int, int], dim: int, num_fixed: int = 0) -> Tensor:
+    """Rotary positions (RoPE, Su et al. 2021) of tokens on a grid, for `rotate`: the cosines and
+    the sines (2, num_fixed + h * w, dim / 2), of angles that grow with the row in the first half
+    of the channels and with the column in the second. The `num_fixed` tokens before the grid do not
+    turn. Raises a ValueError unless dim, the channels of a head, is a multiple of 4."""
+    if dim % 4:
+        raise ValueError(f"rope=True needs heads of a multiple of 4 channels, not {dim}")
+    axes = sincos_positions(grid, dim).unflatten(1, (2, 2, -1))  # (N, axis, cos or sin, dim / 4)
+    table = axes.permute(2, 0, 1, 3).flatten(2)
+    return torch.cat([table[:, :1].expand(-1, num_fixed, -1), table], dim=1)  # patch 0 has angle 0
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of channels (i, i + d / 2) of x (..., N, d) by its angle in `table`, so that
+    products of tokens depend on the offsets between their positions alone."""
+    (cos, sin), (first, second) = table, x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -81,6 +103,12 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale tokens x (B, N, D) by (B, D) each: x (1 + scale) + shift."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is: 8 bits of mantissa are too few for decays,
+    step sizes and norms."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -103,6 +131,24 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(gelu(self.fc1(x)))))
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP (Shazeer 2020) with as many weights as an MLP of `hidden_dim`, which leaves two
+    thirds of it, and dropout before its last layer. Raises a ValueError if that is no channel."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        width = 2 * hidden_dim // 3
+        if not width:
+            raise ValueError(f"SwiGLU leaves nothing of hidden width {hidden_dim}; raise mlp_ratio")
+        self.fc1 = nn.Linear(dim, 2 * width)
+        self.fc2 = nn.Linear(width, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.dropout(F.silu(gate) * value))
 
 
 def check_image_size(x: Tensor, image_size: tuple[int, int]) -> None:

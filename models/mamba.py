@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import at_least_fp32
 from models.selective_scan import chunked_scan, selective_scan
 
 DT_RANGE = (1e-3, 1e-1)  # step sizes at initialisation, drawn log-uniformly
@@ -156,12 +157,6 @@ def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
     for shift, tap in enumerate(taps.unbind()):
         y = torch.addcmul(y, padded[:, shift : shift + x.shape[1]], tap)
     return y
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is: 8 bits of mantissa are too few for decays and
-    step sizes."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _initial_dt_bias(size: int) -> Tensor:

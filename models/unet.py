@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import LabelEmbedding, TimestepEmbedding, zero_init
+from models.layers import LabelEmbedding, TimestepEmbedding, run_block, zero_init
 from utils.config_schema import BelowOne, PositiveInt
 
 MAX_GROUPS = 32
@@ -121,13 +121,14 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, with attention after it where wanted."""
+    """A residual block on the input and the skip to it, with attention after it where wanted."""
 
     def __init__(self, block: ResBlock, attention: AttentionBlock | nn.Identity) -> None:
         super().__init__()
         self.block, self.attention = block, attention
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         return self.attention(self.block(x, emb))
 
 
@@ -150,7 +151,10 @@ class UNet(nn.Module):
         use_scale_shift_norm: condition by scale and shift (ADM) instead of by addition (DDPM).
         class_conditioning: `embedding` adds the class to the timestep embedding; `concat`
             broadcasts an embedding of `class_emb_size` as extra input channels.
+        activation_checkpointing: recompute stages in backward: less memory for one more forward.
     """
+
+    computing_params = ("activation_checkpointing",)  # they say how it is computed, not what
 
     def __init__(
         self,
@@ -170,8 +174,10 @@ class UNet(nn.Module):
         use_scale_shift_norm: bool = False,
         class_conditioning: Literal["embedding", "concat"] = "embedding",
         class_emb_size: PositiveInt = 16,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         widths = [model_channels * mult for mult in channel_mult]
         levels = _levels(image_size, widths, attention_resolutions if use_attention else ())
         if model_channels % 2:
@@ -237,18 +243,16 @@ class UNet(nn.Module):
             planes = self.class_planes(y)[:, :, None, None].expand(-1, -1, *x.shape[2:])
             x = torch.cat([x, planes.to(x.dtype)], dim=1)
 
+        run_stage = partial(run_block, recompute=self.activation_checkpointing)
         h = self.stem(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
+            h = run_stage(layer, h, emb) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, emb)
+            h = run_stage(layer, h, emb)
         for layer in self.up:
-            if isinstance(layer, Stage):
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-            else:
-                h = layer(h)
+            h = run_stage(layer, h, emb, skips.pop()) if isinstance(layer, Stage) else layer(h)
         return self.out(F.silu(self.out_norm(h)))
 
 

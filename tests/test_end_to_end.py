@@ -47,7 +47,7 @@ def test_custom_config_starts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize("backbone", ["dit", "dim"])
+@pytest.mark.parametrize("backbone", ["dit", "jit", "dim"])
 def test_other_backbones_through_two_processes(backbone, script, tmp_path):
     """Trained by two processes, sampled by one."""
     options = ["image_size=8", "model_params.hidden_size=32", "model_params.depth=3"]

@@ -35,6 +35,7 @@ SMALLEST = dict(model_channels=128, channel_mult=(1,), num_res_blocks=1, num_hea
 TINY = {
     "unet": dict(model_channels=8, channel_mult=(1, 2), num_res_blocks=1),
     "dit": dict(patch_size=4, hidden_size=16, depth=1, num_heads=2),
+    "jit": dict(patch_size=4, hidden_size=16, depth=1, num_heads=2),
     "dim": dict(patch_size=4, hidden_size=16, depth=1, state_size=4),
 }
 
@@ -413,6 +414,7 @@ def assert_refused(kind, message, *arguments):
     ("settings", "message"),
     [
         (dict(model_type="dit", model_params=TINY["dit"]), "^model_type='dit'.*frequencies"),
+        (dict(model_type="jit", model_params=TINY["jit"]), "^model_type='jit'.*no such backbone"),
         (dict(model_type="dim", model_params=TINY["dim"]), "^model_type='dim'.*Mamba"),
         (dict(model_params=TINY["unet"]), r"model_channels.*levels of 8, 16 .* 2, 4, 6, 8 groups"),
         (dict(model_params=SMALLEST | {"class_conditioning": "concat"}), "class_conditioning"),

@@ -12,6 +12,7 @@ import sample
 from generation.run import load_run
 from models.dim import DiM
 from models.dit import DiT
+from models.jit import JiT
 from models.layers import LabelEmbedding
 from models.lora import add_adapters, merged_weights
 from models.unet import UNet
@@ -24,11 +25,13 @@ from utils.images import ImageSpec
 
 SIZES = dict(in_channels=1, num_classes=10)
 UNET = dict(image_size=(8, 8), model_channels=8, channel_mult=(1, 2), dropout=0.0, **SIZES)
+JIT = dict(img_size=(8, 8), patch_size=2, hidden_size=32, depth=2, num_heads=2, **SIZES)
 DIM = dict(img_size=(8, 8), hidden_size=32, depth=3, **SIZES)
 BACKBONES = {
     "unet": (UNet, UNET),
     "concat": (UNet, UNET | dict(class_conditioning="concat", use_scale_shift_norm=True)),
     "dit": (DiT, dict(img_size=(8, 8), hidden_size=32, depth=2, num_heads=2, **SIZES)),
+    "jit": (JiT, JIT),
     "dim": (DiM, DIM),
     "dim2": (DiM, DIM | dict(mixer="mamba2", mlp_ratio=2, conditioning="adaln_zero")),
 }

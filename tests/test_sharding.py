@@ -205,6 +205,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from models.dit import DiT
+from models.jit import JiT
 from models.unet import UNet
 from training.sharding import no_gradient_sync, wrap_for_training
 from utils.distributed import distributed_runtime
@@ -331,6 +332,7 @@ def weight_types(build, arguments, runtime):
 def main(runtime):
     model, network = check(DiT, DIT, "fp32", runtime)
     check(UNet, UNET, "fp32", runtime)
+    check(JiT, DIT, "fp32", runtime)
     try:
         load_model_state(model, {n: v[:1] for n, v in full_model(model).state_dict().items()})
         raise SystemExit("wrong shapes were taken")

@@ -128,7 +128,7 @@ class Config(BaseModel):
 
     # --- model
     model_type: str = key("unet", resume="architecture", also="model backbone")
-    """backbone: unet, dit or dim, see below"""
+    """backbone: unet, dit, jit or dim, see below"""
     model_params: dict[str, Any] = key({}, resume="architecture")
     """arguments of the backbone, checked against its signature"""
 
