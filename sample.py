@@ -24,7 +24,7 @@ from utils.cli import add_sampling_options, image_count, new_parser, parse_args,
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
-from utils.files import check_output_name, check_picture_folder, make_output_dir, write_each
+from utils.files import check_picture_folder, make_output_dir, output_name, write_each
 from utils.labels import save_images
 from utils.logs import setup_logging
 
@@ -110,7 +110,7 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
         raise ConfigError(f"{most}; lower --num_samples")
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
-    check_output_name(args.output_name)
+    args.output_name = output_name(args.output_name)
     if args.save_images:
         check_picture_folder(Path(args.output_dir) / "images", num_images)
 

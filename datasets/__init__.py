@@ -130,14 +130,14 @@ def check_config(config: Config) -> Iterator[Problem]:
     if config.on_bad_image == "skip" and entry.in_files is None:
         of_files = ", ".join(other for other in DATASETS if DATASETS[other].in_files)
         faults["on_bad_image"] = f" is for data sets of image files ({of_files}), not {name!r}"
-    if config.label_file is not None and entry.native is not None:
-        faults["label_file"] = f" is for dataset='custom', not {name!r}"
-    elif config.label_file is not None and config.use_subdirs:
+    if config.label_file is not None and config.use_subdirs and entry.native is None:
         faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):
         faults["num_classes"] = f", but {has}; leave it out"
     if config.conditional and num_classes == 0:
-        faults["conditional"] = f" needs labels, but {has}; set conditional=False"
+        faults["conditional"] = (
+            f" needs labels, but {has}; set conditional=False, see docs/migration.md"
+        )
     if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         faults["classes"] = f": {has}, numbered from 0"
     given = config.model_dump(mode="json", include=set(faults))  # with lists, as they are written
