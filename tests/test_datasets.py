@@ -282,7 +282,7 @@ def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch
         "fashionmnist": ["FashionMNIST/raw", "train-images-idx3-ubyte"],
         "cifar10": ["cifar-10-batches-py", "data_batch_1", "test_batch", "batches.meta"],
         "cifar100": ["cifar-100-python", "train", "test", "meta"],
-        "celeba": ["celeba", "img_align_celeba", "list_eval_partition.txt", "dataset='custom'"],
+        "celeba": ["celeba", "img_align_celeba"],
     }[name]
     root = tmp_path / "new" / "data"
     settings = config(dataset=name, data_root=str(root))

@@ -58,7 +58,7 @@ def instead_of_foreign(argv: Sequence[str], options: Collection[str]) -> str:
         if f"--{key}" not in options and key in RULES and "--config" in options:
             keys[key] = ",".join(values) or "true"
         elif near := did_you_mean(key, [option.lstrip("-") for option in options]):
-            hints.append(f"; --{name}:{near[1:].replace(" '", " '--")}")
+            hints.append(near.replace("; ", f"; --{name}: ").replace("'", "'--", 1))
     if keys:
         has_config = any(token.startswith("--config") for token in argv)
         config = f"--config {_shipped_config(keys.get('dataset', ''))}"

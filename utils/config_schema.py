@@ -277,7 +277,7 @@ class Config(BaseModel):
     save_interval: PositiveInt = 10
     """epochs between two checkpoints"""
     keep_last: PositiveInt = 3
-    """`model_epoch_*.pth` files kept"""
+    """`model_epoch_*.pth` files kept; each one that is deleted is a line of the log"""
     sample_dir: PathText | None = None
     """previews go to its folder of this experiment; default: the run's `samples/`"""
     sample_interval: PositiveInt = 10
