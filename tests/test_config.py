@@ -559,7 +559,6 @@ MUTATIONS = [
     "image_channels=True",
     "conditional='yes'",
     "num_classes=11",
-    "label_file='x.json'",
     "num_workers=-1",
     "num_timesteps=1",
     "beta_start=0",
@@ -659,6 +658,8 @@ def test_doubtful_settings_warn():
     (warning,) = warnings_of(unused)
     assert warning == "warmup_epochs has no effect without scheduler_type='warmup_cosine'"
     assert warnings_of(Config(ema_decay=0.9, ddim_eta=1.0)) == []
+    (warning,) = warnings_of(Config(label_file="x.json", use_subdirs=False))[1:]
+    assert warning == "label_file has no effect without dataset='custom'"
     for key, value in dict(step_size=3, gamma=0.5, min_snr_gamma=2.0, swanlab_mode="local").items():
         (warning,) = warnings_of(Config(**{key: value}))
         assert warning.startswith(f"{key} has no effect without")

@@ -360,7 +360,6 @@ def test_check_config_accepts_every_dataset():
         ({"dataset": "cifar10", "num_classes": 102}, "num_classes", "10 classes"),
         ({"dataset": "celeba", "num_classes": 40}, "num_classes", "0 classes"),
         ({"dataset": "celeba", "conditional": True}, "conditional", "labels"),
-        ({"dataset": "mnist", "label_file": "x.json"}, "label_file", "custom"),
         ({"dataset": "custom", "label_file": "x.json"}, "label_file", "use_subdirs=False"),
         ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "celeba, custom"),
         ({"dataset": "custom", "num_classes": 0}, "num_classes", "has labels"),

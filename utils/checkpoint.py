@@ -31,7 +31,7 @@ EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
 MAX_ENTRIES, MAX_DEPTH = 10**6, 30  # of a whole file; lists may hold one another many times over
 MAX_COUNT, MAX_SIDE, MAX_CLASSES = 2**53, 2**14, 2**20  # above it a number is no count of these
 RUNS_NAMED = 10  # in a message
-PICKLE_START = b"\x80"  # as of EDM's .pkl, and of torch.save before it wrote zips
+PICKLES = [bytes([0x80, protocol]) for protocol in range(2, 6)]  # how they begin
 FOREIGN = "its network cannot be loaded here; train again with its config, see docs/migration.md"
 # What every config has said since the first format: without it the weights mean nothing.
 CONFIG_KEYS = {"seed", "batch_size", "model_type", "model_params", "conditional"}
@@ -130,15 +130,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if what := looks_like(path):
             raise ValueError(what)
+        with open(path, "rb") as file:
+            if file.read(2) in PICKLES:
+                raise UnpicklingError(FOREIGN)
         _check_members(path)
         is_whole = has_its_checksum(path)
         damaged = None if is_whole else _damaged_member(path)
         state = read_tensors(path) if not damaged else {}
     except Exception as error:
-        message = f"{show(path)}: cannot be read as a checkpoint ({one_line(error)})"
-        if isinstance(error, UnpicklingError) and _is_pickle(path):
-            message = f"{show(path)}: holds Python objects, as checkpoints of other projects do; "
-            message += FOREIGN
+        reason = one_line(error)
+        if isinstance(error, UnpicklingError):  # in a file that is not damaged
+            reason = f"it holds Python objects, as those of other projects do; {FOREIGN}"
+        message = f"{show(path)}: cannot be read as a checkpoint ({reason})"
         raise CheckpointError(message) from error
     if damaged is not None:
         raise CheckpointError(f"{show(path)}: damaged ({damaged} is not what was written)")
@@ -298,12 +301,6 @@ def _of_another_project(state: Any) -> str | None:
     keys = one_line(", ".join(map(str, state)), 80)
     what = "bare weights" if _is_weights(state) else f"it holds {keys}"
     return f"but of another ({what}); {FOREIGN}"
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether it is whole, and a file of torch.save or pickle: what follows is no damage."""
-    with open(path, "rb") as file:
-        return zipfile.is_zipfile(path) or file.read(1) == PICKLE_START
 
 
 def _damaged_member(path: Path) -> str | None:

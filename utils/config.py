@@ -180,7 +180,8 @@ def warnings_of(config: Config) -> list[str]:
         warnings.append(f"{given}: there will be at most one preview")
     for key, rules in RULES.items():
         words, holds = rules.get("needs") or ("", None)
-        if holds and key in config.model_fields_set and not holds(config):
+        given = key in config.model_fields_set and getattr(config, key) is not None
+        if holds and given and not holds(config):
             warnings.append(f"{key} has no effect without {words}")
     return warnings
 

@@ -82,10 +82,10 @@ WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
 RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
 ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
-DROPPING = ("conditional=True", lambda config: config.conditional or not config.cfg_dropout_prob)
-SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale in (None, 1))
-GUIDANCE = ("guidance, which is conditional=True and cfg_scale above 1",)
-GUIDANCE += (lambda config: config.cfg_interval is None or config.guidance_scale not in (0, 1),)
+DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_dropout_prob == 0)
+SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
+GUIDES = "guidance, which is conditional=True and cfg_scale above 1"
+GUIDANCE = (GUIDES, lambda config: config.guidance_scale not in (0, 1))
 
 
 def key(
