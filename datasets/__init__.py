@@ -5,6 +5,7 @@ A new data set is one builder `(config, split) -> ImageDataset` and one line in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from utils.errors import DataError
 from utils.images import ImageSpec
 
 SPLITS = ("train", "test")
+
+log = logging.getLogger("diffusion")
 
 
 class DatasetEntry(NamedTuple):
@@ -78,6 +81,9 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
         raise DataError(_unknown(config.dataset))
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
+    if config.on_bad_image == "skip" and DATASETS[config.dataset].in_files is None:
+        of_files = ", ".join(name for name, entry in DATASETS.items() if entry.in_files)
+        log.warning("on_bad_image has no effect without a data set of image files: %s", of_files)
     dataset = DATASETS[config.dataset].build(config, split)
     spec = native_spec(config)
     if spec is not None and dataset.spec != spec:
@@ -127,9 +133,6 @@ def check_config(config: Config) -> Iterator[Problem]:
     if num_classes == 0 and entry.native is None:
         has += " with use_subdirs=False and no label_file"
     faults: dict[str, str] = {}  # key -> what is wrong with its value
-    if config.on_bad_image == "skip" and entry.in_files is None:
-        of_files = ", ".join(other for other in DATASETS if DATASETS[other].in_files)
-        faults["on_bad_image"] = f" is for data sets of image files ({of_files}), not {name!r}"
     if config.label_file is not None and config.use_subdirs and entry.native is None:
         faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):

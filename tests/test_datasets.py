@@ -361,7 +361,6 @@ def test_check_config_accepts_every_dataset():
         ({"dataset": "celeba", "num_classes": 40}, "num_classes", "0 classes"),
         ({"dataset": "celeba", "conditional": True}, "conditional", "labels"),
         ({"dataset": "custom", "label_file": "x.json"}, "label_file", "use_subdirs=False"),
-        ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "celeba, custom"),
         ({"dataset": "custom", "num_classes": 0}, "num_classes", "has labels"),
         (
             {"dataset": "custom", "use_subdirs": False, "num_classes": 3},

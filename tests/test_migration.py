@@ -103,6 +103,12 @@ def test_every_config_can_be_made_unconditional(path):
     assert all("conditional=True, sampling uses 1" in warning for warning in told)
 
 
+def test_skipping_bad_images_of_a_data_set_without_files_is_a_warning(caplog):
+    build_dataset(data_config(dataset="digits", on_bad_image="skip"))
+    (warning,) = caplog.messages
+    assert warning.endswith("without a data set of image files: celeba, custom")
+
+
 def test_a_guidance_that_is_asked_for_and_cannot_be_had_is_an_error(command, tmp_path):
     run = make_checkpoint(tmp_path / "run", cfg_scale=1.3, cfg_dropout_prob=0.2)
     for script in (sample, evaluate):
