@@ -124,7 +124,7 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
     named = {text.partition("=")[0] for text in args.overrides}
     for warning in warnings_of(sampled):
         if "cfg_scale" in named and warning.startswith("cfg_scale "):
-            raise ConfigError(warning)
+            raise ConfigError("cfg_scale needs training with conditional=True; leave it out")
         if warning.split()[0] in named:
             log.warning(warning)
     return run
