@@ -67,7 +67,7 @@ def how_to_complete(path: Path, root: Path) -> str:
         f"import json, pathlib, re; root = pathlib.Path({str(root)!a}); "
         f"old = json.load(open({str(path)!a}, encoding='utf-8-sig'))",
         "names = [n for n in sorted(p.relative_to(root).as_posix() for p in root.rglob('*.*')) "
-        f"if n.lower().endswith({IMAGE_EXTENSIONS}) and not re.search('(^|/)[.@#]', n)]",
+        f"if n.lower().endswith({IMAGE_EXTENSIONS}) and not re.search('(^|/)([.]|[@#].*/)', n)]",
         "given = dict(old.get('labels') or old); labels = [given.get(n, 10**9) for n in names]; "
         "ids = sorted(set(labels)); "
         "(root / 'labels_complete.json').write_text(json.dumps("

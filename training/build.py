@@ -129,8 +129,8 @@ def log_start(job: Job) -> None:
         part = f"{trained / 1e6:.3f} M of them, {100 * trained / count:.1f} %"
         log.info(f"lora:   rank {config.lora_rank}, trains {part}")
     count, accumulated = runtime.world_size, config.gradient_accumulation_steps
-    unit = "GPU" if runtime.device.type == "cuda" else "process"
-    parts = [f"{count} {unit}{'e' * (unit[-1] == 's')}s"] if count > 1 else []
+    unit, units = ("GPU", "GPUs") if runtime.device.type == "cuda" else ("process", "processes")
+    parts = [f"{count} {units}"] if count > 1 else []
     parts += [str(accumulated)] if accumulated > 1 else []
     share = f"{config.batch_size // (count * accumulated)} per {unit}"
     size = f" ({' x '.join([share, *parts])})" if parts else ""
