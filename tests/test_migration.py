@@ -112,10 +112,9 @@ def test_skipping_bad_images_of_a_data_set_without_files_is_a_warning(caplog):
 def test_a_guidance_that_is_asked_for_and_cannot_be_had_is_an_error(command, tmp_path):
     run = make_checkpoint(tmp_path / "run", cfg_scale=1.3, cfg_dropout_prob=0.2)
     for script in (sample, evaluate):
-        for option in (["--cfg_scale", "3"], ["cfg_scale=3"]):
-            code, printed = command(script.main, "--checkpoint", run, "--dry_run", *option)
-            assert code == EXIT_USAGE
-            assert "conditional=True" in printed
+        code, printed = command(script.main, "--checkpoint", run, "--dry_run", "cfg_scale=3")
+        assert code == EXIT_USAGE
+        assert "needs training with conditional=True" in printed
     code, printed = command(sample.main, "--checkpoint", run, "--dry_run")
     assert code == EXIT_OK
     assert "model without classes" in printed
@@ -255,7 +254,7 @@ def test_zero_guidance_says_that_it_ignores_labels(command, tmp_path):
     assert "unconditional: labels are ignored; 1 is conditional without guidance" in printed
 
 
-@pytest.mark.parametrize("name", ["foo", "foo.png", "foo.GIF", "foo.npz"])
+@pytest.mark.parametrize("name", ["foo.png", "foo.GIF"])
 def test_the_suffix_of_an_output_name_is_not_doubled(command, tmp_path, name):
     run = make_checkpoint(tmp_path / "run")
     options = ["--num_samples", 1, "--output_dir", tmp_path / "out", "--output_name", name]
