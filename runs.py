@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from reporting import run_files
 from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
 from utils.cli import Parser, normalized
 from utils.config import Config
@@ -31,9 +32,12 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     )
     parser.set_defaults(command=command)
     add = parser.add_argument
+    add("--print_config", action="store_true", help="print the configs of the runs and stop")
+    add("--dry_run", action="store_true", help="check everything, write nothing")
     if command == REPORT:
-        add("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+        add("folders", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
         add("--output", help="the page; default: report.html in the folder of the first run")
+        parser.set_defaults(save_dir=None)
         return parser
     add("folders", nargs="*", metavar="FOLDER", help="runs, or folders that hold runs")
     add("--save_dir", help="as in a config: the folder that holds the runs; default: checkpoints")
@@ -50,21 +54,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.command == REPORT:
-        write_report(args.runs, args.output)
+    if args.command == REPORT and not args.print_config:
+        write_report(args.folders, args.output, dry_run=args.dry_run)
         return EXIT_OK
     named = [*args.folders, *filter(None, [args.save_dir])]
     folders = named or [Config.model_fields["save_dir"].default]
-    facts = [facts_of(folder, name) for name, folder in by_name(find_runs(folders)).items()]
-    if args.json:
+    runs = by_name(find_runs(folders))
+    facts = [facts_of(folder, name) for name, folder in runs.items()]
+    if args.print_config:
+        path = run_files.CONFIG
+        configs = {name: run_files.read_json(folder / path) for name, folder in runs.items()}
+        say(json.dumps(configs, indent=2, ensure_ascii=False))
+    elif args.json:
         say(json.dumps([of_run._asdict() for of_run in facts], indent=2))
     else:
         say(format_table(facts) if facts else f"no runs in {', '.join(folders)}")
     return EXIT_OK
 
 
-def write_report(folders: Sequence[Path], output: str | None) -> None:
-    """Write the page of these runs and say where. Raises a `UserError` if it cannot be written."""
+def write_report(folders: Sequence[Path], output: str | None, *, dry_run: bool = False) -> None:
+    """Write the page of these runs and say where; a `dry_run` makes it without writing it. Raises a
+    `UserError` if it cannot be written."""
     from reporting.runs import render_report  # Pillow and numpy, which the list does without
 
     for folder in folders:
@@ -77,10 +87,12 @@ def write_report(folders: Sequence[Path], output: str | None) -> None:
         raise ConfigError(f"--output {path}: {path.parent} is not a folder")
     text = render_report(list(dict.fromkeys(folders)))
     try:
-        write_text(path, text)
+        if not dry_run:
+            write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    say(f"{path}: {len(text) / 1e6:.1f} MB, open it in a browser")
+    end = "not written" if dry_run else "open it in a browser"
+    say(f"{path}: {len(text) / 1e6:.1f} MB, {end}")
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:

@@ -110,7 +110,7 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
         raise ConfigError(f"{most}; lower --num_samples")
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
-    files.check_output_name(args.output_name)
+    args.output_name = files.output_name(args.output_name)
     if args.save_images:
         files.check_picture_folder(Path(args.output_dir) / "images", num_images)
 

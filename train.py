@@ -77,7 +77,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
         if runtime.is_main and not dry_run:
             mark_complete(config.run_dir)
         return EXIT_OK
-    spec = job.dataset.spec
+    config, spec = job.config, job.dataset.spec
     evaluation = training_evaluation(config, spec, runtime)
     if dry_run:
         build.log_start(job)

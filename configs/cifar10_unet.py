@@ -27,6 +27,7 @@ config = dict(
     scheduler_type="warmup_cosine",
     warmup_epochs=10,
     save_interval=50,
+    keep_last=10,
     sample_interval=20,
     num_samples=100,
     num_inference_steps=50,

@@ -22,5 +22,6 @@ config = dict(
     warmup_epochs=10,
     save_interval=50,
     sample_interval=50,
+    keep_last=10,
     num_samples=102,
 )

@@ -5,6 +5,7 @@ A new data set is one builder `(config, split) -> ImageDataset` and one line in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from utils.errors import DataError
 from utils.images import ImageSpec
 
 SPLITS = ("train", "test")
+
+log = logging.getLogger("diffusion")
 
 
 class DatasetEntry(NamedTuple):
@@ -82,6 +85,9 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
         raise DataError(_unknown(config.dataset))
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
+    if config.on_bad_image == "skip" and DATASETS[config.dataset].in_files is None:
+        of_files = ", ".join(name for name, entry in DATASETS.items() if entry.in_files)
+        log.warning("on_bad_image has no effect without a data set of image files: %s", of_files)
     dataset = DATASETS[config.dataset].build(config, split)
     spec = native_spec(config)
     if spec is not None and dataset.spec != spec:
@@ -131,17 +137,14 @@ def check_config(config: Config) -> Iterator[Problem]:
     if num_classes == 0 and entry.native is None:
         has += " with use_subdirs=False and no label_file"
     faults: dict[str, str] = {}  # key -> what is wrong with its value
-    if config.on_bad_image == "skip" and entry.in_files is None:
-        of_files = ", ".join(other for other in DATASETS if DATASETS[other].in_files)
-        faults["on_bad_image"] = f" is for data sets of image files ({of_files}), not {name!r}"
-    if config.label_file is not None and entry.native is not None:
-        faults["label_file"] = f" is for dataset='custom', not {name!r}"
-    elif config.label_file is not None and config.use_subdirs:
+    if config.label_file is not None and config.use_subdirs and entry.native is None:
         faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):
         faults["num_classes"] = f", but {has}; leave it out"
     if config.conditional and num_classes == 0:
-        faults["conditional"] = f" needs labels, but {has}; set conditional=False"
+        faults["conditional"] = (
+            f" needs labels, but {has}; set conditional=False, see docs/migration.md"
+        )
     if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         faults["classes"] = f": {has}, numbered from 0"
     given = config.model_dump(mode="json", include=set(faults))  # with lists, as they are written

@@ -7,7 +7,9 @@ not guarded against other processes: under torchrun rank 0 builds first and the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from datasets.bad_images import replace_bad_images
-from datasets.decoding import fit_arrays
+from datasets.decoding import fit_arrays, has_image_suffix
 from datasets.storage import ImageFileDataset, InMemoryDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, one_line, show
@@ -25,8 +27,11 @@ DIGIT_NAMES = tuple("0123456789")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; a blocked network may never answer
 PHOTO_SIZE = (64, 64)  # of data sets of larger photos, if the config asks for no size
 CELEBA_PARTITION = {"train": "0", "valid": "1", "test": "2"}
+CELEBA_NUMBERS = {"train": range(1, 162_771), "test": range(182_638, 202_600)}  # valid between
 FLOWERS_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 FLOWERS_FILES = ("jpg", "imagelabels.mat", "setid.mat")
+
+log = logging.getLogger("diffusion")
 
 
 def build_digits(config: Config, split: str) -> InMemoryDataset:
@@ -79,22 +84,25 @@ def build_torchvision(class_name: str, config: Config, split: str) -> InMemoryDa
 def list_celeba(config: Config, split: str) -> Listing:
     """The files of aligned CelebA, sorted and unlabelled.
 
-    Needs `img_align_celeba/` and `list_eval_partition.txt` only. The lines of the latter are such
-    as `000001.jpg 0`: 0 train, 1 valid, 2 test. Raises a DataError if the files are missing and
-    cannot be downloaded, or the list has a line of another form, or no image of the split.
+    Needs `celeba/img_align_celeba/` only, in any capitals. The lines of `list_eval_partition.txt`
+    beside it are such as `000001.jpg 0`: 0 train, 1 valid, 2 test; without it the images are split
+    by number, as that list splits them, which is logged. Raises a DataError if the images are
+    missing and cannot be downloaded, the list has a line of another form, an image another name, or
+    the split no image.
     """
-    folder = Path(config.data_root) / "celeba"
-    images_dir, partition = folder / "img_align_celeba", folder / "list_eval_partition.txt"
-    if not (images_dir.is_dir() and partition.is_file()):
+    root = Path(config.data_root)
+    images_dir = _any_case(root, "celeba", "img_align_celeba")
+    if not images_dir.is_dir():
         from torchvision.datasets import CelebA
 
-        images_alone = f"dataset='custom', data_root={show(images_dir)!r}, use_subdirs=False"
         files = ["img_align_celeba/ (the unpacked img_align_celeba.zip)"]
-        files.append(f"{partition.name}; or use the images alone with {images_alone}")
-        with _download("celeba", folder, files):
+        with _download("celeba", images_dir.parent, files):
             CelebA(config.data_root, split="all", target_type=[], download=True)
-    names = []
-    for number, line in enumerate(partition.read_text(encoding="utf-8").splitlines(), start=1):
+    images_dir = _any_case(root, "celeba", "img_align_celeba")
+    partition = _any_case(images_dir.parent, "list_eval_partition.txt")
+    lines = partition.read_text(encoding="utf-8").splitlines() if partition.is_file() else []
+    names = [] if partition.is_file() else _celeba_by_number(images_dir, split)
+    for number, line in enumerate(lines, start=1):
         name, _, part = line.partition(" ")
         if part.strip() not in CELEBA_PARTITION.values() or "/" in name or not name:
             raise DataError(
@@ -105,6 +113,30 @@ def list_celeba(config: Config, split: str) -> Listing:
     if not names:
         raise DataError(f"{show(partition)}: lists no image of the {split} split")
     return Listing(images_dir, sorted(names), [0] * len(names), ())
+
+
+def _any_case(folder: Path, *parts: str) -> Path:
+    """`folder` / part / part, where names that are there in other capitals count as well."""
+    for part in parts:
+        there = sorted(os.listdir(folder)) if folder.is_dir() else []
+        same = [name for name in there if name.casefold() == part]
+        folder /= part if part in there or not same else same[0]
+    return folder
+
+
+def _celeba_by_number(images_dir: Path, split: str) -> list[str]:
+    """The names of a split's images without the list of the splits, sorted."""
+    names, numbers = sorted(filter(has_image_suffix, os.listdir(images_dir))), CELEBA_NUMBERS[split]
+    for name in names:
+        if not re.fullmatch(r"[0-9]{6}[.]\w+", name):
+            raise DataError(f"{show(images_dir / name)}: not called as CelebA's images, 000001.jpg")
+    chosen = [name for name in names if int(name[:6]) in numbers]
+    if not chosen:
+        ends = f"{numbers[0]:06d} to {numbers[-1]:06d}"
+        raise DataError(f"{show(images_dir)}: no image of the {split} split, {ends}")
+    how = "no list_eval_partition.txt, so the splits are by number, as published"
+    log.warning(f"celeba: {how}: {len(chosen):,} of {len(numbers):,} {split} images")
+    return chosen
 
 
 def list_flowers102(config: Config, split: str) -> Listing:

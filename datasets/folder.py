@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
-from datasets.label_file import read_label_file
+from datasets.label_file import how_to_complete, read_label_file
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -291,7 +291,7 @@ def _list_labelled(config: Config, root: Path) -> Listing:
     if unlisted:
         raise DataError(
             f"{show(root / unlisted[0])}: not in {show(path)} ({len(unlisted)} image(s) without a "
-            "label); add a label or remove the file"
+            f"label); add a label or remove the file{how_to_complete(path, root)}"
         )
     names = sorted(labels, key=os.fsencode)
     class_names = tuple(map(str, range(max(labels.values()) + 1)))

@@ -19,6 +19,7 @@ from utils.files import IMAGE_EXTENSIONS
 
 MAX_BYTES = 2**27  # a few million images; reading takes about ten times as much memory
 MAX_SHOWN = 80  # characters of a name or label in a message
+ABSENT = "no such file"
 NEEDED = 'must be a mapping {"img1.jpg": 0, ...}'
 
 
@@ -42,7 +43,8 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
         elif num_classes is not None and label >= num_classes:
             fault = f"num_classes={num_classes} allows labels below it; correct one of them"
         if fault := fault or _name_fault(key, root, resolved_root):
-            raise DataError(f"{show(path)}: {_shown(key)}: {_shown(label)}: {fault}")
+            advice = how_to_complete(path, root) if fault.startswith(ABSENT) else ""
+            raise DataError(f"{show(path)}: {_shown(key)}: {_shown(label)}: {fault}{advice}")
         labels[name] = label
     used = set(labels.values())
     expected = max(used) + 1 if num_classes is None else num_classes
@@ -51,9 +53,27 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
         raise DataError(
             f"{show(path)}: no image has label {missing}, but labels must be 0 to "
             f"{_shown(expected - 1)} without gaps ({len(used)} different ones found); renumber "
-            "them or set num_classes"
+            f"them or set num_classes{how_to_complete(path, root)}"
         )
     return labels
+
+
+def how_to_complete(path: Path, root: Path) -> str:
+    """The end of a message: lines of Python that make a complete label file of the one there."""
+    lines = (
+        "how to fix: these three lines of Python write labels_complete.json there, with every image"
+        " and without gaps",
+        "(images that had no label are the last class); then set label_file=labels_complete.json",
+        f"import json, pathlib, re; root = pathlib.Path({str(root)!a}); "
+        f"old = json.load(open({str(path)!a}, encoding='utf-8-sig'))",
+        "names = [n for n in sorted(p.relative_to(root).as_posix() for p in root.rglob('*.*')) "
+        f"if n.lower().endswith({IMAGE_EXTENSIONS}) and not re.search('(^|/)([.]|[@#].*/)', n)]",
+        "given = dict(old.get('labels') or old); labels = [given.get(n, 10**9) for n in names]; "
+        "ids = sorted(set(labels)); "
+        "(root / 'labels_complete.json').write_text(json.dumps("
+        "{n: ids.index(k) for n, k in zip(names, labels)}))",
+    )
+    return "".join(f"\n       {line}" for line in lines)
 
 
 def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
@@ -100,7 +120,7 @@ def _name_fault(key: str, root: Path, resolved_root: str) -> str | None:
     if os.path.commonpath((resolved, resolved_root)) != resolved_root:
         return f"a link that leads out of {show(root)}; copy the file instead"
     if not exists:
-        return f"no such file in {show(root)}; correct the name or remove the line"
+        return f"{ABSENT} in {show(root)}; correct the name or remove the line"
     if not has_image_suffix(key):
         return f"not an image by its name; use {' '.join(IMAGE_EXTENSIONS)}"
     return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion import SAMPLERS, Step, make_denoiser, timestep_grid
 from diffusion.guidance import Denoiser
 from generation.run import Run
-from utils.config import Config
+from utils.config import Config, guidance_problem, steps_problem
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
 from utils.images import to_uint8
@@ -24,6 +24,8 @@ from utils.rng import sample_noise
 Labels = Sequence[int] | None  # a class in [0, K) for each image; None: a model without classes
 Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> noise
 Frames = dict[int, list[Tensor]]  # the number of a step -> the images after it, batch by batch
+
+UNCONDITIONAL = "unconditional: labels are ignored; 1 is conditional without guidance"
 
 log = logging.getLogger("diffusion")
 
@@ -58,7 +60,7 @@ class Sampling:
         return rule(**self.options) if callable(rule) else rule
 
     def describe(self) -> str:
-        kinds = {0.0: "unconditional", 1.0: "conditional, no guidance"}
+        kinds = {0.0: UNCONDITIONAL, 1.0: "conditional, no guidance"}
         kind = kinds.get(self.cfg_scale, f"guided, cfg_scale {self.cfg_scale:g}")
         kind = kind if self.conditional else "model without classes"
         forwards = SAMPLERS[self.method].forwards_per_step
@@ -102,7 +104,7 @@ def sampling_from(
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")
-    if problem := config.steps_problem(steps) or config.guidance_problem(scale):
+    if problem := steps_problem(config, steps) or guidance_problem(config, scale):
         raise ConfigError(problem)
     kept = config.cfg_interval, config.threshold, config.timestep_spacing, config.conditional
     return Sampling(chosen, steps, eta, float(scale), *kept)

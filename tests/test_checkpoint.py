@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from training.resume import newest_checkpoint
 from training.run_dir import prepare_run_dir
+from training.saving import remove_old_checkpoints
 from utils import checkpoint as files
 from utils.checkpoint import (
     BEST,
@@ -26,8 +28,6 @@ from utils.checkpoint import (
     epoch_name,
     link_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
-    remove_old_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
 )

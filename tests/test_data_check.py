@@ -308,7 +308,6 @@ def test_the_report_comes_before_the_fault(check, tmp_path):
 
 def test_faults_of_the_config(check):
     assert "'lr' is not a config key" in check("lr=1").error
-    assert "on_bad_image='skip' is for" in check("dataset=digits", "on_bad_image=skip").error
     assert "use 'error' or 'skip'" in check("on_bad_image=ignore").error
 
 

@@ -288,7 +288,7 @@ def test_a_failed_download_says_which_files_go_where(name, tmp_path, monkeypatch
         "fashionmnist": ["FashionMNIST/raw", "train-images-idx3-ubyte"],
         "cifar10": ["cifar-10-batches-py", "data_batch_1", "test_batch", "batches.meta"],
         "cifar100": ["cifar-100-python", "train", "test", "meta"],
-        "celeba": ["celeba", "img_align_celeba", "list_eval_partition.txt", "dataset='custom'"],
+        "celeba": ["celeba", "img_align_celeba"],
         "flowers102": ["flowers-102", "jpg/", "imagelabels.mat", "setid.mat", FLOWERS_URL],
     }[name]
     root = tmp_path / "new" / "data"
@@ -432,8 +432,7 @@ def test_check_config_accepts_every_dataset():
             assert problems(dataset=name, num_classes=entry.native.num_classes) == []
         if entry.native is None or entry.native.num_classes:
             assert problems(dataset=name, conditional=True) == []
-        is_file_backed = name in ("celeba", "flowers102", "custom")
-        assert (problems(dataset=name, on_bad_image="skip") == []) == is_file_backed
+        assert problems(dataset=name, on_bad_image="skip") == []
 
 
 @pytest.mark.parametrize(
@@ -445,9 +444,7 @@ def test_check_config_accepts_every_dataset():
         ({"dataset": "cifar10", "num_classes": 102}, "num_classes", "10 classes"),
         ({"dataset": "celeba", "num_classes": 40}, "num_classes", "0 classes"),
         ({"dataset": "celeba", "conditional": True}, "conditional", "labels"),
-        ({"dataset": "mnist", "label_file": "x.json"}, "label_file", "custom"),
         ({"dataset": "custom", "label_file": "x.json"}, "label_file", "use_subdirs=False"),
-        ({"dataset": "digits", "on_bad_image": "skip"}, "on_bad_image", "flowers102, custom"),
         ({"dataset": "custom", "num_classes": 0}, "num_classes", "has labels"),
         (
             {"dataset": "custom", "use_subdirs": False, "num_classes": 3},

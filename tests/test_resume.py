@@ -56,7 +56,7 @@ WARNED = {
     "warmup_epochs": 2,
     "warmup_start_factor": 0.1,
     "step_size": 10,
-    "gamma": 0.5,
+    "gamma": 0.9,
     "gradient_accumulation_steps": 2,
     "precision": "fp32",
     "dataset": "synthetic",

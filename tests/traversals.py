@@ -108,7 +108,7 @@ def attempt(labels):
         dataset = build_dataset(Config(**settings, label_file="labels.json"))
         return "read", [dataset[i] for i in range(len(dataset))] and dataset.names
     except DataError as error:
-        return "refused", str(error)
+        return "refused", str(error).partition("\\n       how to fix: ")[0]
 
 links, attempts = json.loads(sys.stdin.read())
 good = attempt({"0.png": 0, "inner.png": 1})  # imports what is imported late

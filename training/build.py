@@ -128,7 +128,13 @@ def log_start(job: Job) -> None:
     if trained < count:
         part = f"{trained / 1e6:.3f} M of them, {100 * trained / count:.1f} %"
         log.info(f"lora:   rank {config.lora_rank}, trains {part}")
-    steps = f"{schedule.total_steps} steps of {schedule.batch_size} images"
+    count, accumulated = runtime.world_size, config.gradient_accumulation_steps
+    unit, units = ("GPU", "GPUs") if runtime.device.type == "cuda" else ("process", "processes")
+    parts = [f"{count} {units}"] if count > 1 else []
+    parts += [str(accumulated)] if accumulated > 1 else []
+    share = f"{config.batch_size // (count * accumulated)} per {unit}"
+    size = f" ({' x '.join([share, *parts])})" if parts else ""
+    steps = f"{schedule.total_steps} steps, {config.batch_size} images a step{size}"
     log.info(f"plan:   {steps}, {schedule.steps_per_epoch:.1f} steps per epoch")
 
 

@@ -58,6 +58,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
         raise UserError("the processes read different configs; no value may depend on the process")
     precision = resolve_precision(config.precision, runtime.device)
     seen, resume = checkpoints_in(config.run_dir), find_resume(config)
+    config = config if resume is None else resume.continued(config)
     step = -1 if resume is None else resume.step
     if runtime.any(runtime.broadcast_object(step) != step):
         raise UserError(

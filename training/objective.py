@@ -61,7 +61,7 @@ def training_examples(
         draws = generator(Stream.NOISE, step)
         noise = torch.randn(batch_size, *x_0.shape[1:], generator=draws, device=device)
         y = labels if config.conditional else None
-        if config.conditional and config.label_dropout > 0:
+        if config.label_dropout > 0:
             draws = generator(Stream.LABEL_DROPOUT, step)
             chance = torch.rand(batch_size, generator=draws, device=device)
             y = labels.masked_fill(chance[rows] < config.label_dropout, NULL_LABEL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from models.lora import add_adapters
 from training.optim import parameter_groups
 from training.progress import Schedule
 from utils import checkpoint as files
-from utils.config import Config, RawConfig, keys_by_resume, validate
+from utils.config import RULES, Config, RawConfig, keys_by_resume, validate
 from utils.distributed import Runtime, world_size
 from utils.errors import CheckpointError, ConfigError, UserError, one_line, show
 from utils.images import ImageSpec
@@ -41,6 +41,16 @@ class Resume:
     def step(self) -> int:
         return self.state["step"]
 
+    def continued(self, config: Config) -> Config:
+        """`config`, but where it has no value for a key, and the run began with what was the
+        default then, that default stays."""
+        kept = {}
+        for key, rules in RULES.items():
+            was, is_given = rules.get("was"), key in config.model_fields_set
+            if was is not None and not is_given and self.state["config"].get(key) == was:
+                kept[key] = was
+        return Config.model_construct(config.model_fields_set, **{**dict(config), **kept})
+
 
 def find_resume(config: Config) -> Resume | None:
     """The checkpoint that `resume_path` means, or None for a fresh run. Writes nothing.
@@ -50,7 +60,7 @@ def find_resume(config: Config) -> Resume | None:
     """
     folder, resume, is_ours = config.run_dir, None, config.resume_path == AUTO
     if is_ours:
-        if (newest := files.newest_checkpoint(folder, check_goes_on)) is None:
+        if (newest := newest_checkpoint(folder, check_goes_on)) is None:
             return None
         path, state, skipped = newest
         for reason in skipped:
@@ -74,8 +84,38 @@ def find_resume(config: Config) -> Resume | None:
             "experiment_name, or remove the folder"
         )
     if resume is not None:
-        _check_matches(resume, config)
+        _check_matches(resume, resume.continued(config))
     return resume
+
+
+def newest_checkpoint(
+    run_dir: Path, check: Callable[[Path, dict[str, Any]], None] = files.check_state
+) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps, as its
+    path, its state, and a line for each damaged file passed over; None without checkpoints. A file
+    of which `check` raises a CheckpointError counts as damaged.
+
+    Raises a CheckpointError if there are checkpoints, but none is readable: nothing may start anew
+    silently.
+    """
+    current, skipped = run_dir / files.CURRENT, []
+    newest: tuple[Path, dict[str, Any]] | None = None
+    latest = [path for path in (current, run_dir / files.BEST) if path.is_file()]
+    for path in [*latest, *files.epochs_saved(run_dir).values()]:
+        try:
+            state = files.load_checkpoint(path)
+            check(path, state)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        if path == current:
+            return path, state, skipped
+        if newest is None or state["step"] >= newest[1]["step"]:
+            newest = path, state
+    if newest is None and skipped:
+        lines = "\n       ".join(skipped)
+        raise CheckpointError(f"no readable checkpoint to resume from:\n       {lines}")
+    return None if newest is None else (*newest, skipped)
 
 
 def check_goes_on(path: Path, state: dict[str, Any]) -> None:

@@ -67,6 +67,13 @@ class BestScore:
             self.value = best["value"]
 
 
+def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` of `model_epoch_*.pth`, with a line for each."""
+    for path in list(files.epochs_saved(run_dir).values())[:-keep_last]:
+        path.unlink()
+        log.info("deleted %s: keep_last=%d", path, keep_last)
+
+
 @dataclass
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time, while the training goes on.
@@ -144,7 +151,7 @@ class Saver:
                 files.link_checkpoint(current, self.folder / files.BEST)
             if epoch is not None:
                 files.link_checkpoint(current, self.folder / files.epoch_name(epoch))
-                files.remove_old_checkpoints(self.folder, self.keep_last)
+                remove_old_checkpoints(self.folder, self.keep_last)
         except (OSError, RuntimeError) as error:
             return one_line(error, 500)
         self.status.tell_saved(state)

@@ -11,11 +11,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from utils.config_schema import Config
 from utils.errors import CheckpointError, one_line, require, show
 from utils.files import atomic_path, looks_like
 
@@ -28,6 +30,9 @@ FOLDER_ATTRIBUTE = 0x10  # the folder bit of MS-DOS, which no checksum covers
 EPOCH_PATTERN = re.compile(r"model_epoch_(\d+)\.pth")
 MAX_ENTRIES, MAX_DEPTH = 10**6, 30  # of a whole file; lists may hold one another many times over
 MAX_COUNT, MAX_SIDE, MAX_CLASSES = 2**53, 2**14, 2**20  # above it a number is no count of these
+RUNS_NAMED = 10  # in a message
+PICKLES = [bytes([0x80, protocol]) for protocol in range(2, 6)]  # how they begin
+FOREIGN = "its network cannot be loaded here; train again with its config, see docs/migration.md"
 # What every config has said since the first format: without it the weights mean nothing.
 CONFIG_KEYS = {"seed", "batch_size", "model_type", "model_params", "conditional"}
 CONFIG_KEYS |= {"num_timesteps", "beta_schedule", "prediction_type"}
@@ -125,12 +130,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if what := looks_like(path):
             raise ValueError(what)
+        with open(path, "rb") as file:
+            if file.read(2) in PICKLES:
+                raise UnpicklingError(FOREIGN)
         _check_members(path)
         is_whole = has_its_checksum(path)
         damaged = None if is_whole else _damaged_member(path)
         state = read_tensors(path) if not damaged else {}
     except Exception as error:
-        message = f"{show(path)}: cannot be read as a checkpoint ({one_line(error)})"
+        reason = one_line(error)
+        if isinstance(error, UnpicklingError):  # in a file that is not damaged
+            reason = f"it holds Python objects, as those of other projects do; {FOREIGN}"
+        message = f"{show(path)}: cannot be read as a checkpoint ({reason})"
         raise CheckpointError(message) from error
     if damaged is not None:
         raise CheckpointError(f"{show(path)}: damaged ({damaged} is not what was written)")
@@ -276,10 +287,20 @@ def check_state(path: Path, state: Any) -> None:
     there = OPTIONAL_STATE.keys() & (state.keys() if isinstance(state, dict) else ())
     form = STATE | {key: OPTIONAL_STATE[key] for key in there}
     if problem := misfit(state, form):
+        problem = _of_another_project(state) or problem
         raise CheckpointError(f"{show(path)}: not a checkpoint of this project, {problem}")
     if (version := state["format_version"]) > FORMAT_VERSION:
         message = f"format {version} is newer than the {FORMAT_VERSION} this version reads"
         raise CheckpointError(f"{show(path)}: {message}; update the project")
+
+
+def _of_another_project(state: Any) -> str | None:
+    """What is to be done with a checkpoint that says nothing of our format; None if it does."""
+    if not isinstance(state, dict) or not state or "format_version" in state:
+        return None
+    keys = one_line(", ".join(map(str, state)), 80)
+    what = "bare weights" if _is_weights(state) else f"it holds {keys}"
+    return f"but of another ({what}); {FOREIGN}"
 
 
 def _damaged_member(path: Path) -> str | None:
@@ -298,52 +319,27 @@ def resolve_checkpoint(path: str | Path) -> Path:
     CheckpointError if there is none."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint or run directory")
+        raise CheckpointError(f"{path}: no such checkpoint or run directory{_runs_near(path)}")
     if not path.is_dir():
         return path
     for name in (BEST, CURRENT):
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(f"{path}: has neither {BEST} nor {CURRENT}")
+    raise CheckpointError(f"{path}: has neither {BEST} nor {CURRENT}{_runs_near(path)}")
 
 
-def newest_checkpoint(
-    run_dir: Path, check: Callable[[Path, dict[str, Any]], None] = check_state
-) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """For `resume_path=auto`: `current_model.pth`, else the valid file with the most steps, as its
-    path, its state, and a line for each damaged file passed over; None without checkpoints. A file
-    of which `check` raises a CheckpointError counts as damaged.
-
-    Raises a CheckpointError if there are checkpoints, but none is readable: nothing may start anew
-    silently.
-    """
-    current, skipped = run_dir / CURRENT, []
-    newest: tuple[Path, dict[str, Any]] | None = None
-    latest = [path for path in (current, run_dir / BEST) if path.is_file()]
-    for path in [*latest, *epochs_saved(run_dir).values()]:
-        try:
-            state = load_checkpoint(path)
-            check(path, state)
-        except CheckpointError as error:
-            skipped.append(str(error))
-            continue
-        if path == current:
-            return path, state, skipped
-        if newest is None or state["step"] >= newest[1]["step"]:
-            newest = path, state
-    if newest is None and skipped:
-        lines = "\n       ".join(skipped)
-        raise CheckpointError(f"no readable checkpoint to resume from:\n       {lines}")
-    return None if newest is None else (*newest, skipped)
+def _runs_near(path: Path) -> str:
+    """The end of a message, "; runs in checkpoints: a, b", or "" if there is none around."""
+    default = Path(Config.model_fields["save_dir"].default)
+    for folder in (path, path.parent, path.parent.parent, default):
+        names = sorted({checkpoint.parent.name for checkpoint in folder.glob("*/*_model.pth")})
+        if names:
+            more = f" and {len(names) - RUNS_NAMED} more" if names[RUNS_NAMED:] else ""
+            return f"; runs in {show(folder)}: {show(', '.join(names[:RUNS_NAMED]))}{more}"
+    return ""
 
 
 def epochs_saved(run_dir: Path) -> dict[int, Path]:
     """The `model_epoch_*.pth` files by epoch, ascending; none in a folder that does not exist."""
     named = ((EPOCH_PATTERN.fullmatch(p.name), p) for p in run_dir.glob("*.pth") if p.is_file())
     return dict(sorted((int(match[1]), path) for match, path in named if match))
-
-
-def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` of `model_epoch_*.pth`."""
-    for path in list(epochs_saved(run_dir).values())[:-keep_last]:
-        path.unlink()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from utils.errors import EXIT_USAGE, one_line, printable
+from utils.errors import EXIT_USAGE, one_line, printable, shell_line
 from utils.files import expand_home
 
 MAX_IMAGES = 10**6  # of one command: the images, or their numbers, must fit into memory
@@ -18,10 +19,61 @@ PLAIN_NUMBER = re.compile(
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells a fault in one line, without the usage that argparse puts above it."""
+    """A parser that tells a fault in one line, without the usage that argparse puts above it, and
+    with what to write instead of the options that other projects have."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does, but unknown options are an error; also of a subcommand's parser."""
+        self.given = args or ()
+        known, rest = super().parse_known_args(args, namespace)
+        if unknown := [token for token in rest if token.startswith("-")]:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, printable(f"error: {message}; see python {self.prog} --help\n"))
+        hint = instead_of_foreign(self.given, self._option_string_actions)
+        self.exit(EXIT_USAGE, printable(f"error: {message}{hint}; see python {self.prog} --help\n"))
+
+
+def instead_of_foreign(argv: Sequence[str], options: Collection[str]) -> str:
+    """The end of a message: what to write for those options of `argv` that are none of `options`,
+    be it one of these or key=value; "" if nothing is known of them."""
+    from utils.config import ALIASES, RULES, did_you_mean  # which needs this module
+
+    foreign: dict[str, list[str]] = {}
+    values: list[str] = []  # of the option before; nobody asks for those of a known one
+    for token in argv:
+        option, _, value = token.partition("=")
+        if token.startswith("--"):
+            values = [value] if value else []
+            if option not in options:
+                foreign[option[2:]] = values
+        elif "=" not in token:
+            values.append(token)
+    keys, hints = {}, []
+    for name, values in foreign.items():
+        key = ALIASES.get(name, name)
+        if f"--{key}" not in options and key in RULES and "--config" in options:
+            keys[key] = ",".join(values) or "true"
+        elif near := did_you_mean(key, [option.lstrip("-") for option in options]):
+            hints.append(near.replace("; ", f"; --{name}: ").replace("'", "'--", 1))
+    if keys:
+        has_config = any(token.startswith("--config") for token in argv)
+        config = f"--config {_shipped_config(keys.get('dataset', ''))}"
+        place = "the other options" if has_config or "--checkpoint" in options else config
+        pairs = shell_line(*(f"{key}={value}" for key, value in keys.items()))
+        hints.append(f"; write {pairs} behind {place}")
+    return "".join(hints)
+
+
+def _shipped_config(dataset: str) -> str:
+    """The config that is there for a data set, the UNet's if there are several."""
+    name = re.sub(r"[\W_]", "", dataset.lower())
+    paths = Path("configs").glob(f"{name}_*.py") if name else ()
+    fitting = sorted(paths, key=lambda path: (path.stem != f"{name}_unet", path.name))
+    return str(fitting[0]) if fitting else "FILE"
 
 
 def new_parser(
@@ -80,8 +132,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
     # not intermixed: a subcommand's parser takes nothing in between
     args, rest = parser.parse_known_args(normalized(argv))
-    if unknown := [token for token in rest if token.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = [*args.set_values, *rest]
     return args
 
@@ -104,6 +154,11 @@ def plain_number(text: str) -> int | float:
     if not PLAIN_NUMBER.fullmatch(text):
         raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
     return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
+
+
+def plain_name(value: Any) -> Any:
+    """A name in small letters; dotted names and paths, whose case counts, as they are."""
+    return value.lower() if isinstance(value, str) and re.fullmatch(r"[\w-]+", value) else value
 
 
 def parse_float_list(text: str) -> list[float]:

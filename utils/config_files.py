@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.cli import PLAIN_NUMBER
+from utils.cli import PLAIN_NUMBER, plain_name
 from utils.config_schema import Config, PathText
 from utils.errors import ConfigError, one_line
 from utils.files import expand_home
@@ -67,7 +67,8 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
 def merge(base: RawConfig, top: RawConfig) -> None:
     """Lay `top` over `base` in place; `model_params` merge key by key for an unchanged model."""
     old_model = base.values.get("model_type", Config.model_fields["model_type"].default)
-    same_model = top.values.get("model_type", old_model) == old_model
+    new_model = top.values.get("model_type", old_model)
+    same_model = plain_name(new_model) == plain_name(old_model)
     old, new = base.values.get("model_params"), top.values.get("model_params")
     if not same_model:
         base.values.pop("model_params", None)

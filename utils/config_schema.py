@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import MAX_IMAGES, plain_number
+from utils.cli import MAX_IMAGES, plain_name, plain_number
 from utils.files import expand_home
 
 # pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
@@ -51,6 +51,7 @@ def _compile(value: Any) -> Any:
 
 
 PathText = Annotated[str, AfterValidator(expand_home)]
+Name = Annotated[str, BeforeValidator(plain_name)]
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_flag)]
@@ -81,7 +82,10 @@ WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
 RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
 ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
-GUIDANCE = ("cfg_scale above 1", lambda config: config.guidance_scale not in (0, 1))
+DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_dropout_prob == 0)
+SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
+GUIDES = "guidance, which is conditional=True and cfg_scale above 1"
+GUIDANCE = (GUIDES, lambda config: config.guidance_scale not in (0, 1))
 
 
 def key(
@@ -89,6 +93,7 @@ def key(
     *,
     resume: Literal["architecture", "meaning", "run", "warn"] | None = None,
     needs: Condition | None = None,
+    was: Any = None,
     also: str = "",
 ) -> Any:
     """A key of the config, as a pydantic field.
@@ -98,9 +103,11 @@ def key(
             ("architecture"), they mean something else ("meaning"), or their training becomes that
             of another run ("run"); all three are refused. "warn": it is allowed, with a warning.
         needs: the condition without which the key has no effect; default: it always has one.
+        was: its default in earlier versions. Their runs go on with it if their config has no value.
         also: what other projects call it, with spaces between the names; for hints alone.
     """
-    return Field(default, json_schema_extra=dict(resume=resume, needs=needs, also=also.split()))
+    rules = dict(resume=resume, needs=needs, was=was, also=also.split())
+    return Field(default, json_schema_extra=rules)
 
 
 class Config(BaseModel):
@@ -127,19 +134,21 @@ class Config(BaseModel):
     """processes that wait longer for another one give up"""
 
     # --- model
-    model_type: str = key("unet", resume="architecture", also="model backbone")
+    model_type: Name = key("unet", resume="architecture", also="model backbone")
     """backbone: unet, dit, jit or dim, see below"""
     model_params: dict[str, Any] = key({}, resume="architecture")
     """arguments of the backbone, checked against its signature"""
 
     # --- data
-    dataset: str = key("digits", resume="warn", also="data")
+    dataset: Name = key("digits", resume="warn", also="data")
     """name of a data set, or `custom`: a folder"""
     data_root: PathText = key("./data", also="data_dir data_path")
     """folder that holds the data"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
-    image_channels: Annotated[Literal[1, 3], BeforeValidator(_number)] | None = None
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(_number)] | None = key(
+        None, also="channels"
+    )
     """1 grey or 3 RGB; default: the data set's own (`custom`: 3)"""
     conditional: Bool = key(False, resume="meaning")
     """condition on the class label"""
@@ -150,7 +159,7 @@ class Config(BaseModel):
     classes: Annotated[Numbers, Field(min_length=1)] | None = key(None, resume="warn")
     """use only the images of these classes, counted from 0; default: all. The model still has all
     of them"""
-    label_file: PathText | None = None
+    label_file: PathText | None = key(None, needs=having(dataset="custom"))
     """`custom`, flat: JSON file `{"img1.jpg": 0}`; without it unlabelled"""
     on_bad_image: Literal["error", "skip"] = key("error", resume="warn")
     """image files that cannot be decoded: stop, or let the next good image take their place (at
@@ -181,11 +190,13 @@ class Config(BaseModel):
         5.0, resume="warn", needs=having(loss_weighting="min_snr")
     )
     """cap of the min-SNR weighting"""
-    cfg_dropout_prob: Probability | None = key(None, resume="warn", also="label_dropout")
+    cfg_dropout_prob: Probability | None = key(
+        None, resume="warn", needs=DROPPING, also="label_dropout"
+    )
     """share of labels dropped in training; default: 0.1 if conditional, else 0"""
 
     # --- sampling
-    cfg_scale: NonNegativeFloat | None = key(None, also="cfg guidance_scale w")
+    cfg_scale: NonNegativeFloat | None = key(None, needs=SCALED, also="cfg guidance_scale w")
     """guidance u + s (c - u): 0 unconditional, 1 conditional, above 1 guided; default: 2 if
     conditional and trained with dropped labels, else 1"""
     cfg_interval: tuple[Probability, Probability] | None = key(None, needs=GUIDANCE)
@@ -255,9 +266,9 @@ class Config(BaseModel):
     """`warmup_cosine`: epochs of warm-up"""
     warmup_start_factor: Factor = key(0.01, resume="warn", needs=WARMING_UP)
     """`warmup_cosine`: share of the learning rate to start from"""
-    step_size: PositiveInt = key(30, resume="warn", needs=STEPPING)
+    step_size: PositiveInt = key(50, resume="warn", needs=STEPPING, was=30)
     """`step`: epochs between two drops"""
-    gamma: Factor = key(0.1, resume="warn", needs=STEPPING)
+    gamma: Factor = key(0.5, resume="warn", needs=STEPPING, was=0.1)
     """`step`: factor of a drop"""
 
     # --- files
@@ -266,7 +277,7 @@ class Config(BaseModel):
     save_interval: PositiveInt = 10
     """epochs between two checkpoints"""
     keep_last: PositiveInt = 3
-    """`model_epoch_*.pth` files kept"""
+    """`model_epoch_*.pth` files kept; each one that is deleted is a line of the log"""
     sample_dir: PathText | None = None
     """previews go to its folder of this experiment; default: the run's `samples/`"""
     sample_interval: PositiveInt = 10
@@ -314,32 +325,16 @@ class Config(BaseModel):
 
     @property
     def label_dropout(self) -> float:
-        """`cfg_dropout_prob` with its default filled in."""
-        default = 0.1 if self.conditional else 0.0
-        return default if self.cfg_dropout_prob is None else self.cfg_dropout_prob
+        """`cfg_dropout_prob` with its default filled in; 0 without labels."""
+        given = 0.1 if self.cfg_dropout_prob is None else self.cfg_dropout_prob
+        return given if self.conditional else 0.0
 
     @property
     def guidance_scale(self) -> float:
-        """`cfg_scale` with its default filled in."""
-        default = 2.0 if self.conditional and self.label_dropout > 0 else 1.0
-        return default if self.cfg_scale is None else self.cfg_scale
-
-    def guidance_problem(self, scale: float) -> str | None:
-        """Why a model of this config cannot be sampled with this `cfg_scale`; None if it can.
-
-        All scales but 1 need a model that was trained both with labels and without them.
-        """
-        if scale == 1 or (self.conditional and self.label_dropout > 0):
-            return None
-        lacking = "cfg_dropout_prob above 0" if self.conditional else "conditional=True"
-        without = "dropped labels" if self.conditional else "class labels"
-        return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
-
-    def steps_problem(self, steps: int) -> str | None:
-        """Why sampling cannot take this number of steps; None if it can."""
-        if 1 <= steps <= self.num_timesteps:
-            return None
-        return f"num_inference_steps={steps}: must lie in 1..{self.num_timesteps} (num_timesteps)"
+        """`cfg_scale` with its default filled in; 1 without labels."""
+        default = 2.0 if self.label_dropout > 0 else 1.0
+        given = default if self.cfg_scale is None else self.cfg_scale
+        return given if self.conditional else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as stored in checkpoints and config.json."""

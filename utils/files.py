@@ -115,11 +115,14 @@ def is_file_name(name: str) -> bool:
     return bool(is_plain) and len(name.encode()) <= MAX_NAME_BYTES
 
 
-def check_output_name(name: str) -> None:
-    """Raise a ConfigError unless this can be the beginning of the names of files in a folder."""
+def output_name(name: str) -> str:
+    """What the names of files begin with that `--output_name` names, with or without the suffix of
+    one. A ConfigError if no names in a folder can begin like that."""
+    name = re.sub(r"(?i)(?<=.)\.(png|gif|npz)$", "", name)
     if not is_file_name(name):
         form = f"give a file name without folders, at most {MAX_NAME_BYTES} bytes"
         raise ConfigError(f"--output_name {one_line(ascii(name), 80)}: {form}")
+    return name
 
 
 def write_each(outputs: Mapping[Path, Callable[[Path], object]]) -> Iterator[Path]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from tests.faults.harness import Fault, Figure, Lab, count_bad, leftovers, state_hash
-from training.resume import find_resume
+from training.resume import find_resume, newest_checkpoint
 from training.run_dir import prepare_run_dir
+from training.saving import remove_old_checkpoints
 from utils import checkpoint as files
 from utils.config import Config
 from utils.errors import CheckpointError
@@ -54,7 +55,7 @@ def kill_writers(lab: Lab, trials: int) -> Figure:
         acknowledged = kill_a_writer(folder, state, last[0], lab.random.uniform(0, 0.08))
         torn["kills inside a write"] += bool(leftovers(folder))
         try:
-            _, found, skipped = files.newest_checkpoint(folder)
+            _, found, skipped = newest_checkpoint(folder)
         except CheckpointError as error:
             raise Fault(str(error)) from error
         if skipped:
@@ -78,7 +79,7 @@ def write(folder: Path, state: dict[str, Any], step: int) -> None:
     files.save_checkpoint(folder / files.CURRENT, {**state, "step": step})
     files.link_checkpoint(folder / files.CURRENT, folder / files.BEST)
     files.link_checkpoint(folder / files.CURRENT, folder / files.epoch_name(step))
-    files.remove_old_checkpoints(folder, 3)
+    remove_old_checkpoints(folder, 3)
 
 
 def kill_a_writer(folder: Path, state: dict[str, Any], start: int, delay: float) -> int:
@@ -232,7 +233,7 @@ def fall_back(lab: Lab, trials: int) -> Figure:
             good = (folder / name).read_bytes()
             (folder / name).unlink()  # the others may be links to it
             (folder / name).write_bytes(damaged_for_sure(good, kind, generator))
-            if (step := files.newest_checkpoint(folder)[1]["step"]) != wanted:
+            if (step := newest_checkpoint(folder)[1]["step"]) != wanted:
                 raise Fault(f"{kind}: without {name} step {step} was chosen, not {wanted}")
         (folder / files.epoch_name(1)).write_bytes(b"")
         for name in ("auto", str(folder / files.CURRENT)):

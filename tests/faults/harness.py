@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.checkpoint import CURRENT, load_checkpoint, newest_checkpoint
+from training.resume import newest_checkpoint
+from utils.checkpoint import CURRENT, load_checkpoint
 from utils.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
