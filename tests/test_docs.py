@@ -286,7 +286,10 @@ def test_readme_lists_everything_there_is(readme: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    paths = [ROOT / place_of(page, link)[0] for link in links_in(page) if "://" not in link]
+    links = [link for link in links_in(page) if "://" not in link]
+    paths = [page.parent / link.partition("#")[0] for link in links]
+    for link in links:
+        place_of(page, link)  # ValueError if there is no such heading
     named = re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w/]+\.(?:py|md|yml|png|gif))\b", text)
     named += re.findall(r"`([a-z_]+\.py)`", text)
     for name in named:
