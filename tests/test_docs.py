@@ -29,9 +29,9 @@ from utils.config import Config, RawConfig, apply_overrides, load_config, valida
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 CONFIGS, CONFIGS_ZH = ROOT / "docs" / "configs.md", ROOT / "docs" / "configs_zh.md"
-TRANSLATIONS = {ENGLISH: CHINESE, CONFIGS: CONFIGS_ZH}
 EXTENDING = ROOT / "docs" / "extending.md"  # tests/test_extending.py does what it says
 PAGES = [ENGLISH, CHINESE, *sorted({*(ROOT / "docs").glob("*.md")} - {EXTENDING})]
+TRANSLATIONS = {p.with_name(p.name.replace("_zh", "")): p for p in PAGES if p.stem.endswith("_zh")}
 IN_ENGLISH = [page for page in PAGES if page not in TRANSLATIONS.values()]
 SCRIPTS: dict[str, ModuleType] = {
     "train.py": train,
@@ -53,11 +53,13 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 OVERRIDE = re.compile(r"([a-z_]+)(\.[a-z_]+)?=\S+")
-COMMENT = re.compile(r"(?:^|[ \t]+)#.*$", re.MULTILINE)
-HEADING = re.compile(r"^#+(?= )", re.MULTILINE)
+BEFORE_COMMENT = re.compile(r".*(?:#|  )")
+HEADING = re.compile(r"^(#+) (.*)$", re.MULTILINE)
+THEIR_COLUMN = re.compile(r"^\|[^|]*(?=\|)", re.MULTILINE)
 TABLE = re.compile(r"(?:^\|.*$\n?)+", re.MULTILINE)
 LITERAL = re.compile(r"`[^`]+`|\d+(?:[.,]\d+)*")  # what a translation leaves as it is
 HAN = re.compile(r"[\u4e00-\u9fff]")
+IN_ENGLISH_MARK = "\uff08\u82f1\u6587\uff09"  # behind a link from a Chinese page to an English one
 
 
 class Block(NamedTuple):
@@ -76,6 +78,37 @@ def prose_of(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
+def our_words_in(page: Path) -> list[str]:
+    """What the page sets as code, but for other projects' words: the first column of migration."""
+    prose = prose_of(page)
+    ours = THEIR_COLUMN.sub("", prose) if page.name.startswith("migration") else prose
+    return CODE_SPAN.findall(ours)
+
+
+def links_in(page: Path) -> list[str]:
+    return [a or b for a, b in LINK.findall(prose_of(page))]
+
+
+def place_of(page: Path, target: str) -> tuple[str, int]:
+    """The file, and the number of the heading in it, that a link leads to: the same numbers in all
+    languages. A ValueError names an anchor that does not exist."""
+    name, _, anchor = target.partition("#")
+    if "://" in name:
+        return target, -1
+    path = (page.parent / name).resolve() if name else page
+    headings = [text for _, text in HEADING.findall(prose_of(path))] if anchor else []
+    anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+    number = anchors.index(anchor) if anchor else -1
+    return path.relative_to(ROOT).as_posix().replace("_zh.md", ".md"), number
+
+
+def is_same_but_for_a_comment(line: str, translated: str) -> bool:
+    """Whether nothing but a comment, in Chinese, differs: it stands behind # or two spaces."""
+    han = HAN.search(translated)
+    code = BEFORE_COMMENT.match(translated[: han.start()]) if han else None
+    return line == translated or (code is not None and line.startswith(code[0]))
+
+
 def tables_in(text: str) -> list[list[list[str]]]:
     """The cells of each row of each table, without the heads."""
     tables = [table.splitlines()[2:] for table in TABLE.findall(text)]
@@ -85,7 +118,7 @@ def tables_in(text: str) -> list[list[list[str]]]:
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, script, its arguments) of every command line in a shell block."""
     found = []
-    for block in (block for page in PAGES for block in blocks_of(page)):
+    for block in BLOCKS:
         if block.language not in ("bash", "sh"):
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
@@ -107,7 +140,8 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+# Those of a translation are the same, see test_translations_have_the_same_outline.
+BLOCKS = [block for page in IN_ENGLISH for block in blocks_of(page)]
 COMMANDS = commands()
 
 
@@ -143,8 +177,7 @@ def test_configs_in_the_text_load(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_in_the_text_exist(page: Path) -> None:
-    spans = CODE_SPAN.findall(prose_of(page))
-    words = [word for span in spans for word in span.split() if not span.startswith("u + ")]
+    words = [w for span in our_words_in(page) for w in span.split() if not span.startswith("u + ")]
     keys = [match[1] for word in words if (match := OVERRIDE.fullmatch(word))]
     wrong = set(keys) - set(Config.model_fields) - {"key", "weights_only"}
     assert not wrong, f"{page.name} names config keys that do not exist: {sorted(wrong)}"
@@ -157,7 +190,7 @@ def test_options_in_the_text_exist(page: Path) -> None:
     theirs |= {"--master_port"}
     used = {
         option
-        for span in CODE_SPAN.findall(prose_of(page))
+        for span in our_words_in(page)
         for option in re.findall(r"(?<!\S)--[a-z][a-z_-]*", span)
     }
     wrong = {o for o in used - theirs if "--" + o[2:].replace("-", "_") not in ours}
@@ -191,43 +224,34 @@ def test_all_options_are_in_the_reference(script: str) -> None:
         assert wanted.search(specific) or wanted.search(general), f"{script} {option}"
 
 
-def test_readmes_have_the_same_code() -> None:
-    english, chinese = ([b[1:] for b in blocks_of(page)] for page in (ENGLISH, CHINESE))
-    assert english == chinese
-
-
-def test_readmes_have_the_same_tables() -> None:
-    def first_cells(page: Path) -> list[str]:
-        cells = [row[0] for table in tables_in(prose_of(page)) for row in table]
-        return [cell if cell.startswith("`") else "" for cell in cells]
-
-    assert first_cells(ENGLISH) == first_cells(CHINESE)
-
-
 def test_configs_zh_has_the_keys_and_defaults_of_the_schema() -> None:
     schema, page = tables_in(reference_table())[0], tables_in(prose_of(CONFIGS_ZH))[0]
     assert [row[:2] for row in page] == [row[:2] for row in schema]
+    for row in page:
+        assert HAN.search(row[-1]), f"docs/configs_zh.md, not in Chinese: {row}"
 
 
-def test_configs_pages_have_the_same_tables() -> None:
-    english, chinese = (tables_in(prose_of(page)) for page in (CONFIGS, CONFIGS_ZH))
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_translations_have_the_same_outline(page: Path) -> None:
+    chinese = TRANSLATIONS[page]
+    levels = [[level for level, _ in HEADING.findall(prose_of(p))] for p in (page, chinese)]
+    assert levels[0] == levels[1]
+    places = [sorted(place_of(p, link) for link in links_in(p)) for p in (page, chinese)]
+    assert places[0] == places[1]
+    for ours, theirs in zip(blocks_of(page), blocks_of(chinese), strict=True):
+        assert ours.language == theirs.language
+        for pair in zip(ours.text.splitlines(), theirs.text.splitlines(), strict=True):
+            assert is_same_but_for_a_comment(*pair), pair
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_translations_have_the_same_tables(page: Path) -> None:
+    english, chinese = (tables_in(prose_of(p)) for p in (page, TRANSLATIONS[page]))
     for ours, theirs in zip(english, chinese, strict=True):
-        assert [row[0] for row in ours] == [row[0] for row in theirs]
         for row, translated in zip(ours, theirs, strict=True):
-            assert HAN.search(translated[-1]), f"docs/configs_zh.md, not in Chinese: {translated}"
             for cell, other in zip(row, translated, strict=True):
                 literals = [set(LITERAL.findall(text)) for text in (cell, other)]
                 assert literals[0] == literals[1], f"{row[0]}: {cell} is not {other}"
-
-
-def test_configs_pages_have_the_same_headings_code_and_links() -> None:
-    def outline(page: Path) -> tuple[list[str], list[tuple[str, str]], list[str]]:
-        prose = prose_of(page)
-        code = [(block.language, COMMENT.sub("", block.text)) for block in blocks_of(page)]
-        _, *links = [a or b for a, b in LINK.findall(prose)]  # the first is the other language
-        return HEADING.findall(prose), code, links
-
-    assert outline(CONFIGS) == outline(CONFIGS_ZH)
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
@@ -237,11 +261,19 @@ def test_translations_link_each_other_on_line_three(page: Path) -> None:
     assert f"]({page.name})" in chinese.read_text(encoding="utf-8").splitlines()[2]
 
 
-def test_chinese_readme_links_chinese_pages() -> None:
-    targets = [a or b for a, b in LINK.findall(prose_of(CHINESE))]
-    linked = {CHINESE.parent / target.partition("#")[0] for target in targets}
-    assert CONFIGS_ZH in linked
-    assert CONFIGS not in linked
+@pytest.mark.parametrize("page", TRANSLATIONS.values(), ids=lambda page: page.name)
+def test_chinese_pages_link_chinese_pages_and_mark_the_others(page: Path) -> None:
+    body = prose_of(page).split("\n", 3)[3]  # line three links the same page in English
+    linked = set()
+    for match in LINK.finditer(body):
+        path = (page.parent / (match[1] or match[2]).partition("#")[0]).resolve()
+        assert path not in TRANSLATIONS, f"{match[0]}: this page exists in Chinese, too"
+        if path.suffix == ".md" and not path.stem.endswith("_zh"):
+            is_marked = body.startswith(IN_ENGLISH_MARK, match.end())
+            assert is_marked, f"{match[0]}: write {IN_ENGLISH_MARK} behind it"
+        linked.add(path)
+    if page == CHINESE:
+        assert linked >= {*TRANSLATIONS.values()} - {CHINESE}
 
 
 @pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=lambda page: page.name)
@@ -254,8 +286,10 @@ def test_readme_lists_everything_there_is(readme: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    targets = [a or b for a, b in LINK.findall(text)]
-    paths = [page.parent / t.partition("#")[0] for t in targets if "://" not in t]
+    links = [link for link in links_in(page) if "://" not in link]
+    paths = [page.parent / link.partition("#")[0] for link in links]
+    for link in links:
+        place_of(page, link)  # ValueError if there is no such heading
     named = re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w/]+\.(?:py|md|yml|png|gif))\b", text)
     named += re.findall(r"`([a-z_]+\.py)`", text)
     for name in named:
