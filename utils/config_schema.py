@@ -67,7 +67,6 @@ Side = Annotated[Int, Field(ge=1, le=2**14)]
 Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
 ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
 Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_sequence)]
 Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
 
 
@@ -81,6 +80,7 @@ WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
 RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
 ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
+VALIDATING = ("val_interval above 0", lambda config: config.val_interval > 0)
 GUIDANCE = ("cfg_scale above 1", lambda config: config.guidance_scale not in (0, 1))
 
 
@@ -277,7 +277,7 @@ class Config(BaseModel):
     """images of a preview, or of sample.py"""
 
     # --- evaluation
-    eval_metrics: Words = key(
+    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = key(
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
     """what evaluations compute; `all`: everything"""
@@ -286,7 +286,11 @@ class Config(BaseModel):
     eval_interval: NonNegativeInt = 0
     """epochs between evaluations during training; 0: none"""
     eval_best_metric: str | None = None
-    """metric that chooses best_model.pth; None: the training loss"""
+    """metric, or val_loss, that chooses best_model.pth; None: the training loss"""
+    val_interval: NonNegativeInt = 0
+    """epochs between validations, the loss of images of the test split; 0: none"""
+    val_num_samples: ImageCount = key(2000, needs=VALIDATING)
+    """images of a validation, each at 8 timesteps; at most all of the test split"""
 
     # --- tracking
     log_interval: PositiveInt = 50
