@@ -166,7 +166,7 @@ class Trainer:
                 self.tracker.log_image("samples", picture, self.step)
 
     def _score(self, epoch: int) -> float | None:
-        """Validate and evaluate where due; the new value, if any, of what chooses the best model."""
+        """Validate and evaluate where due; the new value, if any, that chooses the best model."""
         config, metric, scores = self.config, self.saver.best.metric, {}
         validation = partial(validate, self.job, self.learner.sampled_model)
         for name, prefix, interval, measure in (

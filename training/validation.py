@@ -69,7 +69,8 @@ def validate(job: Job, model: nn.Module, epoch: int, step: int) -> dict[str, flo
         losses, quartiles = torch.cat(rows, 1).cpu().double()
     weights = losses, torch.ones_like(losses)
     totals = [torch.bincount(quartiles.long(), weight, len(QUARTILES)) for weight in weights]
-    sums, counts = runtime.all_reduce(torch.stack(totals)).tolist()
+    # of no images, a rank's share may be none, the totals are int64 whatever the weights
+    sums, counts = runtime.all_reduce(torch.stack(totals).double()).tolist()
     loss, seconds = sum(sums) / sum(counts), time.monotonic() - started
     log.info(f"validation: epoch {epoch}, loss {loss:.4f}, {seconds:.1f} s")
     names = [name.removeprefix("train/") for name in QUARTILES]
