@@ -79,8 +79,7 @@ def check_config(config: Config) -> Iterator[Problem]:
         text = f"eval_best_metric={best!r} needs its value during training"
         where = ("eval_best_metric", interval)
         yield Problem(where, f"{text}; set {interval} to a number of epochs")
-    usable = [name for name in names if METRICS[name].better in ("lower", "higher")]
-    usable.append(VAL_LOSS)
+    usable = [*(n for n in names if METRICS[n].better in ("lower", "higher")), VAL_LOSS]
     if best not in usable:
         text = "must be one of the eval_metrics that are better when lower or higher, or val_loss"
         choice = f"{', '.join(usable)}{did_you_mean(best, usable)}"

@@ -69,7 +69,7 @@ def validate(job: Job, model: nn.Module, epoch: int, step: int) -> dict[str, flo
         losses, quartiles = torch.cat(rows, 1).cpu().double()
     weights = losses, torch.ones_like(losses)
     totals = [torch.bincount(quartiles.long(), weight, len(QUARTILES)) for weight in weights]
-    # of no images, a rank's share may be none, the totals are int64 whatever the weights
+    # float64 again: of no images (a rank's share may be none) bincount makes int64
     sums, counts = runtime.all_reduce(torch.stack(totals).double()).tolist()
     loss, seconds = sum(sums) / sum(counts), time.monotonic() - started
     log.info(f"validation: epoch {epoch}, loss {loss:.4f}, {seconds:.1f} s")
