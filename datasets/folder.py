@@ -122,8 +122,8 @@ def list_images(config: Config, split: str) -> Listing:
     folders = _split_folders(config)
     if split not in folders:
         raise DataError(
-            f"{show(root)}: dataset='custom' has no {split} split; make the folders "
-            "train/ and test/ in there to have one"
+            f"{show(root)}: dataset='custom' has no {split} split, which val_interval needs; make "
+            "the folders train/ and test/ in there, without a label_file, to have one"
         )
     if config.label_file is not None:
         listing = _list_labelled(config, root)

@@ -17,7 +17,7 @@ from metrics import METRICS, check_metric_names
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
 from metrics.report import summary
-from training.saving import LOSS, BestScore
+from training.saving import LOSS, VAL_LOSS, BestScore
 from training.sharding import full_model
 from utils.config import Config
 from utils.distributed import Runtime
@@ -33,7 +33,7 @@ log = logging.getLogger("diffusion")
 def best_score(config: Config) -> BestScore:
     """What chooses best_model.pth: `eval_best_metric`, or the training loss."""
     metric = config.eval_best_metric
-    lower = metric is None or METRICS[metric].better == "lower"
+    lower = metric in (None, VAL_LOSS) or METRICS[metric].better == "lower"
     return BestScore(metric or LOSS, lower_is_better=lower)
 
 
@@ -55,13 +55,8 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     """
     config, count = run.config, run.config.num_samples
     labels = block_labels(count, run.classes) if config.conditional else None
-    parts, error = [], None
-    try:
-        parts += draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime)
-    except Exception as failure:
-        error = failure
-    if runtime.any(error is not None):  # all ranks skip the gather, or none
-        raise error or RuntimeError("sampling failed on another process")
+    with runtime.all_or_none("sampling failed on another process"):
+        parts = list(draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime))
     images = gather_images(parts, count, run.spec.shape, runtime)
     if images is None:
         return None

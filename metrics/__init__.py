@@ -17,6 +17,7 @@ from metrics.memorization import Memorization
 from metrics.prdc import Prdc
 from metrics.sanity import Sanity
 from metrics.weights import Network
+from training.saving import VAL_LOSS
 from utils.config import Config, Problem, did_you_mean
 from utils.errors import ConfigError
 
@@ -73,13 +74,14 @@ def check_config(config: Config) -> Iterator[Problem]:
         return
     if (best := config.eval_best_metric) is None:
         return
-    if config.eval_interval == 0:
-        text = f"eval_best_metric={best!r} needs evaluations during training"
-        where = ("eval_best_metric", "eval_interval")
-        yield Problem(where, f"{text}; set eval_interval to a number of epochs")
-    usable = [name for name in names if METRICS[name].better in ("lower", "higher")]
+    interval = "val_interval" if best == VAL_LOSS else "eval_interval"
+    if getattr(config, interval) == 0:
+        text = f"eval_best_metric={best!r} needs its value during training"
+        where = ("eval_best_metric", interval)
+        yield Problem(where, f"{text}; set {interval} to a number of epochs")
+    usable = [*(n for n in names if METRICS[n].better in ("lower", "higher")), VAL_LOSS]
     if best not in usable:
-        text = "must be one of the eval_metrics that are better when lower or higher"
-        choice = f"{', '.join(usable) or 'there is none'}{did_you_mean(best, usable)}"
+        text = "must be one of the eval_metrics that are better when lower or higher, or val_loss"
+        choice = f"{', '.join(usable)}{did_you_mean(best, usable)}"
         where = ("eval_best_metric", "eval_metrics")
         yield Problem(where, f"eval_best_metric={best!r}: {text}: {choice}")

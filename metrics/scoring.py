@@ -85,16 +85,11 @@ class Scoring:
         return entries
 
     def _update(self, batches: Iterable[Tensor], start: int) -> None:
-        error = None
-        try:
+        with self.runtime.all_or_none("no images from another process, see its output"):
             for images in batches:
                 indices = range(start, start + len(images))
                 self._each(lambda part, x=images, i=indices: part.collector.update(x, i))
                 start = indices.stop
-        except Exception as failure:
-            error = failure
-        if self.runtime.any(error is not None):  # nobody may wait for a process that has given up
-            raise error or RuntimeError("no images from another process, see its output")
 
     def _each(self, call: Callable[[Part], None]) -> None:
         for part in self.alive:

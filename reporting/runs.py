@@ -20,13 +20,10 @@ MAX_BYTES = 10_000_000  # the largest page
 MAX_PICTURES, MAX_PER_RUN, MIN_PER_RUN = 24, 8, 2  # on a page; of each run
 MAX_PIXELS = 64_000_000  # of a preview; a small file can claim to hold many more
 MAX_SIDE = 640  # pixels; larger grids are reduced by a whole factor
-LOSS, SPEED, MEMORY = "train/loss", "train/images_per_sec", "train/memory_mib"
-QUARTILES = [f"train/loss_q{k}" for k in (1, 2, 3, 4)]
+LOSSES, SPEED, MEMORY = ["train/loss", "val/loss"], "train/images_per_sec", "train/memory_mib"
 TRAINING = ["train/loss_smoothed", "train/lr", "train/grad_norm", SPEED, MEMORY]
-ALL_QUARTILES = "train/loss_q1 to q4"
 MEASURED = (("images/s", SPEED, np.median, ""), ("memory", MEMORY, np.max, " MiB"))
-WIDE = {LOSS, ALL_QUARTILES}
-LOGARITHMIC = {*WIDE, *QUARTILES, "train/loss_smoothed", "train/grad_norm"}
+LOGARITHMIC = (*LOSSES, "train/grad_norm")  # and what begins so
 
 ChartGroup = tuple[list[Chart | None], Legend]  # without a legend where there is one line
 
@@ -100,27 +97,35 @@ def facts_table(runs: Sequence[RunRecord]) -> Table:
 def chart_groups(runs: Mapping[str, run_files.Series]) -> dict[str, ChartGroup]:
     """By heading, a chart for every name in the runs' metrics.jsonl, all runs in one.
 
-    The four quartiles of a single run share a chart.
+    The losses of a single run share a chart, and the four quartiles of each.
     """
     keys = dict.fromkeys(key for series in runs.values() for key in series)
-    rest = [key for key in keys if key not in {"epoch", LOSS, *QUARTILES, *TRAINING}]
+    losses = [loss for loss in LOSSES if loss in keys]
+    quartiles = {f"{loss}_q1 to q4": [f"{loss}_q{k}" for k in (1, 2, 3, 4)] for loss in losses}
+    shared = {"Loss": {" and ".join(losses): losses}, "Loss by timestep": quartiles}
+    of_timesteps = [key for lines in quartiles.values() for key in lines]
+    rest = [key for key in keys if key not in {"epoch", *losses, *of_timesteps, *TRAINING}]
     headings = {
-        "Loss": [LOSS],
-        "Loss by timestep": QUARTILES,
+        "Loss": losses,
+        "Loss by timestep": of_timesteps,
         "Training": TRAINING,
         "Evaluation": [key for key in rest if key.startswith("eval/")],
         "Further values": [key for key in rest if not key.startswith("eval/")],
     }
-    groups = {}
+    groups, wide = {}, {*losses, *shared["Loss"], *quartiles}
     for heading, chosen in headings.items():
         charts = {key: {name: runs[name].get(key, ()) for name in runs} for key in chosen}
-        legend = legend_of(runs) if len(runs) > 1 else {}
-        if chosen is QUARTILES and len(runs) == 1:
-            lines = {key[-2:]: points for key in QUARTILES for points in charts[key].values()}
-            charts, legend = {ALL_QUARTILES: lines}, legend_of(lines)
+        if len(runs) == 1 and heading in shared:
+            (series,) = runs.values()
+            charts = {
+                title: {key.rpartition("loss_")[2]: series.get(key, ()) for key in lines}
+                for title, lines in shared[heading].items()
+            }
+        names = next(iter(charts.values()), ())
+        legend = legend_of(names) if len(names) > 1 else {}
         drawn = [
-            draw_chart(key, "step", lines, log=key in LOGARITHMIC, wide=key in WIDE)
-            for key, lines in charts.items()
+            draw_chart(title, "step", lines, log=title.startswith(LOGARITHMIC), wide=title in wide)
+            for title, lines in charts.items()
         ]
         if any(drawn):
             groups[heading] = drawn, legend

@@ -34,6 +34,7 @@ def test_the_numbers_of_the_streams_never_change():
         "MODEL_INIT": 7,
         "EVALUATION": 8,
         "CLASSIFIER": 9,
+        "VALIDATION": 10,
     }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.test_train import assert_same_training, logged, run, state_of
+from tests.test_validation import validations
 from training.ema import EMA
 from training.sharding import check_processes, copy_with, full_model, snapshot
 from utils.config import Config
@@ -147,6 +148,7 @@ def test_sharded_training_is_that_of_ddp(tiny, runs):
     # rank 1 draws no image of a preview, and fewer of an evaluation
     looks = ["sample_interval=1", "sample_start_epoch=1", "num_samples=1", "eval_interval=1"]
     looks += ["eval_num_samples=5", "eval_metrics=sanity", "save_interval=1"]
+    looks += ["val_interval=1", "val_num_samples=20"]
     bad = ["max_steps=5", "on_nonfinite=skip", 3]  # the third call's loss
     runs(
         {
@@ -181,6 +183,9 @@ def test_sharded_training_is_that_of_ddp(tiny, runs):
         assert_same_losses(name, "ddp")
         assert_same_file(name, "ddp")
     assert_same_losses("fsdp_raw", "ddp_raw")
+    assert validations("ddp_raw").keys() == {23}
+    for step, values in validations("ddp_raw").items():
+        assert validations("fsdp_raw")[step] == pytest.approx(values, rel=1e-3)
     for name in ("fsdp", "fsdp_raw"):
         folder = Path("checkpoints") / name
         assert (folder / "samples/epoch_0001.png").is_file()

@@ -109,6 +109,8 @@ def test_a_failing_evaluation_does_not_stop_training(tiny, monkeypatch, capsys):
     ("settings", "message"),
     [
         (["eval_best_metric=fd_domain"], "set eval_interval"),
+        (["eval_best_metric=val_loss"], "set val_interval"),
+        (["val_interval=1", "eval_best_metric=val_los"], "did you mean 'val_loss'"),
         (["eval_interval=1", "eval_best_metric=lpips"], "must be one of the eval_metrics"),
         (["eval_interval=1", "eval_best_metric=prdc"], "must be one of the eval_metrics"),
         (["eval_interval=1", "eval_best_metric=fd_domian"], "did you mean 'fd_domain'"),

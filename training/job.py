@@ -45,6 +45,7 @@ class Job:
     precision: str = "fp32"  # resolved: fp32, bf16 or fp16
     resume: Resume | None = None
     seen: Seen = frozenset()  # the run's checkpoints when it was decided where to begin
+    held_out: datasets.ImageDataset | None = None  # the test split, with `val_interval`
 
 
 def prepare(config: Config, runtime: Runtime) -> Job | None:
@@ -72,6 +73,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
             raise UserError(f"{place}; set save_dir and sample_dir to folders outside")
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
+        held_out = datasets.build_dataset(config, "test") if config.val_interval else None
     if resume is not None:
         check_data(resume, dataset)
     schedule = plan_steps(config, len(dataset), resume)
@@ -88,6 +90,5 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     process, workers = diffusion.build_diffusion(config), config.num_workers
     images = make_resident(dataset, runtime.device, resident=config.resident, num_workers=workers)
     examples = partial(training_examples, config, images, runtime)
-    return Job(
-        config, runtime, dataset, schedule, model, process, examples, precision, resume, seen
-    )
+    parts = schedule, model, process, examples, precision, resume, seen, held_out
+    return Job(config, runtime, dataset, *parts)

@@ -150,13 +150,15 @@ class Progress:
         """Show some of the numbers that are logged at `step`, and the time that is left."""
         loss, speed = scalars["train/loss"], scalars["train/images_per_sec"]
         seconds = (self._schedule.total_steps - step) * self._schedule.batch_size / speed
-        left = tqdm.format_interval(seconds)
+        left, val = tqdm.format_interval(seconds), scalars.get("val/loss")
+        held_out = "" if val is None else f"  val {val:.4f}"
         if not self.bar.disable:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+            self.bar.set_postfix_str(f"loss {loss:.4f}{held_out}, {speed:.0f} images/s")
         elif self._is_main:
             log.info(
                 f"step {step}/{self._schedule.total_steps}  epoch {scalars['epoch']:.2f}  "
-                f"loss {loss:.4f}  lr {scalars['train/lr']:.2e}  {speed:.0f} images/s  {left} left"
+                f"loss {loss:.4f}{held_out}  lr {scalars['train/lr']:.2e}  {speed:.0f} images/s  "
+                f"{left} left"
             )
         self._num_reports += 1  # the first one is of the first step, which is slow
         if self._may_warn and self._num_reports == 2 and seconds > LONG_SECONDS:

@@ -18,7 +18,7 @@ from utils.distributed import Runtime
 from utils.errors import UserError, one_line
 
 MAX_FAILED_SAVES = 3
-LOSS = "loss"
+LOSS, VAL_LOSS = "loss", "val_loss"
 
 log = logging.getLogger("diffusion")
 
@@ -27,7 +27,7 @@ log = logging.getLogger("diffusion")
 class BestScore:
     """The best value so far of the metric that chooses `best_model.pth`."""
 
-    metric: str  # its name; LOSS is the smoothed training loss
+    metric: str  # its name; LOSS is the smoothed training loss, VAL_LOSS that of a validation
     lower_is_better: bool
     value: float | None = None  # None before the first one
     lowest_loss: float = math.inf  # the lowest smoothed loss of a checkpoint, whatever the metric

@@ -18,10 +18,11 @@ from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
 from training.objective import QUARTILES, Example, quartile_of
 from training.progress import LossStats, Progress, memory_mib
-from training.saving import Saver
+from training.saving import VAL_LOSS, Saver
 from training.sharding import full_tensor, no_gradient_sync
 from training.signals import StopSignal
 from training.tracking import TrackerGroup
+from training.validation import validate
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
 from utils.rng import Stream, derive_seed
@@ -52,6 +53,7 @@ class Trainer:
         self.schedule = self.job.schedule
         self._loss = LossStats(self.runtime.device, QUARTILES)
         self._grad_norm = torch.zeros((), device=self.runtime.device)
+        self._scores: dict[str, float] = {}  # the newest values of validation and evaluation
 
     def train(self) -> int:
         """Train to the end, or to a signal that asks to stop. Returns the exit code.
@@ -144,24 +146,17 @@ class Trainer:
             "train/memory_mib": memory_mib(self.runtime.device),
         }
         self._record(scalars)
-        progress.report(self.step, scalars)
+        progress.report(self.step, {**self._scores, **scalars})
 
     def _record(self, scalars: Mapping[str, float]) -> None:
         if self.saver.status.is_ours():
             self.tracker.log_scalars(scalars, self.step)
 
     def _end_of_step(self) -> None:
-        """Evaluation, checkpoint and preview of the epochs this step completed."""
+        """Scores, checkpoint and preview of the epochs this step completed."""
         config, is_due = self.config, partial(self.schedule.is_due, self.step)
-        epoch, best, score = self.schedule.epochs_done(self.step), self.saver.best, None
-        if self.evaluate and is_due(config.eval_interval, config.eval_interval):
-            self.guard.read(self.saver.describe_last())
-            values = self._attempt("evaluation", epoch, self.evaluate) or {}
-            known = {f"eval/{name}": value for name, value in values.items() if value is not None}
-            if known:
-                self._record(known)
-            score = values.get(best.metric)
-            self.saver.settle()  # a checkpoint that was refused takes its score back
+        epoch, best = self.schedule.epochs_done(self.step), self.saver.best
+        score = self._score(epoch)
         to_save = is_due(config.save_interval, config.save_interval)
         if to_save or best.is_beaten_by(score):
             self.save(epoch if to_save else None, score=score)
@@ -169,6 +164,26 @@ class Trainer:
             picture = self._attempt("preview", epoch, self.preview)
             if picture is not None:
                 self.tracker.log_image("samples", picture, self.step)
+
+    def _score(self, epoch: int) -> float | None:
+        """Validate and evaluate where due; the new value, if any, that chooses the best model."""
+        config, metric, scores = self.config, self.saver.best.metric, {}
+        validation = partial(validate, self.job, self.learner.sampled_model)
+        for name, prefix, interval, measure in (
+            ("validation", "val", config.val_interval, validation),
+            ("evaluation", "eval", config.eval_interval, self.evaluate),
+        ):
+            if not interval or not self.schedule.is_due(self.step, interval, interval):
+                continue
+            self.guard.read(self.saver.describe_last())
+            values = self._attempt(name, epoch, measure) or {}
+            known = {f"{prefix}/{key}": value for key, value in values.items() if value is not None}
+            if known:
+                self._record(known)
+            scores |= known
+            self.saver.settle()  # a checkpoint that was refused takes its score back
+        self._scores |= scores
+        return scores.get("val/loss" if metric == VAL_LOSS else f"eval/{metric}")
 
     def _attempt(self, name: str, epoch: int, action: Callable[[int, int], Any]) -> Any:
         """Call `action`, which a run does not die of: None and a warning if it raises."""

@@ -68,7 +68,6 @@ Side = Annotated[Int, Field(ge=1, le=2**14)]
 Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
 ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
 Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_sequence)]
 Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
 
 
@@ -86,6 +85,7 @@ DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_
 SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
 GUIDES = "guidance, which is conditional=True and cfg_scale above 1"
 GUIDANCE = (GUIDES, lambda config: config.guidance_scale not in (0, 1))
+VALIDATING = ("val_interval above 0", lambda config: config.val_interval > 0)
 
 
 def key(
@@ -288,7 +288,7 @@ class Config(BaseModel):
     """images of a preview, or of sample.py"""
 
     # --- evaluation
-    eval_metrics: Words = key(
+    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = key(
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
     """what evaluations compute; `all`: everything"""
@@ -297,7 +297,11 @@ class Config(BaseModel):
     eval_interval: NonNegativeInt = 0
     """epochs between evaluations during training; 0: none"""
     eval_best_metric: str | None = None
-    """metric that chooses best_model.pth; None: the training loss"""
+    """metric, or val_loss, that chooses best_model.pth; None: the training loss"""
+    val_interval: NonNegativeInt = 0
+    """epochs between validations, the loss of images of the test split; 0: none"""
+    val_num_samples: ImageCount = key(2000, needs=VALIDATING)
+    """images of a validation, each at 8 timesteps; at most all of the test split"""
 
     # --- tracking
     log_interval: PositiveInt = 50

@@ -125,6 +125,18 @@ class Runtime:
                 for _ in range(2 - turn):
                     dist.barrier(group)
 
+    @contextlib.contextmanager
+    def all_or_none(self, otherwise: str) -> Iterator[None]:
+        """If the body raises on one rank, raise on all: nobody waits for one that has given up. A
+        collective; ranks whose own body went well raise a RuntimeError of this text."""
+        error = None
+        try:
+            yield
+        except Exception as failure:
+            error = failure
+        if self.any(error is not None):
+            raise error or RuntimeError(otherwise)
+
     def patient_barrier(self) -> None:
         """Wait for hours, where one process alone works: the others' time-out does not run."""
         if self.world_size > 1:

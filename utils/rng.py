@@ -27,6 +27,7 @@ class Stream(IntEnum):
     MODEL_INIT = 7  # index: none
     EVALUATION = 8  # index: what is drawn
     CLASSIFIER = 9  # index: epoch
+    VALIDATION = 10  # index: image of the test split
 
 
 class EvaluationDraw(IntEnum):
