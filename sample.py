@@ -20,7 +20,14 @@ from generation.run import Run, check_labels, load_run_of
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.cli import add_sampling_options, image_count, new_parser, parse_args, parse_int_list
+from utils.cli import (
+    add_guide_option,
+    add_sampling_options,
+    image_count,
+    new_parser,
+    parse_args,
+    parse_int_list,
+)
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
@@ -34,6 +41,7 @@ MAX_GIF_FRAMES = 60
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     add_sampling_options(parser, SAMPLERS)
+    add_guide_option(parser)
     add = parser.add_argument
     add("--num_samples", "--n", type=image_count, help="number of images; default: the config's")
     add("--batch_size", type=image_count, default=64, help="images sampled at a time")
@@ -78,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             tell(format_config(run.config))
             return EXIT_OK
-        steps, scale = args.num_inference_steps, args.cfg_scale
-        sampling = sampling_from(run.config, args.sampling_method, steps, args.ddim_eta, scale)
+        asked = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
+        sampling = sampling_from(run.config, *asked, has_guide=run.guide is not None)
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")

@@ -11,7 +11,7 @@ import torch
 import models
 import sample
 import train
-from diffusion import build_diffusion
+from diffusion import build_process
 from generation.run import Run, load_run
 from generation.sampling import generate, sampling_from
 from utils.config import Config
@@ -214,7 +214,7 @@ def toy_images(**settings):
     config = Config(
         conditional=False, num_timesteps=20, num_inference_steps=10, threshold="none", **settings
     )
-    run = Run(Toy(), build_diffusion(config), ImageSpec(1, 8, 8, 0), config)
+    run = Run(Toy(), build_process(config), ImageSpec(1, 8, 8, 0), config)
     parts = generate(
         run, range(4), None, sampling=sampling_from(config), batch_size=4, runtime=Runtime(CPU)
     )

@@ -1,12 +1,13 @@
-"""What the command lines of the scripts share."""
+"""What the command lines of the scripts share, and how values written there or in a config read."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.errors import EXIT_USAGE, one_line, printable
 from utils.files import expand_home
@@ -76,6 +77,12 @@ def add_sampling_options(
     add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
 
 
+def add_guide_option(parser: argparse.ArgumentParser) -> None:
+    """The option of the scripts that can guide one model by another."""
+    instead = "checkpoint of a weaker model that guides instead of the model without labels"
+    parser.add_argument("--guide", metavar="CHECKPOINT", help=instead)
+
+
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; hyphens in option names count as underscores. `.overrides` lists the key=values."""
     # not intermixed: a subcommand's parser takes nothing in between
@@ -104,6 +111,44 @@ def plain_number(text: str) -> int | float:
     if not PLAIN_NUMBER.fullmatch(text):
         raise ValueError("a number is needed, as a plain decimal such as 10 or 0.1")
     return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
+
+
+# What follows reads values of config keys before pydantic checks their types, and raises a
+# ValueError. Its own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never
+# a number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
+
+
+def read_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, str):
+        value = plain_number(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a finite number is needed")
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def read_flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("only True or False is allowed")
+    return value
+
+
+def read_sequence(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float | str) else value
+
+
+def read_image_size(value: Any) -> Any:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError("one side or (height, width) is needed")
+    return sides
+
+
+def read_compile(value: Any) -> Any:
+    return {True: "model", False: None}[value] if isinstance(value, bool) else value
 
 
 def parse_float_list(text: str) -> list[float]:

@@ -135,7 +135,7 @@ def check_values(config: Config) -> Iterable[Problem]:
         message = f"beta_start={config.beta_start} must be below beta_end={config.beta_end}"
         yield Problem(("beta_start", "beta_end"), message)
     steps = config.num_inference_steps
-    if steps is not None and (message := config.steps_problem(steps)):
+    if steps is not None and (message := steps_problem(config, steps)):
         yield Problem(("num_inference_steps", "num_timesteps"), message)
     if config.init_from is not None and config.resume_path not in (None, "auto"):
         message = "init_from starts a fresh run and resume_path goes on with one; give one of them"
@@ -146,7 +146,7 @@ def check_values(config: Config) -> Iterable[Problem]:
     if config.cfg_interval is not None and config.cfg_interval[0] >= config.cfg_interval[1]:
         message = f"cfg_interval={config.cfg_interval}: low must be below high"
         yield Problem(("cfg_interval",), message)
-    if message := config.guidance_problem(config.guidance_scale):
+    if message := guidance_problem(config, config.guidance_scale):
         other = "cfg_dropout_prob" if config.conditional else "conditional"
         yield Problem(("cfg_scale", other), message)
     if not config.conditional:
@@ -157,6 +157,25 @@ def check_values(config: Config) -> Iterable[Problem]:
     elif config.num_classes == 0:
         message = "conditional=True needs classes, but num_classes=0"
         yield Problem(("num_classes", "conditional"), message)
+
+
+def guidance_problem(config: Config, scale: float) -> str | None:
+    """Why a model of this config cannot be sampled with this `cfg_scale`; None if it can.
+
+    All scales but 1 need a model that was trained both with labels and without them.
+    """
+    if scale == 1 or (config.conditional and config.label_dropout > 0):
+        return None
+    lacking = "cfg_dropout_prob above 0" if config.conditional else "conditional=True"
+    without = "dropped labels" if config.conditional else "class labels"
+    return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
+
+
+def steps_problem(config: Config, steps: int) -> str | None:
+    """Why sampling cannot take this number of steps; None if it can."""
+    if 1 <= steps <= config.num_timesteps:
+        return None
+    return f"num_inference_steps={steps}: must lie in 1..{config.num_timesteps} (num_timesteps)"
 
 
 def warnings_of(config: Config) -> list[str]:

@@ -3,57 +3,26 @@ default, what it needs to have an effect, whether a continued run may change it,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import MAX_IMAGES, plain_number
+from utils.cli import (
+    MAX_IMAGES,
+    read_compile,
+    read_flag,
+    read_image_size,
+    read_number,
+    read_sequence,
+)
 from utils.files import expand_home
 
-# pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
-# number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    if isinstance(value, str):
-        value = plain_number(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("a finite number is needed")
-        return int(value) if value.is_integer() else value
-    return value
-
-
-def _flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("only True or False is allowed")
-    return value
-
-
-def _sequence(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float | str) else value
-
-
-def _image_size(value: Any) -> Any:
-    sides = value if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2:
-        raise ValueError("one side or (height, width) is needed")
-    return sides
-
-
-def _compile(value: Any) -> Any:
-    return {True: "model", False: None}[value] if isinstance(value, bool) else value
-
-
 PathText = Annotated[str, AfterValidator(expand_home)]
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
-Bool = Annotated[bool, BeforeValidator(_flag)]
+Int = Annotated[int, BeforeValidator(read_number)]
+Float = Annotated[float, BeforeValidator(read_number)]
+Bool = Annotated[bool, BeforeValidator(read_flag)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
@@ -63,11 +32,12 @@ Probability = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 Factor = Annotated[Float, Field(gt=0, le=1)]
 Beta = Annotated[Float, Field(gt=0, lt=1)]
+Scale = Annotated[Float, Field(ge=1e-3, le=1e3)]
 Side = Annotated[Int, Field(ge=1, le=2**14)]
 Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
-ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
-Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_sequence)]
+ImageSize = Annotated[tuple[Side, Side], BeforeValidator(read_image_size)]
+Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(read_sequence)]
+Words = Annotated[tuple[str, ...], BeforeValidator(read_sequence)]
 Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
 
 
@@ -79,7 +49,14 @@ def having(**values: Any) -> Condition:
 
 WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
-RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
+RAMP = (
+    "process='ddpm' and another beta_schedule than 'cosine'",
+    lambda config: config.process == "ddpm" and config.beta_schedule != "cosine",
+)
+NORMAL = (
+    "timestep_sampling='logit_normal' or 'lognormal'",
+    lambda config: config.timestep_sampling in ("logit_normal", "lognormal"),
+)
 ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
 GUIDANCE = ("cfg_scale above 1", lambda config: config.guidance_scale not in (0, 1))
 
@@ -139,7 +116,7 @@ class Config(BaseModel):
     """folder that holds the data"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
-    image_channels: Annotated[Literal[1, 3], BeforeValidator(_number)] | None = None
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(read_number)] | None = None
     """1 grey or 3 RGB; default: the data set's own (`custom`: 3)"""
     conditional: Bool = key(False, resume="meaning")
     """condition on the class label"""
@@ -163,16 +140,24 @@ class Config(BaseModel):
     """hold all images in device memory as uint8; default: if they take at most 1 GiB"""
 
     # --- diffusion
+    process: str = key("ddpm", resume="meaning")
+    """path from image to noise: ddpm (`beta_schedule`), flow (linear) or edm (log-uniform sigma)"""
     num_timesteps: Timesteps = key(1000, resume="meaning", also="timesteps T")
     """T of training"""
     beta_start: Beta = key(1e-4, resume="meaning", needs=RAMP)
     """first beta"""
     beta_end: Beta = key(0.02, resume="meaning", needs=RAMP)
     """last beta"""
-    beta_schedule: str = key("linear", resume="meaning", also="schedule")
-    """linear, cosine or quadratic"""
+    beta_schedule: str = key(
+        "linear", resume="meaning", also="schedule", needs=having(process="ddpm")
+    )
+    """linear, cosine, quadratic or sigmoid"""
+    noise_scale: Scale = key(1.0, resume="meaning")
+    """how strong the noise is beside the image, which is divided by it; above 1 for large images"""
     prediction_type: Literal["eps", "x_0", "v"] = key("eps", resume="meaning", also="objective")
     """what the model predicts"""
+    loss_space: Literal["eps", "x_0", "v"] | None = key(None, resume="warn")
+    """the quantity whose error is the loss; default: what the model predicts"""
     loss_type: Literal["l1", "l2", "huber"] = key("l2", resume="warn")
     """distance to the target"""
     loss_weighting: Literal["uniform", "min_snr"] = key("uniform", resume="warn")
@@ -181,6 +166,14 @@ class Config(BaseModel):
         5.0, resume="warn", needs=having(loss_weighting="min_snr")
     )
     """cap of the min-SNR weighting"""
+    timestep_sampling: str = key("uniform", resume="warn")
+    """how training draws t: uniform, logit_normal (in t / T), lognormal (in sigma) or shift"""
+    timestep_mean: Annotated[Float, Field(ge=-100, le=100)] = key(0.0, resume="warn", needs=NORMAL)
+    """mean of that normal: larger is more noise; JiT 0.8, EDM -1.2"""
+    timestep_std: Scale = key(1.0, resume="warn", needs=NORMAL)
+    """its standard deviation; JiT 0.8, EDM 1.2"""
+    timestep_shift: Scale = key(1.0, resume="warn", needs=having(timestep_sampling="shift"))
+    """`shift`: a share u of T becomes k u / (1 + (k - 1) u); k above 1 is more noise"""
     cfg_dropout_prob: Probability | None = key(None, resume="warn", also="label_dropout")
     """share of labels dropped in training; default: 0.1 if conditional, else 0"""
 
@@ -190,14 +183,18 @@ class Config(BaseModel):
     conditional and trained with dropped labels, else 1"""
     cfg_interval: tuple[Probability, Probability] | None = key(None, needs=GUIDANCE)
     """guide only while low <= t / T <= high; outside it is conditional"""
+    cfg_rescale: Probability = key(0.0, needs=GUIDANCE)
+    """share of the contrast added by guidance that is taken back: 0 none, 1 all"""
     sampling_method: str = key("ddim", also="sampler")
-    """ddpm, ddim or dpmpp_2m"""
+    """ddpm, ddim, heun or dpmpp_2m"""
     num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")
-    """sampling steps; default: ddpm T, ddim 50, dpmpp_2m 20"""
+    """sampling steps; default: ddpm T, ddim 50, heun 20, dpmpp_2m 20"""
     ddim_eta: Probability = key(0.0, also="eta", needs=having(sampling_method="ddim"))
     """noise of DDIM: 0 none, 1 as DDPM"""
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
-    """how sampling steps spread over T"""
+    timestep_spacing: Literal["trailing", "leading", "linspace", "log_snr"] = "trailing"
+    """how sampling steps spread over T; `log_snr`: evenly in log(signal / noise)"""
+    timestep_spacing_shift: Scale = 1.0
+    """above 1 moves sampling steps towards noise, as `timestep_shift` does"""
     threshold: Literal["static", "dynamic", "none"] = "static"
     """bounds predicted x_0: clamp, 99.5 % quantile, or not at all"""
 
@@ -228,7 +225,7 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", resume="warn", also="amp")
     """auto: bf16 on GPUs that have it, else fp32, whose matrix products and convolutions are TF32
     on NVIDIA GPUs"""
-    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = None
+    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(read_compile)] = None
     """torch.compile the backbone: `model` as one, or each of its `blocks`, which compiles sooner;
     True means `model`"""
     channels_last: Bool = False
@@ -323,23 +320,6 @@ class Config(BaseModel):
         """`cfg_scale` with its default filled in."""
         default = 2.0 if self.conditional and self.label_dropout > 0 else 1.0
         return default if self.cfg_scale is None else self.cfg_scale
-
-    def guidance_problem(self, scale: float) -> str | None:
-        """Why a model of this config cannot be sampled with this `cfg_scale`; None if it can.
-
-        All scales but 1 need a model that was trained both with labels and without them.
-        """
-        if scale == 1 or (self.conditional and self.label_dropout > 0):
-            return None
-        lacking = "cfg_dropout_prob above 0" if self.conditional else "conditional=True"
-        without = "dropped labels" if self.conditional else "class labels"
-        return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
-
-    def steps_problem(self, steps: int) -> str | None:
-        """Why sampling cannot take this number of steps; None if it can."""
-        if 1 <= steps <= self.num_timesteps:
-            return None
-        return f"num_inference_steps={steps}: must lie in 1..{self.num_timesteps} (num_timesteps)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as stored in checkpoints and config.json."""
