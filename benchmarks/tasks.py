@@ -230,8 +230,9 @@ def make_trainer(
     """As train.py puts it together."""
     config, runtime = make_config(network, setting, folder, ema=ema), Runtime(setting.device)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    examples = partial(training_examples, config, make_resident(dataset, setting.device), runtime)
     schedule, process = Schedule(NUM_IMAGES, setting.batch_size, 0), build_process(config)
+    images = make_resident(dataset, setting.device)
+    examples = partial(training_examples, config, process, images, runtime)
     job = Job(
         config, runtime, dataset, schedule, network.model, process, examples, setting.precision
     )

@@ -127,7 +127,7 @@ def timestep_grid(
     T, N = num_timesteps, num_inference_steps
     steps = torch.arange(N, dtype=torch.float64)
     if spacing == "trailing":
-        grid = (T - steps * T / N).round() - 1
+        grid = torch.from_numpy(np.arange(T, 0, -T / N)[:N].round()) - 1
     elif spacing == "leading":
         grid = steps.flip(0) * (T // N)
     elif spacing == "linspace":

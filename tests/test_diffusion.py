@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from datasets.storage import InMemoryDataset
-from diffusion import SAMPLERS, SCHEDULES, Process, guidance, make_denoiser, timestep_grid
+from diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    Process,
+    build_process,
+    guidance,
+    make_denoiser,
+    timestep_grid,
+)
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
@@ -464,7 +472,8 @@ def examples(runtime=ALONE, start_step=0, count=3, **settings):
     labels = torch.randint(0, 5, (20,), generator=generator)
     dataset = InMemoryDataset(images, labels, ["a", "b", "c", "d", "e"])
     options = dict(seed=1, batch_size=8, num_timesteps=T, conditional=True, cfg_dropout_prob=0.5)
-    made = training_examples(Config(**{**options, **settings}), dataset, runtime, start_step)
+    config = Config(**{**options, **settings})
+    made = training_examples(config, build_process(config), dataset, runtime, start_step)
     return [next(made) for _ in range(count)]
 
 

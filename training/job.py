@@ -86,7 +86,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     check_backend(resume, models.backend_of(model), runtime)
     process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime.device, resident=config.resident, num_workers=workers)
-    examples = partial(training_examples, config, images, runtime)
+    examples = partial(training_examples, config, process, images, runtime)
     return Job(
         config, runtime, dataset, schedule, model, process, examples, precision, resume, seen
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets import ImageDataset, default_flip
 from datasets.loader import batches
-from diffusion import DENSITIES, build_process
+from diffusion import DENSITIES, Process
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
@@ -36,7 +36,11 @@ def quartile_of(t: Tensor, num_timesteps: int) -> Tensor:
 
 
 def training_examples(
-    config: Config, dataset: ImageDataset, runtime: Runtime, start_step: int = 0
+    config: Config,
+    process: Process,
+    dataset: ImageDataset,
+    runtime: Runtime,
+    start_step: int = 0,
 ) -> Iterator[Example]:
     """Yield this rank's training examples, one a step, from `start_step` on, without end.
 
@@ -56,7 +60,7 @@ def training_examples(
         start_step=start_step,
     )
     generator = partial(torch_generator, config.seed, device=device)
-    draw_timesteps = partial(DENSITIES[config.timestep_sampling], build_process(config), config)
+    draw_timesteps = partial(DENSITIES[config.timestep_sampling], process, config)
     for step, (x_0, labels) in enumerate(images, start_step):
         t = draw_timesteps(batch_size, generator(Stream.TIMESTEP, step))
         draws = generator(Stream.NOISE, step)
