@@ -49,7 +49,7 @@ class Process:
         loss_weighting: `uniform` in that quantity, or `min_snr` (Hang et al. 2023).
         min_snr_gamma: cap of the latter.
 
-    Raises a ValueError for other names, and for levels whose noise does not grow with t.
+    Raises a ValueError for other names, and for levels that are no path, see `Levels`.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class Process:
         self.log_snr = (self._table[0] / noise).log()  # half of it, (T,): minus log sigma of EDM
         if self._table.dtype != torch.float64 or not (self.log_snr.diff() < 0).all():
             raise ValueError("levels must be float64, with ever less signal for the noise")
+        if (signal * noise_rate - noise * signal_rate - 1).abs().max() > 1e-9:
+            raise ValueError("signal * noise_rate - noise * signal_rate must be 1 at every t")
         # float64 until here; as the images per device, because MPS has no float64
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -134,22 +136,25 @@ class Process:
         """Weighted distance to the target, (B,) float32: one value per example."""
         output = model(self.q_sample(x_0, t, noise), t, y).to(x_0.dtype)
         target = self.target(x_0, t, noise)
-        signal, sigma, _, _, power = self._rows(t, x_0)
-        signal = signal / self.scale
         if self.loss_space != self.prediction_type:
-            # For one x_t the errors of the three stand in this proportion.
-            errors = {"eps": signal, "x_0": sigma, "v": torch.ones_like(signal)}
-            divisor = errors[self.prediction_type].clamp(min=SMALLEST_DIVISOR)
-            factor = errors[self.loss_space] / divisor
+            factor = self._error_ratio(t, x_0)
             output, target = factor * output, factor * target
         distance = LOSSES[self.loss_type](output, target, reduction="none")
         per_example = distance.flatten(1).mean(1)
         if self.loss_weighting == "uniform":
             return per_example
-        return per_example * self._min_snr_weight((signal / sigma) ** 2, power).flatten()
+        return per_example * self._min_snr_weight(t, per_example)
 
-    def _min_snr_weight(self, snr: Tensor, power: Tensor) -> Tensor:
+    def _error_ratio(self, t: Tensor, like: Tensor) -> Tensor:
+        """The error of what the loss is about, over that of what is predicted from the same x_t."""
+        signal, sigma, *_ = self._rows(t, like)
+        errors = {"eps": signal / self.scale, "x_0": sigma, "v": torch.ones_like(sigma)}
+        return errors[self.loss_space] / errors[self.prediction_type].clamp(min=SMALLEST_DIVISOR)
+
+    def _min_snr_weight(self, t: Tensor, like: Tensor) -> Tensor:
         """min(SNR, gamma) in x_0, rescaled to the loss space (Hang et al. 2023, eq. 7)."""
+        signal, sigma, *_, power = self._rows(t, like)
+        snr = (signal / self.scale / sigma) ** 2
         weight = snr.clamp(max=self.min_snr_gamma)
         if self.loss_space == "eps":
             return weight / snr

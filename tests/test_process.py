@@ -2,30 +2,45 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 
+import edit
+import export
+import sample
+import train
 from diffusion import (
     DENSITIES,
     PROCESSES,
     SAMPLERS,
     Prediction,
+    Process,
     build_process,
     make_denoiser,
     timestep_grid,
 )
 from diffusion.process import LOSSES, PREDICTIONS, SMALLEST_DIVISOR
-from diffusion.schedules import SCHEDULES, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN
+from diffusion.schedules import (
+    SCHEDULES,
+    SIGMA_DATA,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    Levels,
+    flow_levels,
+)
 from editing.mathematics import ddim_invert, keep_known, resampling
 from tests.test_diffusion import (
+    ALONE,
     examples,
     last,
     make_diffusion,
     toy_model,
 )
 from utils.config import Config
+from utils.errors import EXIT_OK, ConfigError
 from utils.rng import Stream, torch_generator
 
 T = 100
@@ -195,12 +210,16 @@ def test_thresholds_bound_images_not_what_the_network_sees(process):
         close(ours.q_sample(x_0, torch.full((4,), 50), eps), x, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "levels", [make()._table[:4].float(), make()._table[:4].flip(1), make()._table[[1, 0, 3, 2]]]
-)
-def test_levels_that_are_no_path_are_refused(levels):
-    with pytest.raises(ValueError, match="ever less signal"):
-        type(make())((*levels, 1.0))
+def test_levels_that_are_no_path_are_refused():
+    *rows, scale = flow_levels(Config(num_timesteps=T))
+    signal, noise, signal_rate, noise_rate = rows
+    for levels, message in (
+        ([row.float() for row in rows], "float64"),
+        ([row.flip(0) for row in rows], "ever less signal"),
+        ([signal, noise, signal_rate / 2, noise_rate], "must be 1 at every t"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Process(Levels(*levels, scale))
 
 
 # --- when training looks at which t
@@ -246,9 +265,11 @@ def test_timesteps_have_their_density(settings, distribution):
 @pytest.mark.parametrize("name", DENSITIES)
 def test_timesteps_are_a_function_of_seed_and_step(name):
     """The same for a resumed run and on each of two processes, and with T at its ends."""
-    settings = dict(timestep_sampling=name, timestep_mean=-50.0, timestep_shift=0.01)
+    settings = dict(timestep_sampling=name, timestep_mean=-0.5, timestep_shift=3.0)
     whole, later = examples(count=3, **settings), examples(start_step=2, count=1, **settings)
     assert torch.equal(whole[2].t, later[0].t)
+    parts = [examples(replace(ALONE, rank=r, world_size=2), **settings)[2].t for r in (0, 1)]
+    assert torch.equal(whole[2].t, torch.cat(parts))
     for mean, most in ((-100.0, 0.0), (100.0, 1.0)):
         made = examples(count=1, num_timesteps=2, timestep_sampling=name, timestep_mean=mean)
         if name in ("logit_normal", "lognormal"):
@@ -569,3 +590,35 @@ def test_noising_again_is_the_forward_process(process):
         signal, sigma = ours.levels(t)
         assert mean == pytest.approx(0.7 * signal, abs=0.03)
         assert std == pytest.approx(sigma, rel=0.03)
+
+
+# --- all of it
+
+
+@pytest.mark.parametrize("process", ["edm"])
+def test_every_script_serves_every_process(tiny, process, capsys):
+    """Trained, resumed, sampled with each sampler, edited; what diffusers cannot do is a line."""
+    settings = [f"process={process}", "prediction_type=v", "timestep_sampling=lognormal"]
+    command = ["--config", str(tiny), "--device", "cpu", "experiment_name=a", *settings]
+    for max_steps in (2, 4):
+        assert train.main([*command, "resume_path=auto", f"max_steps={max_steps}"]) == EXIT_OK
+    assert "has no effect" not in capsys.readouterr().out
+    checkpoint = ["--checkpoint", "checkpoints/a", "--device", "cpu"]
+    for name in SAMPLERS:
+        drawn = [*checkpoint, "--sampling_method", name, "--steps", "4", "--n", "4"]
+        assert sample.main([*drawn, "timestep_spacing=log_snr", "cfg_rescale=0.7"]) == EXIT_OK
+    real = ["--real_split", "test", "--n", "2"]
+    for words in (["invert"], ["img2img"], ["inpaint", "--box", "0,0,4,8", "--resample", "2"]):
+        assert edit.main([*words, *checkpoint, *real]) == EXIT_OK
+    assert "mean error" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"process='{process}'|model_channels"):
+        export.main([*checkpoint, "--format", "diffusers", "--output", "a"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"), [("beta_end=0.02", True), ("beta_schedule=cosine", False)]
+)
+def test_a_schedule_that_ends_before_noise_is_told(tiny, capsys, settings, is_told):
+    assert train.main(["--config", str(tiny), "--device", "cpu", "--dry_run", settings]) == EXIT_OK
+    told = capsys.readouterr().out
+    assert ("t=99 keeps 0.60 of the image; raise beta_end" in told) == is_told

@@ -72,6 +72,29 @@ def test_an_image_is_a_function_of_its_seed_and_label(trained):
     assert np.abs(images[0].astype(int) - images[2]).max() > 10
 
 
+def test_a_model_that_guides_itself_is_not_guided(trained, capsys):
+    """w out_y + (1 - w) out_y: whatever the scale, images as without guidance."""
+    plain, _ = draw(trained, "--cfg_scale", 1)
+    capsys.readouterr()
+    guided, _ = draw(trained, "--cfg_scale", 3, "--guide", trained)
+    assert_same_images(plain, guided)
+    told = capsys.readouterr().out
+    assert "guided by" in told
+    assert "autoguided, cfg_scale 3" in told
+
+
+def test_guides_that_do_not_fit_are_refused(trained, tiny, capsys):
+    options = ["max_steps=1", "experiment_name=other", "prediction_type=v", "process=flow"]
+    assert train.main(["--config", str(tiny), *options]) == EXIT_OK
+    command = ["--checkpoint", str(trained), "--device", "cpu", "--output_dir", "out"]
+    with pytest.raises(ConfigError, match="prediction_type: v in the checkpoint, eps") as error:
+        sample.main([*command, "--guide", "checkpoints/other"])
+    assert "--guide checkpoints/other/best_model.pth: " in str(error.value).splitlines()[0]
+    with pytest.raises(ConfigError, match="--guide: has no effect with cfg_scale=1"):
+        sample.main([*command, "--guide", str(trained), "cfg_scale=1"])
+    assert not Path("out").exists()
+
+
 def test_labels_come_in_rows(trained):
     assert draw(trained, "--num_samples", 6, "--labels", "7,0")[1].tolist() == [7, 7, 7, 0, 0, 0]
     assert draw(trained)[1].tolist() == [i // 2 for i in range(20)]
