@@ -20,7 +20,7 @@ from generation.run import CONFIG_CHECKS, Run, load_run_of
 from metrics import METRICS, check_metric_names, networks_of
 from metrics.evaluation import Evaluation
 from metrics.report import code_version, read_report, report_path
-from utils.cli import add_guide_option, add_sampling_options, image_count, new_parser, parse_args
+from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of, say, shell_line
@@ -38,8 +38,8 @@ log = logging.getLogger("diffusion")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
-    add_sampling_options(parser, SAMPLERS, sweep=True, needs_checkpoint=False)
-    add_guide_option(parser)
+    kinds = dict(sweep=True, needs_checkpoint=False, takes_guide=True)
+    add_sampling_options(parser, SAMPLERS, **kinds)
     add = parser.add_argument
     add("--images", metavar="DIR|NPZ", help="score these pictures instead of a checkpoint's")
     add("--metrics", help=f"of {','.join(METRICS)}, or all; default: the config's eval_metrics")

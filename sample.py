@@ -20,14 +20,7 @@ from generation.run import Run, check_labels, load_run_of
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import images as pictures
 from utils.captions import class_captions, contact_sheet
-from utils.cli import (
-    add_guide_option,
-    add_sampling_options,
-    image_count,
-    new_parser,
-    parse_args,
-    parse_int_list,
-)
+from utils.cli import add_sampling_options, image_count, new_parser, parse_args, parse_int_list
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
@@ -40,8 +33,7 @@ MAX_GIF_FRAMES = 60
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
-    add_sampling_options(parser, SAMPLERS)
-    add_guide_option(parser)
+    add_sampling_options(parser, SAMPLERS, takes_guide=True)
     add = parser.add_argument
     add("--num_samples", "--n", type=image_count, help="number of images; default: the config's")
     add("--batch_size", type=image_count, default=64, help="images sampled at a time")

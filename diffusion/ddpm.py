@@ -27,7 +27,7 @@ def ddpm(
         x_0, _ = denoise(x, t)
         (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
         ratio = signal_t / signal_s
-        step_variance = noise_t**2 - (ratio * noise_s) ** 2  # of q(x_t | x_s)
+        step_variance = max(0.0, noise_t**2 - (ratio * noise_s) ** 2)  # of q(x_t | x_s)
         x = (signal_s * step_variance * x_0 + ratio * noise_s**2 * x) / noise_t**2
         if s >= 0:
             x = x + step_variance**0.5 * noise_s / noise_t * randn_like(x)

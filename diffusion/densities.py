@@ -31,7 +31,7 @@ def logit_normal(
 def lognormal(process: Process, config: Config, count: int, generator: torch.Generator) -> Tensor:
     """The logarithm of sigma, noise over signal, is normal (Karras et al. 2022): the nearest t."""
     normal = torch.randn(count, generator=generator, device=generator.device)
-    log_sigma = -process.log_snr.float().to(generator.device)
+    log_sigma = -process.half_log_snr.float().to(generator.device)
     between = (log_sigma[1:] + log_sigma[:-1]) / 2
     return torch.bucketize(config.timestep_mean + config.timestep_std * normal, between)
 

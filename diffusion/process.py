@@ -77,8 +77,9 @@ class Process:
         rows = signal * self.scale, noise, signal_rate * self.scale, noise_rate, power
         self._table = torch.stack(rows)  # (5, T); all that multiplies x_0 is times the scale
         self.num_timesteps = len(signal)
-        self.log_snr = (self._table[0] / noise).log()  # half of it, (T,): minus log sigma of EDM
-        if self._table.dtype != torch.float64 or not (self.log_snr.diff() < 0).all():
+        self.half_log_snr = (self._table[0] / noise).log()  # (T,), minus the log of EDM's sigma
+        # Of very long chains so little is left at the end that it stays the same.
+        if self._table.dtype != torch.float64 or (self.half_log_snr.diff() > 0).any():
             raise ValueError("levels must be float64, with ever less signal for the noise")
         if (signal * noise_rate - noise * signal_rate - 1).abs().max() > 1e-9:
             raise ValueError("signal * noise_rate - noise * signal_rate must be 1 at every t")

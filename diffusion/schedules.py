@@ -111,7 +111,7 @@ def timestep_grid(
     spacing: str,
     *,
     shift: float = 1.0,
-    log_snr: Tensor | None = None,
+    half_log_snr: Tensor | None = None,
 ) -> list[int]:
     """Which of 0..T-1 a sampler visits, from noise to image: all of them different.
 
@@ -121,7 +121,7 @@ def timestep_grid(
             uniform in the log-SNR that a sigma of EDM's range has. Others are a ValueError.
         shift: moves the share u = (t + 1) / T of the time to shift u / (1 + (shift - 1) u), so
             above 1 more steps are spent on noise (Esser et al. 2024, eq. 23).
-        log_snr: of the process, see `Process.log_snr`; for the spacing of that name alone.
+        half_log_snr: that of the `Process`; for the spacing `log_snr` alone.
     """
     assert 1 <= num_inference_steps <= num_timesteps
     T, N = num_timesteps, num_inference_steps
@@ -135,9 +135,9 @@ def timestep_grid(
     elif spacing == "log_snr":
         # Beyond, there is no detail to gain, and the cosine schedule would lose a third of its
         # steps on the last few timesteps.
-        ends = log_snr[[-1, 0]].clamp(-math.log(SIGMA_MAX), -math.log(SIGMA_MIN))
+        ends = half_log_snr[[-1, 0]].clamp(-math.log(SIGMA_MAX), -math.log(SIGMA_MIN))
         wanted = np.linspace(*ends.tolist(), N)
-        grid = torch.from_numpy(np.interp(-wanted, -log_snr.numpy(), np.arange(T)))
+        grid = torch.from_numpy(np.interp(-wanted, -half_log_snr.numpy(), np.arange(T)))
         grid[0] = T - 1
     else:
         known = "trailing, leading, linspace or log_snr"

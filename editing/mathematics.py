@@ -103,7 +103,7 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
                 if repeat:
                     (signal_t, noise_t), (signal_s, noise_s) = map(process.levels, (t, s))
                     ratio = signal_t / signal_s
-                    std = (noise_t**2 - (ratio * noise_s) ** 2) ** 0.5
+                    std = max(0.0, noise_t**2 - (ratio * noise_s) ** 2) ** 0.5
                     x = ratio * x + std * randn_like(x)  # q(x_t | x_s)
                 step = next(sampler(denoise, x, process, one_step, randn_like))
                 x = step.x

@@ -135,7 +135,7 @@ def label_denoiser(run: Run, labels: Labels, sampling: Sampling, device: torch.d
 def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
     """The timesteps that sampling visits, from noise to image."""
     counts = run.process.num_timesteps, sampling.num_inference_steps
-    more = dict(shift=sampling.spacing_shift, log_snr=run.process.log_snr)
+    more = dict(shift=sampling.spacing_shift, half_log_snr=run.process.half_log_snr)
     return timestep_grid(*counts, sampling.spacing, **more)
 
 

@@ -60,7 +60,7 @@ def test_schedules_are_valid_chains(name, num_timesteps):
     assert betas.shape == (num_timesteps,)
     assert betas.dtype == torch.float64
     assert ((betas > 0) & (betas < 1)).all()
-    assert (Process(levels_of_betas(betas)).log_snr.diff() < 0).all()
+    assert (Process(levels_of_betas(betas)).half_log_snr.diff() < 0).all()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_min_snr_is_one_weighting_of_x_0(prediction_type):
     output = torch.randn_like(x_0)
     loss = diffusion.loss(lambda *_: output, x_0, None, t, noise)
     error = (diffusion.predict(output, x_t, t).x_0 - x_0).square().flatten(1).mean(1)
-    weight = (2 * diffusion.log_snr[t]).exp().clamp(max=5.0).float()
+    weight = (2 * diffusion.half_log_snr[t]).exp().clamp(max=5.0).float()
     torch.testing.assert_close(loss, weight * error, rtol=2e-3, atol=1e-5)
 
 
@@ -419,7 +419,7 @@ def test_second_order_beats_first_order():
 def test_samplers_yield_every_step_and_end_at_the_image(name, spacing):
     diffusion = make_diffusion()
     denoise = make_denoiser(diffusion, toy_model, None)
-    grid = timestep_grid(T, 10, spacing, log_snr=diffusion.log_snr)
+    grid = timestep_grid(T, 10, spacing, half_log_snr=diffusion.half_log_snr)
     steps = list(
         SAMPLERS[name].run(denoise, torch.randn(2, 1, 4, 4), diffusion, grid, torch.randn_like)
     )

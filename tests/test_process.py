@@ -61,6 +61,11 @@ def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def grid_of(process, steps, spacing, **options):
+    options["half_log_snr"] = process.half_log_snr
+    return timestep_grid(process.num_timesteps, steps, spacing, **options)
+
+
 # --- one process
 
 
@@ -84,7 +89,7 @@ def test_predict_inverts_target_in_float64(process, noise_scale, prediction_type
 @pytest.mark.parametrize("num_timesteps", [2, 20_000])
 def test_every_path_goes_from_image_to_noise(process, num_timesteps):
     ours = make(process, num_timesteps)
-    assert (ours.log_snr.diff() < 0).all()
+    assert (ours.half_log_snr.diff() < 0).all()
     if num_timesteps > 2:
         assert ours.levels(num_timesteps - 1)[0] < 0.05
     assert ours.levels(num_timesteps - 1)[1] <= 1
@@ -181,7 +186,7 @@ def test_edm_is_its_published_preconditioning_and_loss():
     close(ours.predict(output, c_in * y, t).x_0, denoised)
     loss = ours.loss(toy_model, x_0, None, t, noise)
     close(loss, (weight * (denoised - x_0).square()).flatten(1).mean(1))
-    assert ours.log_snr.exp().reciprocal().flatten().tolist() == pytest.approx(sigma.flatten())
+    assert ours.half_log_snr.exp().reciprocal().flatten().tolist() == pytest.approx(sigma.flatten())
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -194,7 +199,7 @@ def test_min_snr_is_one_weight_of_x_0_in_every_process(process, space):
     loss = ours.loss(lambda *_: output, x_0, None, t, noise)
     x_t = ours.q_sample(x_0, t, noise)
     error = (ours.predict(output, x_t, t).x_0 - x_0).square().flatten(1).mean(1) * ours.scale**2
-    weight = ((2 * ours.log_snr).exp() / ours.scale**2).clamp(max=3.0)
+    weight = ((2 * ours.half_log_snr).exp() / ours.scale**2).clamp(max=3.0)
     close(loss, weight * error, 1e-8)
 
 
@@ -327,7 +332,7 @@ def test_orders_of_convergence(process, name, order):
 def test_second_order_is_no_worse_than_ddim_anywhere(process, spacing, steps):
     for schedule in ("linear", "cosine") if process == "ddpm" else ("linear",):
         ours = make(process, 1000, beta_schedule=schedule)
-        grid = timestep_grid(1000, steps, spacing, log_snr=ours.log_snr)
+        grid = grid_of(ours, steps, spacing)
         for std in (0.5, 0.05):
             first, second = (error_at(ours, n, grid, -1, std) for n in ("ddim", "dpmpp_2m"))
             assert second < first
@@ -337,7 +342,10 @@ def test_a_grid_in_log_snr_keeps_fine_detail():
     """Data of deviation 0.05: evenly spaced steps lose most of it in the last jump."""
     for schedule in ("linear", "cosine"):
         ours = make("ddpm", 1000, beta_schedule=schedule)
-        grids = (timestep_grid(1000, 20, s, log_snr=ours.log_snr) for s in ("trailing", "log_snr"))
+        grids = (
+            timestep_grid(1000, 20, s, half_log_snr=ours.half_log_snr)
+            for s in ("trailing", "log_snr")
+        )
         even, fine = (error_at(ours, "dpmpp_2m", grid, -1, 0.05) for grid in grids)
         assert even > 0.5
         assert fine < 0.02
@@ -460,6 +468,18 @@ def test_samples_of_old_configs_keep_their_bits(name):
     assert torch.equal(last(steps), x)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_chains_that_lose_the_image_long_before_their_end_are_sampled(name):
+    """10^5 steps of DDPM's betas: a_t is no double above 0 any more for a third of them."""
+    ours = make("ddpm", 100_000, prediction_type="v")
+    denoise = make_denoiser(ours, toy_model, None)
+    for spacing in SPACINGS:
+        steps = SAMPLERS[name].run(
+            denoise, torch.randn(2, 1, 4, 4), ours, grid_of(ours, 10, spacing), torch.randn_like
+        )
+        assert last(steps).isfinite().all()
+
+
 # --- grids
 
 
@@ -478,7 +498,9 @@ def test_grids_never_visit_a_timestep_twice(process, spacing, shift):
     for num_timesteps in (2, 60, 300):
         ours = make(process, num_timesteps, beta_schedule="cosine")
         for steps in range(1, num_timesteps + 1, 1 if num_timesteps < 100 else 13):
-            grid = timestep_grid(num_timesteps, steps, spacing, shift=shift, log_snr=ours.log_snr)
+            grid = timestep_grid(
+                num_timesteps, steps, spacing, shift=shift, half_log_snr=ours.half_log_snr
+            )
             assert len(grid) == steps
             assert grid == sorted(set(grid), reverse=True)
             assert 0 <= grid[-1] <= grid[0] < num_timesteps

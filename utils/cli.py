@@ -61,6 +61,7 @@ def add_sampling_options(
     *,
     sweep: bool = False,
     needs_checkpoint: bool = True,
+    takes_guide: bool = False,
 ) -> None:
     """The options of every script that samples: which weights, and how to sample from them, with
     one of `samplers`. In a `sweep` the number of steps and cfg_scale may be lists of values."""
@@ -73,14 +74,11 @@ def add_sampling_options(
     add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
     scales = "0 unconditional, 1 conditional, above 1 guided" + several % "1,1.5,2"
     add("--cfg_scale", type=scale, help=scales)
+    if takes_guide:
+        instead = "checkpoint of a weaker model that guides, instead of the model without labels"
+        add("--guide", metavar="CHECKPOINT", help=instead)
     add("--seed", type=whole_number, help="image i uses seed + i; default: the config's seed")
     add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
-
-
-def add_guide_option(parser: argparse.ArgumentParser) -> None:
-    """The option of the scripts that can guide one model by another."""
-    instead = "checkpoint of a weaker model that guides instead of the model without labels"
-    parser.add_argument("--guide", metavar="CHECKPOINT", help=instead)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
