@@ -31,14 +31,15 @@ from utils.logs import setup_logging
 TIMEOUT_MINUTES = 240.0  # the others wait while the main process downloads, trains, or is slower
 ONLY_CHECKPOINT = (
     "use_ema", "sampling_method", "num_inference_steps", "ddim_eta", "cfg_scale", "seed",
-    "repeats", "preset", "save_images_dir", "label_mode",
+    "repeats", "preset", "save_images_dir", "label_mode", "guide",
 )  # fmt: skip
 log = logging.getLogger("diffusion")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
-    add_sampling_options(parser, SAMPLERS, sweep=True, needs_checkpoint=False)
+    kinds = dict(sweep=True, needs_checkpoint=False, takes_guide=True)
+    add_sampling_options(parser, SAMPLERS, **kinds)
     add = parser.add_argument
     add("--images", metavar="DIR|NPZ", help="score these pictures instead of a checkpoint's")
     add("--metrics", help=f"of {','.join(METRICS)}, or all; default: the config's eval_metrics")

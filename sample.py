@@ -33,7 +33,7 @@ MAX_GIF_FRAMES = 60
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
-    add_sampling_options(parser, SAMPLERS)
+    add_sampling_options(parser, SAMPLERS, takes_guide=True)
     add = parser.add_argument
     add("--num_samples", "--n", type=image_count, help="number of images; default: the config's")
     add("--batch_size", type=image_count, default=64, help="images sampled at a time")
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             tell(format_config(run.config))
             return EXIT_OK
-        steps, scale = args.num_inference_steps, args.cfg_scale
-        sampling = sampling_from(run.config, args.sampling_method, steps, args.ddim_eta, scale)
+        asked = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
+        sampling = sampling_from(run.config, *asked, has_guide=run.guide is not None)
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")

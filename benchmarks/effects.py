@@ -67,6 +67,7 @@ from benchmarks.timing import (
 )
 from datasets.loader import batches, make_resident
 from datasets.storage import InMemoryDataset
+from diffusion import build_process
 from training.ema import EMA
 from training.objective import training_examples
 from training.trainer import Trainer
@@ -208,7 +209,7 @@ def data(setting: Setting, folder: Path) -> Section:
     for network in make_networks(setting, OUR_UNET, OUR_DIT):
         config, name = make_config(network, setting, folder), network.name
         resident, runtime = make_resident(images, setting.device), Runtime(setting.device)
-        examples = training_examples(config, resident, runtime)
+        examples = training_examples(config, build_process(config), resident, runtime)
         section.tasks[f"step {name}"] = training_step(network.model, setting)
         section.tasks[f"example {name}"] = functools.partial(next, examples)
         section.parts.append(

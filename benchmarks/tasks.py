@@ -23,7 +23,7 @@ from benchmarks.networks import (
 from benchmarks.timing import Task
 from datasets.loader import make_resident
 from datasets.storage import InMemoryDataset
-from diffusion import build_diffusion, make_denoiser
+from diffusion import build_process, make_denoiser
 from diffusion.guidance import threshold_x_0
 from generation.sampling import Run, generate, sampling_from
 from models import compile_model
@@ -157,7 +157,7 @@ def matrix_product(setting: Setting) -> Task:
 
 def guided_step(model: nn.Module, setting: Setting, count: int) -> Task:
     x, t, y = setting.inputs(count)
-    denoise = make_denoiser(build_diffusion(Config()), model, y, cfg_scale=CFG_SCALE)
+    denoise = make_denoiser(build_process(Config()), model, y, cfg_scale=CFG_SCALE)
     timestep = int(t[0])
 
     def step() -> None:
@@ -171,7 +171,7 @@ def guided_step(model: nn.Module, setting: Setting, count: int) -> Task:
 def two_passes(model: nn.Module, setting: Setting, count: int) -> Task:
     """What `guided_step` computes, the network called for each half by itself."""
     x, t, y = setting.inputs(count)
-    process, times = build_diffusion(Config()), t[:1].expand(count).clone()
+    process, times = build_process(Config()), t[:1].expand(count).clone()
     null = torch.full_like(y, NULL_LABEL)
 
     def step() -> None:
@@ -230,8 +230,9 @@ def make_trainer(
     """As train.py puts it together."""
     config, runtime = make_config(network, setting, folder, ema=ema), Runtime(setting.device)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    examples = partial(training_examples, config, make_resident(dataset, setting.device), runtime)
-    schedule, process = Schedule(NUM_IMAGES, setting.batch_size, 0), build_diffusion(config)
+    schedule, process = Schedule(NUM_IMAGES, setting.batch_size, 0), build_process(config)
+    images = make_resident(dataset, setting.device)
+    examples = partial(training_examples, config, process, images, runtime)
     job = Job(
         config, runtime, dataset, schedule, network.model, process, examples, setting.precision
     )
@@ -261,7 +262,7 @@ def bare_passes(model: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) 
 
 def real_sampling(network: Network, setting: Setting, labels: list[int], folder: Path) -> Task:
     config = make_config(network, setting, folder)
-    run = Run(network.model, build_diffusion(config), SPEC, config)
+    run = Run(network.model, build_process(config), SPEC, config)
     sampling, runtime = sampling_from(config), Runtime(setting.device)
     count = setting.batch_size
 

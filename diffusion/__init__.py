@@ -1,4 +1,4 @@
-"""Noise schedules, the diffusion process and samplers. Knows nothing of data sets or networks."""
+"""Processes (DDPM, flow, EDM) and samplers. Knows nothing of data sets or networks."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from typing import NamedTuple
 
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
+from diffusion.densities import DENSITIES
 from diffusion.dpm_solver import dpmpp_2m
-from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import make_denoiser
-from diffusion.schedules import SCHEDULES, timestep_grid
+from diffusion.heun import heun
+from diffusion.process import Prediction, Process, Step
+from diffusion.schedules import PROCESSES, SCHEDULES, timestep_grid
 from utils.config import Config, Problem, did_you_mean
 
-__all__ = ["SAMPLERS", "SCHEDULES", "GaussianDiffusion", "Prediction", "Sampler", "Step"]
-__all__ += ["build_diffusion", "check_config", "make_denoiser", "timestep_grid"]
+__all__ = ["DENSITIES", "PROCESSES", "SAMPLERS", "SCHEDULES", "Prediction", "Process", "Sampler"]
+__all__ += ["Step", "build_process", "check_config", "make_denoiser", "timestep_grid"]
 
 
 class Sampler(NamedTuple):
-    """All that others need to know of a sampler. It is a function (denoise, x_T, diffusion,
+    """All that others need to know of a sampler. It is a function (denoise, x_T, process,
     timesteps, randn_like, **options); whether it is deterministic may be a function of options."""
 
     run: Callable[..., Iterator[Step]]
     default_steps: int | None  # how many steps it takes when nobody says; None: all T
     deterministic: bool | Callable[..., bool] = False  # if x_T alone decides the images
     options: tuple[str, ...] = ()  # fields of `generation.sampling.Sampling` that `run` takes
-    forwards_per_step: int = 1  # how often a step calls `denoise`
+    forwards_per_step: int = 1  # how often a step calls `denoise`; the last one does so once
     multistep: bool = False  # a step uses what earlier ones saw, so none can be taken again
 
 
 SAMPLERS = {
     "ddpm": Sampler(ddpm, None),
     "ddim": Sampler(ddim, 50, deterministic=lambda eta: eta == 0, options=("eta",)),
+    "heun": Sampler(heun, 20, deterministic=True, forwards_per_step=2),
     "dpmpp_2m": Sampler(dpmpp_2m, 20, deterministic=True, multistep=True),
+}
+TABLES = {  # config key -> the names it may have
+    "process": PROCESSES,
+    "beta_schedule": SCHEDULES,
+    "timestep_sampling": DENSITIES,
+    "sampling_method": SAMPLERS,
 }
 
 
-def build_diffusion(config: Config) -> GaussianDiffusion:
-    make_betas = SCHEDULES[config.beta_schedule]
-    return GaussianDiffusion(
-        make_betas(config.num_timesteps, config.beta_start, config.beta_end),
+def build_process(config: Config) -> Process:
+    levels = PROCESSES[config.process](config)
+    return Process(
+        levels._replace(scale=levels.scale / config.noise_scale),
         prediction_type=config.prediction_type,
+        loss_space=config.loss_space,
         loss_type=config.loss_type,
         loss_weighting=config.loss_weighting,
         min_snr_gamma=config.min_snr_gamma,
@@ -49,7 +59,7 @@ def build_diffusion(config: Config) -> GaussianDiffusion:
 
 def check_config(config: Config) -> Iterator[Problem]:
     """Names that must be in the tables above."""
-    for key, table in (("beta_schedule", SCHEDULES), ("sampling_method", SAMPLERS)):
+    for key, table in TABLES.items():
         name = getattr(config, key)
         if name not in table:
             message = f"{key}={name!r}: use {', '.join(table)}{did_you_mean(name, table)}"

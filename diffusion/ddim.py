@@ -6,27 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion, Step
 from diffusion.guidance import Denoiser
+from diffusion.process import Process, Step
 from diffusion.schedules import with_previous
 
 
 def ddim(
     denoise: Denoiser,
     x_T: Tensor,
-    diffusion: GaussianDiffusion,
+    process: Process,
     timesteps: Sequence[int],
     randn_like: Callable[[Tensor], Tensor],
     *,
     eta: float = 0.0,
 ) -> Iterator[Step]:
-    """Eq. 12 with sigma of eq. 16: eta = 0 is deterministic, eta = 1 equals DDPM."""
+    """Eq. 12 with sigma of eq. 16: eta = 0 is deterministic, and on the linear path the Euler
+    method; eta = 1 equals DDPM."""
     x = x_T
     for t, s in with_previous(timesteps):
         x_0, eps = denoise(x, t)
-        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
-        variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-        x = a_s**0.5 * x_0 + max(0.0, 1 - a_s - variance) ** 0.5 * eps
+        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
+        step_variance = noise_t**2 - (signal_t / signal_s * noise_s) ** 2
+        variance = (eta * noise_s / noise_t) ** 2 * step_variance
+        x = signal_s * x_0 + max(0.0, noise_s**2 - variance) ** 0.5 * eps
         if variance > 0:
             x = x + variance**0.5 * randn_like(x)
         yield Step(s, x, x_0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion, Model, Prediction
+from diffusion.process import Model, Prediction, Process
 from utils.labels import NULL_LABEL
 
 Denoiser = Callable[[Tensor, int], Prediction]
@@ -32,14 +32,24 @@ def threshold_x_0(x_0: Tensor, threshold: str) -> Tensor:
     return x_0.clamp(-limit, limit) / limit
 
 
+def rescaled(guided: Tensor, out_y: Tensor, share: float) -> Tensor:
+    """Bring the standard deviation of each guided output this share of the way back to that of the
+    conditional one, which guidance raises (Lin et al. 2023, eq. 15 and 16)."""
+    dims = tuple(range(1, guided.ndim))
+    ratio = out_y.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (share * ratio + (1 - share))
+
+
 def make_denoiser(
-    diffusion: GaussianDiffusion,
+    process: Process,
     model: Model,
     y: Tensor | None,
     *,
     cfg_scale: float = 1.0,
     cfg_interval: tuple[float, float] | None = None,
+    cfg_rescale: float = 0.0,
     threshold: str = "static",
+    guide: Model | None = None,
 ) -> Denoiser:
     """A function (x_t, t) -> Prediction, t the same int for the whole batch.
 
@@ -48,27 +58,37 @@ def make_denoiser(
     twice the batch (on a CPU, two forwards where that would be too large for its cache).
 
     Args:
-        y: (B,) int64 in [0, K), or None for a model without classes, whose only scale is 1.
+        y: (B,) int64 in [0, K), or None for a model without classes, whose only scale without a
+            guide is 1.
         cfg_interval: guide only while low <= t / T <= high (Kynkaanniemi et al. 2024); outside
             it the prediction is plain conditional, but for scale 0, unconditional everywhere.
+        cfg_rescale: see `rescaled`; 0 leaves guided outputs as they are.
+        guide: a weaker network of the same process, whose output for y takes the place of out_null
+            (Karras et al. 2024, autoguidance).
     """
-    assert y is not None or cfg_scale == 1.0, "guidance joins predictions with and without classes"
+    has_both = y is not None or guide is not None or cfg_scale == 1.0
+    assert has_both, "guidance joins predictions with and without classes"
     null = None if y is None else torch.full_like(y, NULL_LABEL)
     low, high = cfg_interval or (0.0, 1.0)
 
     def denoise(x_t: Tensor, t: int) -> Prediction:
         times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         if cfg_scale == 0.0:
-            output = model(x_t, times, null)
-        elif cfg_scale == 1.0 or not low <= t / diffusion.num_timesteps <= high:
+            output = model(x_t, times, null) if guide is None else guide(x_t, times, y)
+        elif cfg_scale == 1.0 or not low <= t / process.num_timesteps <= high:
             output = model(x_t, times, y)
         else:
-            out_y, out_null = with_and_without(model, x_t, times, y, null)
+            if guide is None:
+                out_y, out_null = with_and_without(model, x_t, times, y, null)
+            else:
+                out_y, out_null = (m(x_t, times, y).to(x_t.dtype) for m in (model, guide))
             output = out_null + cfg_scale * (out_y - out_null)
-        prediction = diffusion.predict(output, x_t, times)
+            if cfg_rescale:
+                output = rescaled(output, out_y, cfg_rescale)
+        prediction = process.predict(output, x_t, times)
         if threshold == "none":
             return prediction
-        return diffusion.with_x_0(threshold_x_0(prediction.x_0, threshold), x_t, times)
+        return process.with_x_0(threshold_x_0(prediction.x_0, threshold), x_t, times)
 
     return denoise
 
@@ -76,9 +96,9 @@ def make_denoiser(
 def with_and_without(
     model: Model, x_t: Tensor, times: Tensor, y: Tensor, null: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The model's output for y and for null, float32."""
+    """The model's output for y and for null, in the precision of x_t."""
     if x_t.device.type == "cpu" and 2 * x_t.numel() > LARGEST_JOINT_CPU_BATCH:
-        return model(x_t, times, y).float(), model(x_t, times, null).float()
+        return model(x_t, times, y).to(x_t.dtype), model(x_t, times, null).to(x_t.dtype)
     both = model(torch.cat([x_t, x_t]), times.repeat(2), torch.cat([y, null]))
-    out_y, out_null = both.float().chunk(2)
+    out_y, out_null = both.to(x_t.dtype).chunk(2)
     return out_y, out_null

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffusion import SAMPLERS
 from diffusion.ddim import ddim
-from diffusion.gaussian import GaussianDiffusion, Prediction, Step
 from diffusion.guidance import Denoiser
+from diffusion.process import Prediction, Process, Step
 from diffusion.schedules import with_previous
 from editing.command import Pictures
 from generation.run import Run
@@ -24,7 +24,7 @@ from generation.sampling import Labels, Sampling, label_denoiser, steps_from, ti
 from utils.errors import ConfigError
 from utils.rng import sample_noise
 
-SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, diffusion, timesteps, randn_like)
+SamplerFunction = Callable[..., Iterator[Step]]  # (denoise, x_T, process, timesteps, randn_like)
 PARALLEL = 1e-6  # radians; below it a great circle is not defined, and a straight line is as good
 
 
@@ -73,9 +73,7 @@ def last_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
     return list(timesteps[-count:])
 
 
-def keep_known(
-    denoise: Denoiser, diffusion: GaussianDiffusion, x_0: Tensor, unknown: Tensor
-) -> Denoiser:
+def keep_known(denoise: Denoiser, process: Process, x_0: Tensor, unknown: Tensor) -> Denoiser:
     """A denoiser that knows the picture x_0 (B, C, H, W) wherever `unknown` (.., H, W) is False.
 
     There the sampler goes towards x_0 along the forward process: each x_t is a draw of
@@ -84,7 +82,7 @@ def keep_known(
 
     def denoise_unknown(x_t: Tensor, t: int) -> Prediction:
         times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        pairs = zip(denoise(x_t, t), diffusion.with_x_0(x_0, x_t, times), strict=True)
+        pairs = zip(denoise(x_t, t), process.with_x_0(x_0, x_t, times), strict=True)
         return Prediction(*(torch.where(unknown, drawn, known) for drawn, known in pairs))
 
     return denoise_unknown
@@ -97,15 +95,17 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
     whose step follows from x_t alone, which multistep ones do not.
     """
 
-    def sample(denoise, x_T, diffusion, timesteps, randn_like):
+    def sample(denoise, x_T, process, timesteps, randn_like):
         x = x_T
         for t, s in with_previous(timesteps):
             one_step = [t] if s < 0 else [t, s]
             for repeat in range(1 if s < 0 else times):
                 if repeat:
-                    alpha = diffusion.alpha_cumprod(t) / diffusion.alpha_cumprod(s)
-                    x = alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x)  # q(x_t | x_s)
-                step = next(sampler(denoise, x, diffusion, one_step, randn_like))
+                    (signal_t, noise_t), (signal_s, noise_s) = map(process.levels, (t, s))
+                    ratio = signal_t / signal_s
+                    std = max(0.0, noise_t**2 - (ratio * noise_s) ** 2) ** 0.5
+                    x = ratio * x + std * randn_like(x)  # q(x_t | x_s)
+                step = next(sampler(denoise, x, process, one_step, randn_like))
                 x = step.x
             yield step
 
@@ -115,32 +115,32 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
 def ddim_invert(
     denoise: Denoiser,
     x_0: Tensor,
-    diffusion: GaussianDiffusion,
+    process: Process,
     timesteps: Sequence[int],
     *,
     iterations: int,
 ) -> Iterator[Step]:
     """From pictures to the noise that DDIM with eta = 0 turns into them; the last Step has x_T.
 
-    With sqrt(a) = cos(angle), a step of DDIM from t to s is a rotation (Salimans and Ho 2022,
-    appendix D), x_s = cos(d) x_t - sin(d) v(x_t, t) for d = angle_t - angle_s. So
+    x_t and v(x_t, t) stand for x_0 and eps, so with t's rates, its noise and the levels of s a step
+    of DDIM from t to s is x_s = a x_t - b v(x_t, t), on the linear path Euler's step, with
+    signal^2 + noise^2 = 1 a rotation (Salimans and Ho 2022, appendix D). So
 
-        x_t = (x_s + sin(d) v(x_t, t)) / cos(d)
+        x_t = (x_s + b v(x_t, t)) / a
 
     One iteration takes v at x_s, which is the ODE backwards (Song et al. 2021, section 5.4); more
     of them iterate to the fixed point, which undoes the step (Pan et al. 2023).
     """
     x = x_0
     for t, s in reversed(list(with_previous(timesteps))):
-        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
-        signal_t, noise_t = a_t**0.5, (1 - a_t) ** 0.5
-        signal_s, noise_s = a_s**0.5, (1 - a_s) ** 0.5
-        cosine = signal_t * signal_s + noise_t * noise_s
-        sine = noise_t * signal_s - signal_t * noise_s
+        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
+        signal_rate, noise_rate = process.rates(t)
+        of_x = (noise_rate * signal_s - signal_rate * noise_s) / process.scale
+        of_v = (noise_t * signal_s - signal_t * noise_s) / process.scale
         x_t = x
         for _ in range(iterations):
             predicted, eps = denoise(x_t, t)
-            x_t = (x + sine * (signal_t * eps - noise_t * predicted)) / cosine
+            x_t = (x + of_v * (noise_rate * eps + signal_rate * predicted)) / of_x
         x = x_t
         yield Step(t, x, predicted)
 
@@ -207,9 +207,9 @@ def img2img_steps(
     timesteps = last_timesteps(timesteps_of(run, sampling), strength)
     draw = sample_noise(seeds, x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
-    x_t = run.diffusion.q_sample(x_0, t, draw(x_0.shape))
+    x_t = run.process.q_sample(x_0, t, draw(x_0.shape))
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    yield from sampling.sampler(denoise, x_t, run.diffusion, timesteps, lambda x: draw(x.shape))
+    yield from sampling.sampler(denoise, x_t, run.process, timesteps, lambda x: draw(x.shape))
 
 
 def inpaint_steps(
@@ -223,11 +223,11 @@ def inpaint_steps(
     draw = sample_noise(seeds, x_0.device)
     x_T = draw(x_0.shape)
     denoise = label_denoiser(run, labels, sampling, x_0.device)
-    known = keep_known(denoise, run.diffusion, x_0, unknown.to(x_0.device))
+    known = keep_known(denoise, run.process, x_0, unknown.to(x_0.device))
     timesteps, sampler = timesteps_of(run, sampling), sampling.sampler
     if num_resamples > 1:
         sampler = resampling(sampler, num_resamples)
-    yield from sampler(known, x_T, run.diffusion, timesteps, lambda x: draw(x.shape))
+    yield from sampler(known, x_T, run.process, timesteps, lambda x: draw(x.shape))
 
 
 def invert_steps(
@@ -237,7 +237,7 @@ def invert_steps(
     x_0, labels, _ = pictures
     denoise = label_denoiser(run, labels, sampling, x_0.device)
     timesteps, undo = timesteps_of(run, sampling), INVERSES[SAMPLERS[sampling.method].run]
-    for step in undo(denoise, x_0, run.diffusion, timesteps, iterations=iterations):
+    for step in undo(denoise, x_0, run.process, timesteps, iterations=iterations):
         x_T = step.x
     noise.append(x_T)
     yield from decode_steps(run, x_T, labels, sampling)

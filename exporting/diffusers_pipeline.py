@@ -11,12 +11,13 @@ import jinja2
 import torch
 from torch import Tensor
 
+from diffusion import SCHEDULES
 from diffusion.ddim import ddim
-from diffusion.gaussian import GaussianDiffusion
 from diffusion.guidance import DYNAMIC_QUANTILE
 from exporting.diffusers_unet import to_unet2d, unet2d_config
 from generation.run import Run
 from generation.sampling import Sampling, sampler_names, sampling_from
+from utils.config import Config
 from utils.errors import ConfigError, UserError, require
 from utils.files import atomic_path
 
@@ -36,13 +37,13 @@ def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
     """
     sampling = sampling_from(run.config, sampler_names(run.config, [ddim])[0])
     arguments = unet2d_config(run.model, run.config, run.spec)
-    scheduler = ddim_scheduler_config(run.diffusion, sampling)
+    scheduler = ddim_scheduler_config(run.config, sampling)
     require("diffusers", "safetensors")
     import diffusers
 
     unet = to_unet2d(run.model, arguments)
     num_classes = run.spec.num_classes if run.config.conditional else 0
-    t = torch.linspace(0, run.diffusion.num_timesteps - 1, 4).long()
+    t = torch.linspace(0, run.config.num_timesteps - 1, 4).long()
     x = torch.randn(len(t), *run.spec.shape, generator=torch.Generator().manual_seed(0))
     y = torch.arange(len(t)) % (num_classes + 1) - 1 if num_classes else None  # the first is null
     with torch.inference_mode():
@@ -58,17 +59,23 @@ def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
     return pipeline, sampling, difference
 
 
-def ddim_scheduler_config(diffusion: GaussianDiffusion, sampling: Sampling) -> dict[str, Any]:
+def ddim_scheduler_config(config: Config, sampling: Sampling) -> dict[str, Any]:
     """Arguments of the DDIMScheduler that takes the same steps.
 
     Its `step` needs `use_clipped_model_output=True`, which re-derives eps from a thresholded x_0,
     and `eta`. Raises a ConfigError that names the setting if one prevents such a scheduler.
     """
-    T, steps = diffusion.num_timesteps, sampling.num_inference_steps
+    T, steps = config.num_timesteps, sampling.num_inference_steps
+    other = "diffusers has no pipeline that computes the same. Use --format safetensors"
+    for key in ("process", "noise_scale", "timestep_spacing_shift", "cfg_rescale"):
+        if (value := getattr(config, key)) != Config.model_fields[key].default:
+            raise ConfigError(f"{key}={value!r}: {other}")
+    betas = SCHEDULES[config.beta_schedule](T, config.beta_start, config.beta_end)
     # Theirs steps from t to t - T // steps, wherever its next timestep lies.
-    if sampling.spacing == "linspace":
+    if sampling.spacing not in ("trailing", "leading"):
         theirs = "diffusers' DDIMScheduler does not step from one of its timesteps to the next"
-        raise ConfigError(f"timestep_spacing='linspace': {theirs}. Use trailing or leading")
+        message = f"timestep_spacing={sampling.spacing!r}: {theirs}. Use trailing or leading"
+        raise ConfigError(message)
     if sampling.spacing == "trailing" and T % steps:
         raise ConfigError(
             f"num_inference_steps={steps}: with timestep_spacing='trailing', diffusers' "
@@ -76,8 +83,8 @@ def ddim_scheduler_config(diffusion: GaussianDiffusion, sampling: Sampling) -> d
         )
     return dict(
         num_train_timesteps=T,
-        trained_betas=diffusion.betas.tolist(),
-        prediction_type=_PREDICTION_TYPES[diffusion.prediction_type],
+        trained_betas=betas.tolist(),
+        prediction_type=_PREDICTION_TYPES[config.prediction_type],
         clip_sample=sampling.threshold == "static",
         clip_sample_range=1.0,
         thresholding=sampling.threshold == "dynamic",

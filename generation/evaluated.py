@@ -105,7 +105,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     settings = []
     values = (dict.fromkeys(v or [None]) for v in (args.cfg_scale, args.num_inference_steps))
     for scale, steps in product(*values):
-        sampling = sampling_from(config, args.sampling_method, steps, args.ddim_eta, scale)
+        asked = args.sampling_method, steps, args.ddim_eta, scale
+        sampling = sampling_from(config, *asked, has_guide=run.guide is not None)
         seeds = (first_seed + i * count for i in range(repeats))  # no image shares another's
         settings += [Setting(sampling, seed, repeats > 1) for seed in seeds]
     facts = {
@@ -116,6 +117,9 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         "ema": run.ema,
         "label_mode": mode,
     }
+    if run.guide is not None:
+        file = run.guide.checkpoint
+        facts |= {"guide": str(file), "guide_sha256": file_sha256(file), "guide_ema": run.guide.ema}
 
     def draw(setting: Setting, indices: range) -> Iterator[Tensor]:
         return generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,19 @@ import datasets
 import diffusion
 import metrics
 import models
-from diffusion import GaussianDiffusion
+from diffusion import Process
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
-from utils.config import Config, RawConfig, apply_overrides, read_config_file, validate, warnings_of
+from utils.config import (
+    Config,
+    RawConfig,
+    apply_overrides,
+    keys_by_resume,
+    read_config_file,
+    validate,
+    warnings_of,
+)
 from utils.errors import CheckpointError, ConfigError, show
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
@@ -39,7 +47,7 @@ class Run:
     """A trained model with all that is needed to sample from it."""
 
     model: nn.Module
-    diffusion: GaussianDiffusion
+    process: Process
     spec: ImageSpec
     config: Config
     checkpoint: Path | None = None
@@ -47,6 +55,7 @@ class Run:
     epoch: int = 0
     ema: bool = False
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
+    guide: Run | None = None  # a weaker model of the same images, for autoguidance
 
     @property
     def classes(self) -> Sequence[int]:
@@ -55,7 +64,8 @@ class Run:
 
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"
-        return f"{self.checkpoint} (step {self.step}, {weights})"
+        guide = "" if self.guide is None else f", guided by {self.guide.describe()}"
+        return f"{self.checkpoint} (step {self.step}, {weights}){guide}"
 
 
 def expected_spec(config: Config) -> ImageSpec | None:
@@ -111,7 +121,7 @@ def load_run(
     models.compile_model(model, compile)
     names = tuple(state.get("class_names") or ())
     facts = path, state["step"], state["epoch"], ema, names
-    return Run(model, diffusion.build_diffusion(config), spec, config, *facts)
+    return Run(model, diffusion.build_process(config), spec, config, *facts)
 
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
@@ -127,7 +137,21 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
             raise ConfigError("cfg_scale needs training with conditional=True; leave it out")
         if warning.split()[0] in named:
             log.warning(warning)
+    if guide := getattr(args, "guide", None):
+        return with_guide(run, load_run(guide, device))
     return run
+
+
+def with_guide(run: Run, guide: Run) -> Run:
+    """The run, with another one as its guide. Their networks may differ. Raises a ConfigError if
+    the guide draws other images, or its outputs mean something else."""
+    pair = guide.config.to_dict(), run.config.to_dict()
+    if guide.spec != run.spec:
+        raise ConfigError(f"--guide {guide.checkpoint} draws {guide.spec}, the model {run.spec}")
+    if changed := changed_settings(*pair, keys_by_resume("meaning")):
+        belong = f"--guide {guide.checkpoint}: must be trained with the model's settings:"
+        raise ConfigError("\n       ".join([belong, *changed]))
+    return replace(run, guide=guide)
 
 
 def check_labels(labels: Sequence[int], run: Run) -> None:

@@ -42,6 +42,9 @@ class Sampling:
     threshold: str
     spacing: str
     conditional: bool
+    cfg_rescale: float = 0.0
+    spacing_shift: float = 1.0
+    has_guide: bool = False  # the run's guide takes the place of the model without labels
 
     @property
     def options(self) -> dict[str, float]:
@@ -62,7 +65,10 @@ class Sampling:
     def describe(self) -> str:
         kinds = {0.0: UNCONDITIONAL, 1.0: "conditional, no guidance"}
         kind = kinds.get(self.cfg_scale, f"guided, cfg_scale {self.cfg_scale:g}")
-        kind = kind if self.conditional else "model without classes"
+        if self.has_guide and self.cfg_scale != 1:
+            kind = f"autoguided, cfg_scale {self.cfg_scale:g}"
+        elif not self.conditional:
+            kind = "model without classes"
         forwards = SAMPLERS[self.method].forwards_per_step
         steps = f"{self.num_inference_steps} steps" + f" of {forwards} forwards" * (forwards > 1)
         options = [f"{name} {value:g}" for name, value in self.options.items() if value]
@@ -81,10 +87,13 @@ def sampling_from(
     num_inference_steps: int | None = None,
     eta: float | None = None,
     cfg_scale: float | None = None,
+    *,
+    has_guide: bool = False,
 ) -> Sampling:
     """The config's sampling settings, with what the caller gives laid over them.
 
     The config's number of steps belongs to its own method: another one starts from its default.
+    A guide, see `make_denoiser`, allows every scale, but is of no use with the 1 of a default.
     Raises a ConfigError for values that the model or the method cannot take.
     """
     chosen = method or config.sampling_method
@@ -104,22 +113,32 @@ def sampling_from(
     eta = config.ddim_eta if eta is None else eta
     if not 0 <= eta <= 1:
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")
-    if problem := steps_problem(config, steps) or guidance_problem(config, scale):
+    if has_guide and cfg_scale is None and scale == 1:
+        raise ConfigError("--guide: has no effect with cfg_scale=1; give --cfg_scale, such as 2")
+    problem = steps_problem(config, steps)
+    if not has_guide:
+        problem = problem or guidance_problem(config, scale)
+    if problem:
         raise ConfigError(problem)
     kept = config.cfg_interval, config.threshold, config.timestep_spacing, config.conditional
-    return Sampling(chosen, steps, eta, float(scale), *kept)
+    more = config.cfg_rescale, config.timestep_spacing_shift, has_guide
+    return Sampling(chosen, steps, eta, float(scale), *kept, *more)
 
 
 def label_denoiser(run: Run, labels: Labels, sampling: Sampling, device: torch.device) -> Denoiser:
     """The run's model, asked for a class for each image."""
     y = None if labels is None else torch.tensor(labels, dtype=torch.int64, device=device)
-    guidance = dict(cfg_scale=sampling.cfg_scale, cfg_interval=sampling.cfg_interval)
-    return make_denoiser(run.diffusion, run.model, y, threshold=sampling.threshold, **guidance)
+    names = "cfg_scale", "cfg_interval", "cfg_rescale", "threshold"
+    settings = {name: getattr(sampling, name) for name in names}
+    guide = run.guide.model if sampling.has_guide else None
+    return make_denoiser(run.process, run.model, y, guide=guide, **settings)
 
 
 def timesteps_of(run: Run, sampling: Sampling) -> list[int]:
     """The timesteps that sampling visits, from noise to image."""
-    return timestep_grid(run.config.num_timesteps, sampling.num_inference_steps, sampling.spacing)
+    counts = run.process.num_timesteps, sampling.num_inference_steps
+    more = dict(shift=sampling.spacing_shift, half_log_snr=run.process.half_log_snr)
+    return timestep_grid(*counts, sampling.spacing, **more)
 
 
 def steps_from(
@@ -130,7 +149,7 @@ def steps_from(
     `draw` gives the noise along the way, see `sample_noise`; that of no seeds refuses to give any.
     """
     timesteps = timesteps_of(run, sampling)
-    yield from sampling.sampler(denoise, x_T, run.diffusion, timesteps, lambda x: draw(x.shape))
+    yield from sampling.sampler(denoise, x_T, run.process, timesteps, lambda x: draw(x.shape))
 
 
 def sample_steps(

@@ -83,7 +83,7 @@ BAD_CONFIGS = {
     "gradient_accumulation_steps=3": "batch_size=128 cannot be shared evenly",
     "gpu_ids=(0, 1, 2, 3)": "names 4 GPU(s), but this node runs 1 process(es)",
     "beta_start=0.5, beta_end=0.1": "beta_start=0.5 must be below beta_end=0.1",
-    "sampling_method='dpm'": "sampling_method='dpm': use ddpm, ddim, dpmpp_2m",
+    "sampling_method='dpm'": "sampling_method='dpm': use ddpm, ddim, heun, dpmpp_2m",
     "experiment_name='../x'": "experiment_name='../x': must be usable as a folder name",
     "precision='fp16'": "precision='fp16' needs a GPU",
 }
@@ -329,7 +329,7 @@ UNCONDITIONAL = {
     "--cfg_scale 0": "cfg_scale=0 needs training with conditional=True",
     "--use_ema": "holds no EMA weights",
     "--num_inference_steps 21": "num_inference_steps=21: must lie in 1..20",
-    "--sampling_method euler": "sampling_method='euler': use ddpm, ddim, dpmpp_2m",
+    "--sampling_method euler": "sampling_method='euler': use ddpm, ddim, heun, dpmpp_2m",
     "--num_samples -1": "at least 1",
     "--seed -5": "at least 0",
     "--seeds 0-3 --num_samples 2": "one non-negative seed per image",

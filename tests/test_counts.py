@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from datasets.storage import InMemoryDataset
-from diffusion import build_diffusion
+from diffusion import build_process
 from generation.run import Run
 from generation.sampling import generate, sampling_from
 from models.unet import UNet
@@ -67,8 +67,8 @@ def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
     images = images.to(runtime.device)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
-    examples = partial(training_examples, config, dataset, runtime)
-    schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_diffusion(config)
+    schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_process(config)
+    examples = partial(training_examples, config, process, dataset, runtime)
     model = tiny_unet().to(runtime.device)
     job = Job(config, runtime, dataset, schedule, model, process, examples)
     best = BestScore(LOSS, lower_is_better=True)
@@ -165,7 +165,7 @@ class RowCounter(nn.Module):
 def passes_per_image(**settings: Any) -> tuple[float, float]:
     """Forward passes that the real sampling path spends on an image: with its class, without."""
     config, counter = Config(conditional=True, **settings), RowCounter()
-    run = Run(counter, build_diffusion(config), SPEC, config)
+    run = Run(counter, build_process(config), SPEC, config)
     labels, runtime = [0, 1, 2], Runtime(CPU)
     parts = generate(
         run, range(3), labels, sampling=sampling_from(config), batch_size=2, runtime=runtime

@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from datasets.storage import InMemoryDataset
-from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, guidance, make_denoiser, timestep_grid
+from diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    Process,
+    build_process,
+    guidance,
+    make_denoiser,
+    timestep_grid,
+)
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.dpm_solver import dpmpp_2m
 from diffusion.guidance import threshold_x_0
+from diffusion.schedules import levels_of_betas
 from training.objective import training_examples
 from utils.config import Config
 from utils.distributed import Runtime
@@ -23,7 +32,7 @@ T = 100
 
 
 def make_diffusion(schedule="linear", num_timesteps=T, **options):
-    return GaussianDiffusion(SCHEDULES[schedule](num_timesteps, 1e-4, 0.02), **options)
+    return Process(levels_of_betas(SCHEDULES[schedule](num_timesteps, 1e-4, 0.02)), **options)
 
 
 def toy_model(x, t, y):
@@ -50,23 +59,26 @@ def test_schedules_are_valid_chains(name, num_timesteps):
     betas = SCHEDULES[name](num_timesteps, 1e-4, 0.02)
     assert betas.shape == (num_timesteps,)
     assert betas.dtype == torch.float64
-    alphas_cumprod = GaussianDiffusion(betas).alphas_cumprod
     assert ((betas > 0) & (betas < 1)).all()
-    assert (alphas_cumprod.diff() < 0).all()
+    assert (Process(levels_of_betas(betas)).half_log_snr.diff() < 0).all()
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("linear", "linear"), ("quadratic", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
+    [
+        ("linear", "linear"),
+        ("quadratic", "scaled_linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sigmoid", "sigmoid"),
+    ],
 )
 def test_schedules_equal_diffusers(ours, theirs):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(1000, 1e-4, 0.02, beta_schedule=theirs)
-    ours = make_diffusion(ours, 1000)
-    torch.testing.assert_close(ours.betas.float(), scheduler.betas, rtol=2e-4, atol=1e-7)
-    torch.testing.assert_close(
-        ours.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7
-    )
+    betas = SCHEDULES[ours](1000, 1e-4, 0.02)
+    torch.testing.assert_close(betas.float(), scheduler.betas, rtol=2e-4, atol=1e-7)
+    alphas_cumprod = levels_of_betas(betas).signal.float() ** 2
+    torch.testing.assert_close(alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
 
 
 def test_cosine_betas_end_at_their_cap():
@@ -111,7 +123,7 @@ def test_q_sample_has_the_right_moments():
     x_0 = torch.full((20_000, 1, 1, 1), 0.5)
     t = torch.full((20_000,), 60)
     x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.manual_seed(0)))
-    a = diffusion.alpha_cumprod(60)
+    a = diffusion.levels(60)[0] ** 2
     assert x_t.mean().item() == pytest.approx(0.5 * a**0.5, abs=0.01)
     assert x_t.var().item() == pytest.approx(1 - a, rel=0.05)
 
@@ -179,8 +191,7 @@ def test_min_snr_is_one_weighting_of_x_0(prediction_type):
     output = torch.randn_like(x_0)
     loss = diffusion.loss(lambda *_: output, x_0, None, t, noise)
     error = (diffusion.predict(output, x_t, t).x_0 - x_0).square().flatten(1).mean(1)
-    a = diffusion.alphas_cumprod[t]
-    weight = (a / (1 - a)).clamp(max=5.0).float()
+    weight = (2 * diffusion.half_log_snr[t]).exp().clamp(max=5.0).float()
     torch.testing.assert_close(loss, weight * error, rtol=2e-3, atol=1e-5)
 
 
@@ -361,7 +372,7 @@ def ideal_denoiser(diffusion, mean, std):
     """The exact posterior of data ~ N(mean, std^2), pixel by pixel."""
 
     def denoise(x, t):
-        a = diffusion.alpha_cumprod(t)
+        a = diffusion.levels(t)[0] ** 2
         variance = a * std**2 + 1 - a
         x_0 = mean + a**0.5 * std**2 / variance * (x - a**0.5 * mean)
         return diffusion.with_x_0(x_0, x, torch.full((len(x),), t))
@@ -376,7 +387,9 @@ def test_samplers_recover_a_gaussian(name):
     denoise = ideal_denoiser(diffusion, mean=0.4, std=0.3)
     rng = torch.Generator().manual_seed(0)
     x_T = torch.randn(50_000, 1, 1, 1, generator=rng)
-    grid = timestep_grid(1000, {"ddpm": 500, "ddim": 200, "dpmpp_2m": 50}[name], "trailing")
+    grid = timestep_grid(
+        1000, {"ddpm": 500, "ddim": 200, "dpmpp_2m": 50, "heun": 50}[name], "trailing"
+    )
     x = last(
         SAMPLERS[name].run(
             denoise, x_T, diffusion, grid, lambda x: torch.randn(x.shape, generator=rng)
@@ -391,7 +404,7 @@ def test_second_order_beats_first_order():
     diffusion = make_diffusion("linear", 1000)
     denoise = ideal_denoiser(diffusion, mean=0.0, std=0.5)
     x_T = torch.ones(1, 1, 1, 1)
-    a = diffusion.alpha_cumprod(999)
+    a = diffusion.levels(999)[0] ** 2
     exact = 0.5 / math.sqrt(a * 0.25 + 1 - a)
     error = {}
     for name in ("ddim", "dpmpp_2m"):
@@ -401,12 +414,12 @@ def test_second_order_beats_first_order():
     assert error["dpmpp_2m"] < 0.6 * error["ddim"]
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "log_snr"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_yield_every_step_and_end_at_the_image(name, spacing):
     diffusion = make_diffusion()
     denoise = make_denoiser(diffusion, toy_model, None)
-    grid = timestep_grid(T, 10, spacing)
+    grid = timestep_grid(T, 10, spacing, half_log_snr=diffusion.half_log_snr)
     steps = list(
         SAMPLERS[name].run(denoise, torch.randn(2, 1, 4, 4), diffusion, grid, torch.randn_like)
     )
@@ -437,7 +450,7 @@ def test_the_table_says_what_samplers_do(name, eta):
         return [step.x for step in taken]
 
     whole = steps(x_T, grid, 1)
-    assert len(calls) == len(grid) * row.forwards_per_step
+    assert len(calls) == (len(grid) - 1) * row.forwards_per_step + 1
     is_deterministic = row.deterministic
     if callable(is_deterministic):
         is_deterministic = is_deterministic(**options)
@@ -459,7 +472,8 @@ def examples(runtime=ALONE, start_step=0, count=3, **settings):
     labels = torch.randint(0, 5, (20,), generator=generator)
     dataset = InMemoryDataset(images, labels, ["a", "b", "c", "d", "e"])
     options = dict(seed=1, batch_size=8, num_timesteps=T, conditional=True, cfg_dropout_prob=0.5)
-    made = training_examples(Config(**{**options, **settings}), dataset, runtime, start_step)
+    config = Config(**{**options, **settings})
+    made = training_examples(config, build_process(config), dataset, runtime, start_step)
     return [next(made) for _ in range(count)]
 
 

@@ -357,7 +357,7 @@ def test_a_samplers_row_says_what_it_cannot_do(do, own_samplers):
     hole = ("inpaint", "--real_split", "test", "--n", 2, "--box", "0,0,4,4", "--resample", 2)
     with pytest.raises(ConfigError, match="steady remembers its last step; use ddpm or ddim or"):
         do(*hole, "--sampling_method", "steady")
-    with pytest.raises(ConfigError, match="use --ddim_eta 0 and --sampling_method ddim or dpmpp"):
+    with pytest.raises(ConfigError, match="use --ddim_eta 0 and --sampling_method ddim or heun or"):
         do("interpolate", "--labels", "2,7", "--sampling_method", "steady")
     assert "heun, 4 steps of 2 forwards" in do("grid", "--steps", 4, "--sampling_method", "heun")
     assert "mine, 7 steps, eta 0.5, " in do(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, SCHEDULES, GaussianDiffusion, Prediction, timestep_grid
+from diffusion import SAMPLERS, SCHEDULES, Prediction, Process, timestep_grid
 from diffusion.ddim import ddim
 from diffusion.ddpm import ddpm
 from diffusion.guidance import Denoiser
+from diffusion.schedules import levels_of_betas
 from editing.from_pictures import box_mask
 from editing.mathematics import (
     Waypoint,
@@ -27,7 +28,7 @@ from editing.mathematics import (
 from utils.errors import ConfigError
 from utils.images import to_float, to_uint8
 
-DIFFUSION = GaussianDiffusion(SCHEDULES["cosine"](1000, 0.0, 0.0))
+DIFFUSION = Process(levels_of_betas(SCHEDULES["cosine"](1000, 0.0, 0.0)))
 GRID = timestep_grid(1000, 10, "trailing")
 STD = 0.5
 
@@ -36,7 +37,7 @@ def gaussian(mean: Tensor | float = 0.0, std: float = STD) -> Denoiser:
     """The best denoiser of pixels that are independently N(mean, std^2)."""
 
     def denoise(x_t: Tensor, t: int) -> Prediction:
-        a = DIFFUSION.alpha_cumprod(t)
+        a = DIFFUSION.levels(t)[0] ** 2
         variance = a * std**2 + 1 - a
         x_0 = mean + std**2 * a**0.5 / variance * (x_t - a**0.5 * mean)
         return Prediction(x_0, (x_t - a**0.5 * x_0) / (1 - a) ** 0.5)
@@ -130,7 +131,7 @@ def test_on_the_way_known_pixels_are_draws_of_the_forward_process():
             keep_known(gaussian(), DIFFUSION, x_0, nothing), x_T, DIFFUSION, GRID, normals(3)
         )
         for t, x, _ in steps:
-            a = DIFFUSION.alpha_cumprod(t)
+            a = DIFFUSION.levels(t)[0] ** 2
             assert float(x.mean()) == pytest.approx(a**0.5 * 0.7, abs=0.02)
             assert float(x.std()) == pytest.approx((1 - a) ** 0.5, abs=0.02)
 
@@ -148,7 +149,7 @@ def test_resampling_brings_what_is_drawn_in_line_with_what_is_known():
     covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
 
     def denoise(x_t: Tensor, t: int) -> Prediction:
-        a = DIFFUSION.alpha_cumprod(t)
+        a = DIFFUSION.levels(t)[0] ** 2
         gain = a**0.5 * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(2))
         times = torch.full((len(x_t),), t)
         return DIFFUSION.with_x_0(x_t @ gain.T, x_t, times)
@@ -168,7 +169,7 @@ def errors_of_inversion(num_steps: int, iterations: int) -> tuple[float, float]:
     """RMSE of x_T against the ODE's own solution, and of the pictures sampled from it."""
     grid = timestep_grid(1000, num_steps, "trailing")
     x_0 = STD * noise(64)
-    a = DIFFUSION.alpha_cumprod(grid[0])
+    a = DIFFUSION.levels(grid[0])[0] ** 2
     exact = x_0 / STD * (a * STD**2 + 1 - a) ** 0.5  # x / std(x) stays what it is along the ODE
     x_T = last(ddim_invert(gaussian(), x_0, DIFFUSION, grid, iterations=iterations))
     back = last(ddim(gaussian(), x_T, DIFFUSION, grid, normals()))

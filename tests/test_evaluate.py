@@ -224,6 +224,7 @@ def test_kept_images_do_not_serve_what_would_draw_others(run_dir, tmp_path):
     changes = [
         *([], ["precision=bf16"], ["threshold=none"], ["--no_ema"], ["--seed", "7"]),
         *(["classes=2,7"], ["--label_mode", "3"], ["--label_mode", "train"]),
+        ["--guide", str(run_dir), "--cfg_scale", "2"],
         ["--label_mode", "train", "--reference", str(classes_of_one_image(tmp_path / "images", 2))],
     ]
     for number, change in enumerate(changes, 1):

@@ -15,7 +15,7 @@ import export
 import models
 import sample
 import train
-from diffusion import SCHEDULES, GaussianDiffusion, make_denoiser, timestep_grid
+from diffusion import SCHEDULES, build_process, make_denoiser, timestep_grid
 from diffusion.ddim import ddim
 from exporting import diffusers_pipeline
 from exporting.diffusers_pipeline import ddim_scheduler_config
@@ -211,10 +211,16 @@ def toy_model(x, t, y=None):
 @pytest.mark.parametrize(("spacing", "steps"), [("trailing", 10), ("leading", 7)])
 def test_schedulers_take_the_same_steps(schedule, prediction_type, threshold, spacing, steps):
     diffusers = pytest.importorskip("diffusers")
-    betas = SCHEDULES[schedule](100, 1e-3, 0.1)
-    diffusion = GaussianDiffusion(betas, prediction_type=prediction_type)
+    config = Config(
+        num_timesteps=100,
+        beta_start=1e-3,
+        beta_end=0.1,
+        beta_schedule=schedule,
+        prediction_type=prediction_type,
+    )
+    diffusion = build_process(config)
     sampling = Sampling("ddim", steps, 0.5, 1.0, None, threshold, spacing, False)
-    scheduler = diffusers.DDIMScheduler(**ddim_scheduler_config(diffusion, sampling))
+    scheduler = diffusers.DDIMScheduler(**ddim_scheduler_config(config, sampling))
     scheduler.set_timesteps(steps)
     grid = timestep_grid(100, steps, spacing)
     assert scheduler.timesteps.tolist() == grid
@@ -424,6 +430,12 @@ def assert_refused(kind, message, *arguments):
             "num_head_channels: the heads have 128, 192 channels",
         ),
         (dict(timestep_spacing="linspace"), "timestep_spacing='linspace'.*trailing or leading"),
+        (dict(timestep_spacing="log_snr"), "timestep_spacing='log_snr'.*trailing or leading"),
+        (dict(timestep_spacing_shift=2.0), "timestep_spacing_shift=2.0: .*safetensors"),
+        (dict(process="flow"), "process='flow': .*safetensors"),
+        (dict(process="edm"), "process='edm': .*safetensors"),
+        (dict(noise_scale=2.0), "noise_scale=2.0: .*safetensors"),
+        (dict(cfg_rescale=0.5), "cfg_rescale=0.5: .*safetensors"),
         (dict(num_inference_steps=30), "num_inference_steps=30.*divides 100"),
         (dict(sampling_method="ddpm", num_timesteps=90), "num_inference_steps=50.*divides 90"),
     ],

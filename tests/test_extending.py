@@ -55,6 +55,7 @@ def test_the_page_adds_one_file_of_each_kind():
 def test_the_parts_work_together(project):
     """The backbone learns the data set; the sampler draws; the metric chooses the best model."""
     parts = ["model_type=plain", "model_params.width=16", "dataset=stripes"]
+    parts += ["process=trigonometric"]
     evaluation = ["eval_interval=1", "eval_num_samples=8", "eval_metrics=brightness,sanity"]
     evaluation += ["eval_best_metric=brightness", "sampling_method=same_noise"]
     config = ["--config", "configs/digits_unet.py", "experiment_name=own"]

@@ -474,7 +474,7 @@ def gaussian_error(name: str, spacing: str, steps: int, schedule: str, std: floa
     """How far from its exact deviation the sampler ends on Gaussian data, from x_T = 1."""
     diffusion = make_diffusion(schedule, 1000)
     grid = timestep_grid(1000, steps, spacing)
-    a = diffusion.alpha_cumprod(grid[0])
+    a = diffusion.levels(grid[0])[0] ** 2
     exact = std / (a * std**2 + 1 - a) ** 0.5
     denoise = ideal_denoiser(diffusion, mean=0.0, std=std)
     x_T = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -520,7 +520,7 @@ def test_trailing_takes_the_second_order_at_every_step_but_two(steps):
     for (t, s), step in zip(
         itertools.pairwise(grid), run(denoise, x, diffusion, grid, None), strict=False
     ):
-        a_t, a_s = diffusion.alpha_cumprod(t), diffusion.alpha_cumprod(s)
+        a_t, a_s = diffusion.levels(t)[0] ** 2, diffusion.levels(s)[0] ** 2
         ratio = ((1 - a_s) / (1 - a_t)) ** 0.5
         slope = (step.x - ratio * x) / (a_s**0.5 - ratio * a_t**0.5)
         weights.append(slope.item() - t)

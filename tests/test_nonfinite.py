@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import datasets
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.process import Process
 from tests.conftest import ROOT
 from tests.test_run_dir import in_step
 from tests.test_train import ONE_STEP_PER_EPOCH, assert_same_training, logged, run, state_of
@@ -301,14 +301,14 @@ def test_the_flags_are_read_before_a_checkpoint_is_written(tiny, monkeypatch):
 def test_an_infinite_loss_with_a_finite_gradient_is_noticed(tiny, monkeypatch, num_parts):
     """In the first part of the third step: the loss alone tells, the gradient would be taken."""
     calls = []
-    honest = GaussianDiffusion.loss
+    honest = Process.loss
 
     def loss(self, *arguments):
         calls.append(1)
         is_bad = len(calls) == 2 * num_parts + 1
         return honest(self, *arguments) + (math.inf if is_bad else 0.0)
 
-    monkeypatch.setattr(GaussianDiffusion, "loss", loss)
+    monkeypatch.setattr(Process, "loss", loss)
     options = ["batch_size=8", "max_steps=4", f"gradient_accumulation_steps={num_parts}"]
     assert run(tiny, "skips", *options, "on_nonfinite=skip") == EXIT_OK
     assert state_of("skips")["nonfinite_steps"] == [2]

@@ -34,6 +34,8 @@ REFUSED = {
     "beta_end": 0.03,
     "beta_schedule": "cosine",
     "prediction_type": "v",
+    "process": "flow",
+    "noise_scale": 2.0,
     "lora_rank": 4,
     "lora_alpha": 8.0,
     "batch_size": 64,
@@ -48,6 +50,11 @@ WARNED = {
     "grad_clip": None,
     "ema_decay": 0.99,
     "loss_type": "l1",
+    "loss_space": "x_0",
+    "timestep_sampling": "shift",
+    "timestep_mean": 0.5,
+    "timestep_std": 0.5,
+    "timestep_shift": 3.0,
     "loss_weighting": "min_snr",
     "min_snr_gamma": 3.0,
     "cfg_dropout_prob": 0.2,
@@ -72,7 +79,9 @@ FREE = {
     "log_interval": 3,
     "num_samples": 4,
     "cfg_scale": 1.0,
+    "cfg_rescale": 0.5,
     "sampling_method": "ddpm",
+    "timestep_spacing_shift": 2.0,
     "num_workers": 0,
     "strategy": "fsdp",
 }
@@ -84,8 +93,9 @@ def _settings_alone(monkeypatch):
     monkeypatch.setattr("training.resume.check_goes_on", lambda path, state: None)
 
 
-def resume_with(folder: Path, **changes: Any) -> int:
-    """The step that a run with these settings goes on from, where BEFORE was trained."""
+def resume_with(folder: Path, *, older_than: str | None = None, **changes: Any) -> int:
+    """The step that a run with these settings goes on from, where BEFORE was trained, with a
+    project that did not know the key `older_than`."""
     before = Config(save_dir=str(folder), **BEFORE)
     before.run_dir.mkdir()
     state = {
@@ -99,7 +109,7 @@ def resume_with(folder: Path, **changes: Any) -> int:
         "loss_stats": torch.zeros(4),
         "epoch": 0,
         "step": 3,
-        "config": before.to_dict(),
+        "config": {k: v for k, v in before.to_dict().items() if k != older_than},
         "spec": [1, 8, 8, 10],
     }
     save_checkpoint(before.run_dir / CURRENT, state)
@@ -115,6 +125,18 @@ def test_a_setting_that_belongs_to_the_weights_or_the_run_is_refused(tmp_path, k
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [name]
     assert " in the checkpoint, " in lines[0]
+
+
+@pytest.mark.parametrize("key", ["process", "noise_scale"])
+def test_a_key_that_is_newer_than_the_checkpoint_had_its_default(tmp_path, key):
+    with pytest.raises(CheckpointError, match=f"{key}: .* in the checkpoint"):
+        resume_with(tmp_path, older_than=key, **{key: REFUSED[key]})
+
+
+@pytest.mark.parametrize("key", ["process", "noise_scale", "timestep_sampling"])
+def test_a_checkpoint_older_than_a_key_goes_on_silently(tmp_path, caplog, key):
+    assert resume_with(tmp_path, older_than=key) == 3
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("key", WARNED)

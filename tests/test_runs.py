@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import runs
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.process import Process
 from reporting import charts
 from reporting.charts import draw_chart, draw_lines, legend_of, smoothed
 from reporting.pages import NOTHING
@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
     """Two finished runs and the losses per example that the first one computed, step by step."""
     folder, seen = tmp_path_factory.mktemp("trained"), []
     (folder / "tiny.py").write_text(TINY_CONFIG, encoding="utf-8")
-    honest = GaussianDiffusion.loss
+    honest = Process.loss
 
     def loss(self, model, x_0, y, t, noise):
         found = honest(self, model, x_0, y, t, noise)
@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(GaussianDiffusion, "loss", loss)
+        patch.setattr(Process, "loss", loss)
         common = ["max_steps=46", "gradient_accumulation_steps=2", *PICTURES]
         assert run(folder / "tiny.py", "first", *common) == EXIT_OK
         losses = list(seen)

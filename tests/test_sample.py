@@ -11,7 +11,7 @@ import torch
 import models
 import sample
 import train
-from diffusion import build_diffusion
+from diffusion import build_process
 from generation.run import Run, load_run
 from generation.sampling import generate, sampling_from
 from utils.config import Config
@@ -70,6 +70,29 @@ def test_an_image_is_a_function_of_its_seed_and_label(trained):
     other, _ = draw(trained, "--seeds", "5", "--labels", "2")
     assert np.abs(other.astype(int) - alone).max() > 1
     assert np.abs(images[0].astype(int) - images[2]).max() > 10
+
+
+def test_a_model_that_guides_itself_is_not_guided(trained, capsys):
+    """w out_y + (1 - w) out_y: whatever the scale, images as without guidance."""
+    plain, _ = draw(trained, "--cfg_scale", 1)
+    capsys.readouterr()
+    guided, _ = draw(trained, "--cfg_scale", 3, "--guide", trained)
+    assert_same_images(plain, guided)
+    told = capsys.readouterr().out
+    assert "guided by" in told
+    assert "autoguided, cfg_scale 3" in told
+
+
+def test_guides_that_do_not_fit_are_refused(trained, tiny, capsys):
+    options = ["max_steps=1", "experiment_name=other", "prediction_type=v", "process=flow"]
+    assert train.main(["--config", str(tiny), *options]) == EXIT_OK
+    command = ["--checkpoint", str(trained), "--device", "cpu", "--output_dir", "out"]
+    with pytest.raises(ConfigError, match="prediction_type: v in the checkpoint, eps") as error:
+        sample.main([*command, "--guide", "checkpoints/other"])
+    assert "--guide checkpoints/other/best_model.pth: " in str(error.value).splitlines()[0]
+    with pytest.raises(ConfigError, match="--guide: has no effect with cfg_scale=1"):
+        sample.main([*command, "--guide", str(trained), "cfg_scale=1"])
+    assert not Path("out").exists()
 
 
 def test_labels_come_in_rows(trained):
@@ -214,7 +237,7 @@ def toy_images(**settings):
     config = Config(
         conditional=False, num_timesteps=20, num_inference_steps=10, threshold="none", **settings
     )
-    run = Run(Toy(), build_diffusion(config), ImageSpec(1, 8, 8, 0), config)
+    run = Run(Toy(), build_process(config), ImageSpec(1, 8, 8, 0), config)
     parts = generate(
         run, range(4), None, sampling=sampling_from(config), batch_size=4, runtime=Runtime(CPU)
     )

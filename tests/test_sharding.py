@@ -29,14 +29,14 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import train
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.process import Process
 from generation.run import CONFIG_CHECKS
 from training.nonfinite import NonFiniteGuard
 from utils.config import load_config
 from utils.distributed import distributed_runtime
 from utils.logs import setup_logging
 
-honest_loss, make_guard = GaussianDiffusion.loss, NonFiniteGuard.__init__
+honest_loss, make_guard = Process.loss, NonFiniteGuard.__init__
 
 def poison(runtime, bad_call):
     calls = []
@@ -53,7 +53,7 @@ def deferred(self, *arguments):  # as on GPUs: the optimizer's kernel leaves out
 with distributed_runtime("cpu") as runtime:
     setup_logging(is_main=runtime.is_main)
     for arguments, bad_call in json.loads(sys.argv[2]):
-        GaussianDiffusion.loss = poison(runtime, bad_call)
+        Process.loss = poison(runtime, bad_call)
         NonFiniteGuard.__init__ = deferred if bad_call else make_guard
         config = load_config(arguments[0], arguments[1:], checks=CONFIG_CHECKS)
         assert train.train(config, runtime, dry_run=False) == 0

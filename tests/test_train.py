@@ -16,7 +16,7 @@ from PIL import Image
 import datasets
 import sample
 import train
-from diffusion import build_diffusion
+from diffusion import build_process
 from generation.in_training import preview
 from generation.run import Run
 from tests.conftest import start_script
@@ -468,17 +468,17 @@ def test_going_back_in_the_same_folder_is_refused(tiny):
 
 def poisoned_loss(monkeypatch, bad_step):
     """Make the loss of one step NaN."""
-    from diffusion.gaussian import GaussianDiffusion
+    from diffusion.process import Process
 
     calls = []
-    honest = GaussianDiffusion.loss
+    honest = Process.loss
 
     def loss(self, *arguments):
         calls.append(1)
         value = honest(self, *arguments)
         return value * float("nan") if len(calls) == bad_step else value
 
-    monkeypatch.setattr(GaussianDiffusion, "loss", loss)
+    monkeypatch.setattr(Process, "loss", loss)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -552,7 +552,7 @@ def test_previews_ask_for_the_classes_that_are_trained_alone(tmp_path):
         save_dir=str(tmp_path),
         sample_dir=str(tmp_path),
     )
-    run = Run(Network(), build_diffusion(config), ImageSpec(1, 8, 8, 10), config)
+    run = Run(Network(), build_process(config), ImageSpec(1, 8, 8, 10), config)
     preview(run, Runtime(torch.device("cpu")), 1, 1)
     assert asked == {2, 7}
     (picture,) = tmp_path.rglob("epoch_0001.png")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import datasets
 import training.trainer
 from datasets.storage import InMemoryDataset
-from diffusion import build_diffusion
+from diffusion import build_process
 from reporting.runs import chart_groups
 from tests.image_files import write_image
 from tests.test_train import ONE_STEP_PER_EPOCH, run, state_of
@@ -44,7 +44,7 @@ def net(x_t, t, y):
 
 def job_of(count: int, runtime: Runtime = ALONE, **settings) -> SimpleNamespace:
     config = Config(**{"conditional": True, "num_timesteps": 100, **settings})
-    parts = dict(process=build_diffusion(config), precision="fp32", held_out=images_of(count))
+    parts = dict(process=build_process(config), precision="fp32", held_out=images_of(count))
     return SimpleNamespace(config=config, runtime=runtime, **parts)
 
 

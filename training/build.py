@@ -30,6 +30,7 @@ from utils.labels import NULL_LABEL
 
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
 CLASSES_NAMED = 5
+MOST_SIGNAL = 0.05  # sqrt(a_T) above which noise is not where training ended (Lin et al. 2023)
 DROPPED = "none"  # on the sheet: the class was left out, for guidance
 
 log = logging.getLogger("diffusion")
@@ -111,6 +112,10 @@ def log_start(job: Job) -> None:
     config, schedule, runtime, spec = job.config, job.schedule, job.runtime, job.dataset.spec
     for warning in warnings_of(config):
         log.warning(warning)
+    last = config.num_timesteps - 1
+    if (share := job.process.levels(last)[0] / job.process.scale) > MOST_SIGNAL:
+        start = f"sampling starts at noise, but t={last} keeps {share:.2f} of the image"
+        log.warning(f"{start}; raise beta_end, or take beta_schedule='cosine'")
     device = f"{describe_device(runtime.device)}, {job.precision}"
     size = "x".join(map(str, spec.shape))
     names = job.dataset.class_names

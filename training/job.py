@@ -40,7 +40,7 @@ class Job:
     dataset: datasets.ImageDataset
     schedule: Schedule
     model: nn.Module
-    process: diffusion.GaussianDiffusion
+    process: diffusion.Process
     examples: Callable[[int], Iterator[Example]]  # start_step -> this rank's examples from it on
     precision: str = "fp32"  # resolved: fp32, bf16 or fp16
     resume: Resume | None = None
@@ -87,8 +87,8 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha)
     check_backend(resume, models.backend_of(model), runtime)
-    process, workers = diffusion.build_diffusion(config), config.num_workers
+    process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime.device, resident=config.resident, num_workers=workers)
-    examples = partial(training_examples, config, images, runtime)
+    examples = partial(training_examples, config, process, images, runtime)
     parts = schedule, model, process, examples, precision, resume, seen, held_out
     return Job(config, runtime, dataset, *parts)

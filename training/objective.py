@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasets import ImageDataset, default_flip
 from datasets.loader import batches
+from diffusion import DENSITIES, Process
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
@@ -20,7 +21,7 @@ QUARTILES = tuple(f"train/loss_q{k}" for k in (1, 2, 3, 4))  # as their mean los
 
 
 class Example(NamedTuple):
-    """The arguments of `GaussianDiffusion.loss`, this process's rows of one global batch."""
+    """The arguments of `Process.loss`, this process's rows of one global batch."""
 
     x_0: Tensor
     y: Tensor | None
@@ -35,7 +36,11 @@ def quartile_of(t: Tensor, num_timesteps: int) -> Tensor:
 
 
 def training_examples(
-    config: Config, dataset: ImageDataset, runtime: Runtime, start_step: int = 0
+    config: Config,
+    process: Process,
+    dataset: ImageDataset,
+    runtime: Runtime,
+    start_step: int = 0,
 ) -> Iterator[Example]:
     """Yield this rank's training examples, one a step, from `start_step` on, without end.
 
@@ -55,9 +60,9 @@ def training_examples(
         start_step=start_step,
     )
     generator = partial(torch_generator, config.seed, device=device)
+    draw_timesteps = partial(DENSITIES[config.timestep_sampling], process, config)
     for step, (x_0, labels) in enumerate(images, start_step):
-        draws = generator(Stream.TIMESTEP, step)
-        t = torch.randint(config.num_timesteps, (batch_size,), generator=draws, device=device)
+        t = draw_timesteps(batch_size, generator(Stream.TIMESTEP, step))
         draws = generator(Stream.NOISE, step)
         noise = torch.randn(batch_size, *x_0.shape[1:], generator=draws, device=device)
         y = labels if config.conditional else None

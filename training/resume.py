@@ -179,8 +179,10 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """A line for each of `keys` whose value differs; of `model_params`, for each argument."""
-    pairs = [(key, old[key], new[key]) for key in keys if key in old and key != "model_params"]
+    """A line for each of `keys` whose value differs; of `model_params`, for each argument. Keys
+    that are newer than the old config had their defaults."""
+    old = {**Config().to_dict(), **old}
+    pairs = [(key, old[key], new[key]) for key in keys if key != "model_params"]
     if "model_params" in keys and old.get("model_type") == new["model_type"]:
         before, after = old["model_params"], new["model_params"]
         pairs += [
@@ -208,8 +210,9 @@ def _check_matches(resume: Resume, config: Config) -> None:
     if before != now:
         counts = "was %d process(es) of %d threads, now %d of %d"
         log.info(f"{counts}: same data and noise, other rounding", *before, *now)
+    old = {**Config().to_dict(), **old}
     for key in keys_by_resume("warn"):
-        if key in old and old[key] != new[key]:
+        if old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])
 
 

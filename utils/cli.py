@@ -1,8 +1,9 @@
-"""What the command lines of the scripts share."""
+"""What the command lines of the scripts share, and how values written there or in a config read."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
@@ -112,6 +113,7 @@ def add_sampling_options(
     *,
     sweep: bool = False,
     needs_checkpoint: bool = True,
+    takes_guide: bool = False,
 ) -> None:
     """The options of every script that samples: which weights, and how to sample from them, with
     one of `samplers`. In a `sweep` the number of steps and cfg_scale may be lists of values."""
@@ -124,6 +126,9 @@ def add_sampling_options(
     add("--ddim_eta", type=float, help="0 deterministic, 1 as DDPM")
     scales = "0 unconditional, 1 conditional, above 1 guided" + several % "1,1.5,2"
     add("--cfg_scale", type=scale, help=scales)
+    if takes_guide:
+        instead = "checkpoint of a weaker model that guides, instead of the model without labels"
+        add("--guide", metavar="CHECKPOINT", help=instead)
     add("--seed", type=whole_number, help="image i uses seed + i; default: the config's seed")
     add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
 
@@ -159,6 +164,44 @@ def plain_number(text: str) -> int | float:
 def plain_name(value: Any) -> Any:
     """A name in small letters; dotted names and paths, whose case counts, as they are."""
     return value.lower() if isinstance(value, str) and re.fullmatch(r"[\w-]+", value) else value
+
+
+# What follows reads values of config keys before pydantic checks their types, and raises a
+# ValueError. Its own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never
+# a number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
+
+
+def read_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, str):
+        value = plain_number(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a finite number is needed")
+        return int(value) if value.is_integer() else value
+    return value
+
+
+def read_flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("only True or False is allowed")
+    return value
+
+
+def read_sequence(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float | str) else value
+
+
+def read_image_size(value: Any) -> Any:
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise ValueError("one side or (height, width) is needed")
+    return sides
+
+
+def read_compile(value: Any) -> Any:
+    return {True: "model", False: None}[value] if isinstance(value, bool) else value
 
 
 def parse_float_list(text: str) -> list[float]:

@@ -3,58 +3,28 @@ default, what it needs to have an effect, whether a continued run may change it,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import MAX_IMAGES, plain_name, plain_number
+from utils.cli import (
+    MAX_IMAGES,
+    plain_name,
+    read_compile,
+    read_flag,
+    read_image_size,
+    read_number,
+    read_sequence,
+)
 from utils.files import expand_home
-
-# pydantic's own lax mode takes True for 1, "no" for False and 1 for True. Here a bool is never a
-# number, and a number is never a bool; "2e-4" is a float because PyYAML reads it as a string.
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    if isinstance(value, str):
-        value = plain_number(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("a finite number is needed")
-        return int(value) if value.is_integer() else value
-    return value
-
-
-def _flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("only True or False is allowed")
-    return value
-
-
-def _sequence(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float | str) else value
-
-
-def _image_size(value: Any) -> Any:
-    sides = value if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2:
-        raise ValueError("one side or (height, width) is needed")
-    return sides
-
-
-def _compile(value: Any) -> Any:
-    return {True: "model", False: None}[value] if isinstance(value, bool) else value
-
 
 PathText = Annotated[str, AfterValidator(expand_home)]
 Name = Annotated[str, BeforeValidator(plain_name)]
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
-Bool = Annotated[bool, BeforeValidator(_flag)]
+Int = Annotated[int, BeforeValidator(read_number)]
+Float = Annotated[float, BeforeValidator(read_number)]
+Bool = Annotated[bool, BeforeValidator(read_flag)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
@@ -64,10 +34,11 @@ Probability = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 Factor = Annotated[Float, Field(gt=0, le=1)]
 Beta = Annotated[Float, Field(gt=0, lt=1)]
+Scale = Annotated[Float, Field(ge=1e-3, le=1e3)]
 Side = Annotated[Int, Field(ge=1, le=2**14)]
 Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
-ImageSize = Annotated[tuple[Side, Side], BeforeValidator(_image_size)]
-Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_sequence)]
+ImageSize = Annotated[tuple[Side, Side], BeforeValidator(read_image_size)]
+Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(read_sequence)]
 Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
 
 
@@ -79,7 +50,14 @@ def having(**values: Any) -> Condition:
 
 WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
-RAMP = ("another beta_schedule than 'cosine'", lambda config: config.beta_schedule != "cosine")
+RAMP = (
+    "process='ddpm' and another beta_schedule than 'cosine'",
+    lambda config: config.process == "ddpm" and config.beta_schedule != "cosine",
+)
+NORMAL = (
+    "timestep_sampling='logit_normal' or 'lognormal'",
+    lambda config: config.timestep_sampling in ("logit_normal", "lognormal"),
+)
 ADAPTERS = ("lora_rank above 0", lambda config: config.lora_rank > 0)
 DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_dropout_prob == 0)
 SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
@@ -146,7 +124,7 @@ class Config(BaseModel):
     """folder that holds the data"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
-    image_channels: Annotated[Literal[1, 3], BeforeValidator(_number)] | None = key(
+    image_channels: Annotated[Literal[1, 3], BeforeValidator(read_number)] | None = key(
         None, also="channels"
     )
     """1 grey or 3 RGB; default: the data set's own (`custom`: 3)"""
@@ -172,16 +150,24 @@ class Config(BaseModel):
     """hold all images in device memory as uint8; default: if they take at most 1 GiB"""
 
     # --- diffusion
+    process: str = key("ddpm", resume="meaning")
+    """path from image to noise: ddpm (`beta_schedule`), flow (linear) or edm (log-uniform sigma)"""
     num_timesteps: Timesteps = key(1000, resume="meaning", also="timesteps T")
     """T of training"""
     beta_start: Beta = key(1e-4, resume="meaning", needs=RAMP)
     """first beta"""
     beta_end: Beta = key(0.02, resume="meaning", needs=RAMP)
     """last beta"""
-    beta_schedule: str = key("linear", resume="meaning", also="schedule")
-    """linear, cosine or quadratic"""
+    beta_schedule: str = key(
+        "linear", resume="meaning", also="schedule", needs=having(process="ddpm")
+    )
+    """linear, cosine, quadratic or sigmoid"""
+    noise_scale: Scale = key(1.0, resume="meaning")
+    """how strong the noise is beside the image, which is divided by it; above 1 for large images"""
     prediction_type: Literal["eps", "x_0", "v"] = key("eps", resume="meaning", also="objective")
     """what the model predicts"""
+    loss_space: Literal["eps", "x_0", "v"] | None = key(None, resume="warn")
+    """the quantity whose error is the loss; default: what the model predicts"""
     loss_type: Literal["l1", "l2", "huber"] = key("l2", resume="warn")
     """distance to the target"""
     loss_weighting: Literal["uniform", "min_snr"] = key("uniform", resume="warn")
@@ -190,6 +176,14 @@ class Config(BaseModel):
         5.0, resume="warn", needs=having(loss_weighting="min_snr")
     )
     """cap of the min-SNR weighting"""
+    timestep_sampling: str = key("uniform", resume="warn")
+    """how training draws t: uniform, logit_normal (in t / T), lognormal (in sigma) or shift"""
+    timestep_mean: Annotated[Float, Field(ge=-100, le=100)] = key(0.0, resume="warn", needs=NORMAL)
+    """mean of that normal: larger is more noise; JiT 0.8, EDM -1.2"""
+    timestep_std: Scale = key(1.0, resume="warn", needs=NORMAL)
+    """its standard deviation; JiT 0.8, EDM 1.2"""
+    timestep_shift: Scale = key(1.0, resume="warn", needs=having(timestep_sampling="shift"))
+    """`shift`: a share u of T becomes k u / (1 + (k - 1) u); k above 1 is more noise"""
     cfg_dropout_prob: Probability | None = key(
         None, resume="warn", needs=DROPPING, also="label_dropout"
     )
@@ -201,14 +195,18 @@ class Config(BaseModel):
     conditional and trained with dropped labels, else 1"""
     cfg_interval: tuple[Probability, Probability] | None = key(None, needs=GUIDANCE)
     """guide only while low <= t / T <= high; outside it is conditional"""
+    cfg_rescale: Probability = key(0.0, needs=GUIDANCE)
+    """share of the contrast added by guidance that is taken back: 0 none, 1 all"""
     sampling_method: str = key("ddim", also="sampler")
-    """ddpm, ddim or dpmpp_2m"""
+    """ddpm, ddim, heun or dpmpp_2m"""
     num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")
-    """sampling steps; default: ddpm T, ddim 50, dpmpp_2m 20"""
+    """sampling steps; default: ddpm T, ddim 50, heun 20, dpmpp_2m 20"""
     ddim_eta: Probability = key(0.0, also="eta", needs=having(sampling_method="ddim"))
     """noise of DDIM: 0 none, 1 as DDPM"""
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"
-    """how sampling steps spread over T"""
+    timestep_spacing: Literal["trailing", "leading", "linspace", "log_snr"] = "trailing"
+    """how sampling steps spread over T; `log_snr`: evenly in log(signal / noise)"""
+    timestep_spacing_shift: Scale = 1.0
+    """above 1 moves sampling steps towards noise, as `timestep_shift` does"""
     threshold: Literal["static", "dynamic", "none"] = "static"
     """bounds predicted x_0: clamp, 99.5 % quantile, or not at all"""
 
@@ -239,7 +237,7 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", resume="warn", also="amp")
     """auto: bf16 on GPUs that have it, else fp32, whose matrix products and convolutions are TF32
     on NVIDIA GPUs"""
-    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(_compile)] = None
+    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(read_compile)] = None
     """torch.compile the backbone: `model` as one, or each of its `blocks`, which compiles sooner;
     True means `model`"""
     channels_last: Bool = False
@@ -288,7 +286,7 @@ class Config(BaseModel):
     """images of a preview, or of sample.py"""
 
     # --- evaluation
-    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = key(
+    eval_metrics: Annotated[tuple[str, ...], BeforeValidator(read_sequence)] = key(
         ("fid", "kid", "is", "lpips", "class_acc", "fd_domain", "memorization", "sanity")
     )
     """what evaluations compute; `all`: everything"""

@@ -22,7 +22,10 @@ FLAGS = ("use_ema", "conditional", "use_scheduler", "use_swanlab", "horizontal_f
 CHOICES = {
     "prediction_type": "epsilon",
     "loss_type": "mse",
-    "beta_schedule": "sigmoid",
+    "beta_schedule": "sigmoidal",
+    "process": "vp",
+    "loss_space": "score",
+    "timestep_sampling": "normal",
     "optimizer": "sgd",
     "precision": "fp64",
     "sampling_method": "euler",
