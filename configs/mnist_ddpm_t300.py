@@ -2,10 +2,10 @@
 
 As there: eps with L2, linear betas from 1e-4, all 300 steps of DDPM, 16 images.
 
-Other than there: the betas end at 0.05, not at 0.02. Ending at 0.02 they are made for 1000 steps; after
-300 of them sqrt(alphas_cumprod[T - 1]) = 0.22, so 22 % of the image is left at T, while sampling starts
-from pure noise, which the network has then never seen. With 0.05 it is 2 %. (beta_end=0.02 is theirs.)
-Network and optimizer are those of mnist_unet.py.
+Other than there: the betas end at 0.05, not at 0.02. Those that end at 0.02 are made for 1000
+steps: after 300, sqrt(alphas_cumprod[T-1]) = 0.22, so 22 % of the image is left at T, but sampling
+starts at pure noise, which such a network has never seen. With 0.05 it is 2 %; beta_end=0.02 is
+theirs. Network, batch size and learning rate are those of mnist_unet.py.
 
 python train.py --config configs/mnist_ddpm_t300.py
 """

@@ -1,10 +1,10 @@
-"""Unconditional MNIST enlarged to 32x32, with a picture after each epoch: the first run of
-FMsunyh/denoising-diffusion-pytorch, `train.py --dataset mnist --epochs 6 --channels 1`.
+"""Unconditional MNIST enlarged to 32x32, with a picture after each epoch.
 
-As there: 32 pixels, one channel, 6 epochs, no labels, 16 images after each epoch, DDIM; eps with L2,
+The first run of FMsunyh/denoising-diffusion-pytorch, `--dataset mnist --epochs 6 --channels 1`. As
+there: 32 pixels, one channel, 6 epochs, no labels, 16 images after each epoch, DDIM. Eps with L2,
 T = 1000 and linear betas are those of the DDIM paper, which it reproduces.
 
-Other than there: network, batch size and learning rate are those of mnist_unet.py; pictures are
+Other than there: network, batch size and learning rate are those of mnist_unet.py. The pictures are
 samples/epoch_0001.png and so on in the run's folder, not files below ./outputs.
 
 python train.py --config configs/mnist_unet_32.py

@@ -1,14 +1,14 @@
-"""Class-conditional MNIST, the class concatenated to the image as 4 extra input channels: the recipe
-of the tutorials that build on diffusers' UNet2DModel.
+"""Class-conditional MNIST, the class concatenated to the image as 4 extra input channels.
 
-As there: block widths 32, 64, 64 with two layers each, attention in heads of 8 channels at 14 and 7
-pixels, groups of 32, no dropout; eps with L2, T = 1000, linear betas, Adam at 1e-3, 512 images a step,
-labels always given (so there is no guidance), a 10 x 8 grid by DDIM in 50 steps.
+The recipe of the tutorials that build on diffusers' UNet2DModel. As there: block widths 32, 64, 64
+with two layers each, attention in heads of 8 channels at 14 and 7 pixels, groups of 32, no dropout;
+eps with L2, T = 1000, linear betas, Adam at 1e-3, 512 images a step, labels always given (so there
+is no guidance), a 10 x 8 grid by DDIM in 50 steps.
 
-Other than there: DDIM starts at the last timestep (diffusers' default timestep_spacing="leading" starts
-at 980 of 999, where some image is left). An average of the weights is kept beside them and sampled from;
---no_ema takes the raw ones. Some of these tutorials take 128 images and betas that are cosine:
-batch_size=128 beta_schedule=cosine.
+Other than there: DDIM starts at the last timestep, not at 980 as with timestep_spacing="leading",
+diffusers' default. An average of the weights is kept beside them and sampled from; --no_ema takes
+the raw ones. Some of these tutorials take 128 images a step and cosine betas: batch_size=128
+beta_schedule=cosine.
 
 python train.py --config configs/mnist_unet_concat.py
 """

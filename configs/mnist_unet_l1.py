@@ -3,10 +3,10 @@
 As there: eps with L1, T = 1000, linear betas, Adam at 1e-3, 200 epochs of 400 images a step, labels
 always given (so there is no guidance), all 1000 steps of DDPM.
 
-Other than there: the UNet is this project's, a class is added to the timestep instead of attended to,
-and images keep their 28 pixels (there 48, which costs three times as much and adds no detail;
-image_size=48 does it). Sampling bounds the predicted x_0, not x_t itself. An average of the weights is
-kept beside them and sampled from; --no_ema takes the raw ones.
+Other than there: the UNet is this project's, and the class is added to the timestep instead of
+attended to. Images keep their 28 pixels (there 48, which costs three times as much and adds no
+detail; image_size=48 does it). Sampling bounds the predicted x_0, not x_t itself. An average of the
+weights is kept beside them and sampled from; --no_ema takes the raw ones.
 
 python train.py --config configs/mnist_unet_l1.py
 """
