@@ -14,7 +14,9 @@ python train.py --config configs/mnist_unet_concat.py
 """
 
 config = dict(
-    _base_="mnist_unet.py",
+    dataset="mnist",
+    conditional=True,
+    model_type="unet",
     model_params=dict(
         model_channels=32,
         channel_mult=(1, 2, 2),
@@ -23,10 +25,10 @@ config = dict(
         num_head_channels=8,
         norm_groups=32,
         dropout=0.0,
-        use_scale_shift_norm=False,
         class_conditioning="concat",
         class_emb_size=4,
     ),
+    num_timesteps=1000,
     beta_schedule="linear",
     prediction_type="eps",
     cfg_dropout_prob=0.0,
@@ -37,7 +39,11 @@ config = dict(
     batch_size=512,
     optimizer="adam",
     learning_rate=1e-3,
-    use_scheduler=False,
     grad_clip=None,
+    ema_decay=0.999,
+    save_interval=1,
+    sample_interval=1,
     num_samples=80,
+    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
+    eval_num_samples=10_000,
 )

@@ -12,8 +12,18 @@ python train.py --config configs/mnist_unet_l1.py
 """
 
 config = dict(
-    _base_="mnist_unet.py",
-    model_params=dict(dropout=0.0),
+    dataset="mnist",
+    conditional=True,
+    model_type="unet",
+    model_params=dict(
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(7,),
+        dropout=0.0,
+        use_scale_shift_norm=True,
+    ),
+    num_timesteps=1000,
     beta_schedule="linear",
     prediction_type="eps",
     loss_type="l1",
@@ -25,8 +35,9 @@ config = dict(
     batch_size=400,
     optimizer="adam",
     learning_rate=1e-3,
-    use_scheduler=False,
     grad_clip=None,
-    save_interval=10,
-    sample_interval=10,
+    ema_decay=0.999,
+    num_samples=80,
+    eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
+    eval_num_samples=10_000,
 )
