@@ -9,6 +9,10 @@ detail; image_size=48 does it). Sampling bounds the predicted x_0, not x_t itsel
 weights is kept beside them and sampled from; --no_ema takes the raw ones.
 
 python train.py --config configs/mnist_unet_l1.py
+
+Not yet run to the end. One CPU core, 8 minutes with batch_size=64 max_steps=900: requested-class
+accuracy 0.86; with cfg_dropout_prob=0.1, which guidance needs, 0.84 without and 0.95 with
+cfg_scale=2 (docs/results.md).
 """
 
 config = dict(
