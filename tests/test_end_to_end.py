@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.test_datasets import write_mnist
 from utils.errors import EXIT_OK
 
-MNIST_CONFIGS = ["mnist_unet.py", "mnist_unet_concat.py", "mnist_ddpm_t300.py"]
+MNIST_CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("mnist_*.py"))
 
 
 def dry_run(config, *overrides):
