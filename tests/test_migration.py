@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,16 @@ def test_the_plan_says_what_a_step_is_made_of(
         log_start(job)
     (plan,) = [line for line in caplog.messages if line.startswith("plan:")]
     assert words in plan
+
+
+def test_a_run_that_trains_on_is_not_told_of_its_only_preview(tiny, caplog):
+    job = prepare(load_config(tiny, ["epochs=2", "sample_start_epoch=2"]), CPU)
+    log_start(job)
+    assert "sample_start_epoch=2 with epochs=2: there will be at most one preview" in caplog.text
+    caplog.clear()
+    extended = replace(job.schedule, total_steps=2 * job.schedule.total_steps, is_extension=True)
+    log_start(replace(job, schedule=extended))
+    assert "at most one preview" not in caplog.text
 
 
 # --- checkpoints
@@ -407,7 +418,6 @@ def test_their_command_lines_work(
         line = line.replace("checkpoints/best", f"{RUN}/best")
     code, printed = command(script.main, *line.split())
     assert (code, words in printed) == (EXIT_OK, True), printed
-    assert "at most one preview" not in printed
     assert all((tmp_path / name).is_file() for name in written.split())
 
 
