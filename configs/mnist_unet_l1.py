@@ -41,6 +41,7 @@ config = dict(
     learning_rate=1e-3,
     grad_clip=None,
     ema_decay=0.999,
+    keep_last=10,
     num_samples=80,
     eval_metrics=("class_acc", "fd_domain", "prdc_domain", "memorization", "sanity"),
     eval_num_samples=10_000,

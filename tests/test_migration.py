@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import shutil
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ from generation.run import CONFIG_CHECKS
 from generation.sampling import sampling_from
 from tests.conftest import ROOT
 from tests.image_files import config as data_config
-from tests.image_files import flat, write_image
+from tests.image_files import flat, write_flowers102, write_image
 from tests.test_bad_input import make_checkpoint
 from tests.test_datasets import write_celeba, write_cifar
 from training.build import log_start
@@ -55,6 +58,8 @@ DIM = UNET.replace("'UNet'", "'DiM'").replace("'conditional': False", "'conditio
 DIM = re.sub(
     r"\{'model_channels.*?\}", "{'patch_size': 8, 'hidden_size': 16, 'depth': 1}", DIM, flags=re.S
 )
+DIT = DIM.replace("'DiM'", "'DiT'").replace("{'patch", "{'img_size': 32, 'num_heads': 2, 'patch")
+FLOWERS = DIT.replace("'CIFAR10'", "'flowers102'").replace("_classes': 10", "_classes': 102")
 NO_EFFECT = {"cfg_dropout_prob", "cfg_scale", "use_subdirs", "step_size", "gamma"}
 CPU = Runtime(torch.device("cpu"))
 CONFIGS = sorted(path for path in (ROOT / "configs").iterdir() if path.is_file())
@@ -79,9 +84,10 @@ def command(tmp_path, monkeypatch, capsys):
 # --- configs
 
 
-@pytest.mark.parametrize("text", [UNET, DIM], ids=["unet", "dim"])
+@pytest.mark.parametrize("text", [UNET, DIM, FLOWERS], ids=["unet", "dim", "dit on flowers"])
 def test_their_configs_dry_run_with_warnings_at_most(command, tmp_path, monkeypatch, text):
     write_cifar(tmp_path / "data", monkeypatch, 10)
+    write_flowers102(tmp_path / "data" / "flowers-102")
     path = tmp_path / "theirs.py"
     path.write_text(text)
     options = [f"data_root={tmp_path / 'data'}", f"save_dir={tmp_path}", "sample_dir=none"]
@@ -172,6 +178,16 @@ def test_the_plan_says_what_a_step_is_made_of(
     assert words in plan
 
 
+def test_a_run_that_trains_on_is_not_told_of_its_only_preview(tiny, caplog):
+    job = prepare(load_config(tiny, ["epochs=2", "sample_start_epoch=2"]), CPU)
+    log_start(job)
+    assert "sample_start_epoch=2 with epochs=2: there will be at most one preview" in caplog.text
+    caplog.clear()
+    extended = replace(job.schedule, total_steps=2 * job.schedule.total_steps, is_extension=True)
+    log_start(replace(job, schedule=extended))
+    assert "at most one preview" not in caplog.text
+
+
 # --- checkpoints
 
 THEIRS = {
@@ -227,6 +243,9 @@ def test_a_missing_checkpoint_names_the_runs_that_are_there(command, tmp_path, m
         code, printed = command(sample.main, "--checkpoint", given)
         assert code == 1
         assert "; runs in checkpoints: a, b\n" in printed
+    config = ROOT / "configs" / "digits_unet.py"
+    code, printed = command(train.main, "--config", config, "resume_path=checkpoints/gone.pth")
+    assert (code, "; runs in checkpoints: a, b\n" in printed) == (1, True)
 
 
 def test_every_deletion_is_told(tmp_path, caplog):
@@ -275,6 +294,11 @@ FOREIGN = [
         "--config configs/mnist_unet.py --n-epochs 3 --gpu_ids 0 1",
         "write epochs=3 gpu_ids=0,1 behind the other options;",
     ),
+    (
+        train,
+        "--config configs/cifar10_unet.py --gpus 0,1",
+        "write gpu_ids=0,1 behind the other options;",
+    ),
     (train, "--epochs 3 --conditional", "write epochs=3 conditional=true behind --config FILE;"),
     (sample, "--n_samples 4", "--n_samples: did you mean '--num_samples'?"),
     (sample, "--checkpoint x --sampler ddim", "--sampler: did you mean '--sampling_method'?"),
@@ -293,19 +317,108 @@ def test_options_of_other_projects_are_translated(command, script, line, words):
     assert printed.count("\n") == 1
 
 
-def test_their_command_lines_work(command, tmp_path):
-    run = make_checkpoint(tmp_path / "run", conditional=True)
-    line = "--num_samples 16 --sampling_method ddim --num_inference_steps 10 --cfg_scale 1.8"
-    code, printed = command(
-        sample.main,
-        "--checkpoint",
-        run / CURRENT,
-        *line.split(),
-        "--output_name",
-        "foo",
-        "--dry_run",
-    )
-    assert (code, "16 images: ddim, 10 steps, guided" in printed) == (EXIT_OK, True)
+# In the order of the usual README, whose 10,000 images are 10 here, and 1000 timesteps 50.
+RUN = "checkpoints/cifar10-unet-ddpm"
+SMALL = {
+    "'unet_cifar10'": "'cifar10-unet-ddpm'",
+    "'CIFAR10'": "'digits'",
+    "'img_size': 32": "'img_size': (8, 8)",
+    "'image_size': 32": "'image_size': (8, 8)",
+    "'num_timesteps': 1000": "'num_timesteps': 50",
+    "'epochs': 200": "'epochs': 1",
+    "'batch_size': 2": "'batch_size': 128",
+    "'save_interval': 10": "'save_interval': 1, 'eval_metrics': ('sanity',)",
+    "'sample_dir': 'samples', 'sample_interval': 5, 'sample_start_epoch': 20": (
+        "'sample_dir': './generated_images', 'sample_interval': 1, 'sample_start_epoch': 1"
+    ),
+}
+THEIR_LINES = [
+    (
+        sample,
+        f"--checkpoint {RUN}/best_model.pth --sampling_method ddpm --num_samples 64 --batch_size 16"
+        " --output_dir ./generated_images --use_ema",
+        "64 images: ddpm, 50 steps, guided, cfg_scale 1.3",
+        "generated_images/samples.png",
+    ),
+    (
+        sample,
+        f"--checkpoint {RUN}/best_model.pth --sampling_method ddim --num_inference_steps 50"
+        " --num_samples 64 --use_ema",
+        "64 images: ddim, 50 steps, guided, cfg_scale 1.3",
+        "samples/samples.png",
+    ),
+    (
+        sample,
+        "--checkpoint checkpoints/best_model.pth --sampling_method ddim --cfg_scale 4.0"
+        " --labels 0,1,2,3 --use_ema",
+        "16 images: ddim, 50 steps, guided, cfg_scale 4",
+        "samples/samples.png",
+    ),
+    (
+        sample,
+        "--checkpoint checkpoints/best_model.pth --create_gif --output_dir ./results",
+        "16 images: ddim, 50 steps",
+        "results/samples.gif",
+    ),
+    (
+        sample,
+        "--checkpoint checkpoints/best_model.pth --create_gif --save_intermediate"
+        " --output_dir ./results",
+        "16 images: ddim, 50 steps",
+        "results/samples_steps/049.png",
+    ),
+    (
+        sample,
+        "--checkpoint checkpoints/best_model.pth --sampling_method ddim --num_inference_steps 50"
+        " --create_gif",
+        "16 images: ddim, 50 steps",
+        "samples/samples.gif",
+    ),
+    (
+        evaluate,
+        "--checkpoint checkpoints/best_model.pth --num_samples 10 --batch_size 32"
+        " --save_images_dir ./eval_generated_images --use_ema --output metrics_report.json",
+        "report: metrics_report.html",
+        "eval_generated_images/000009.png metrics_report.json",
+    ),
+    (
+        train,
+        f"--config configs/cifar10_unet.py resume_path={RUN}/model_epoch_0001.pth",
+        "epochs=1, but 1 are done: training 1 more, to epoch 2",
+        f"{RUN}/model_epoch_0002.pth generated_images/cifar10-unet-ddpm/epoch_0002.png",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def their_folder(tmp_path_factory):
+    """A folder as it is after their first command, `train.py --config configs/cifar10_unet.py`."""
+    folder, text = tmp_path_factory.mktemp("theirs"), DIT
+    for theirs, small in SMALL.items():
+        assert theirs in text
+        text = text.replace(theirs, small)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "cifar10_unet.py").write_text(text)
+    with chdir(folder):
+        assert train.main(["--config", "configs/cifar10_unet.py"]) == EXIT_OK
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "words", "written"), THEIR_LINES, ids=lambda value: str(value)[-30:]
+)
+def test_their_command_lines_work(
+    command, their_folder, tmp_path, monkeypatch, script, line, words, written
+):
+    shutil.copytree(their_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if "checkpoints/best_model.pth" in line:
+        code, printed = command(script.main, *line.split())
+        assert (code, "; runs in checkpoints: cifar10-unet-ddpm\n" in printed) == (1, True)
+        line = line.replace("checkpoints/best", f"{RUN}/best")
+    code, printed = command(script.main, *line.split())
+    assert (code, words in printed) == (EXIT_OK, True), printed
+    assert all((tmp_path / name).is_file() for name in written.split())
 
 
 def test_runs_takes_what_all_scripts_take(command, tiny, tmp_path):

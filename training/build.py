@@ -110,7 +110,8 @@ def fixed_state(job: Job) -> dict[str, Any]:
 def log_start(job: Job) -> None:
     """Log the first lines of a run: what is odd about its config, and what it consists of."""
     config, schedule, runtime, spec = job.config, job.schedule, job.runtime, job.dataset.spec
-    for warning in warnings_of(config):
+    epochs = max(config.epochs, schedule.epochs_done(schedule.total_steps))  # more if trained on
+    for warning in warnings_of(config.model_copy(update={"epochs": epochs})):
         log.warning(warning)
     last = config.num_timesteps - 1
     if (share := job.process.levels(last)[0] / job.process.scale) > MOST_SIGNAL:

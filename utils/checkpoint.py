@@ -126,7 +126,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     does not notice flipped bits, and `weights_only=True` keeps a file from running code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{show(path)}: no such checkpoint")
+        raise CheckpointError(f"{show(path)}: no such checkpoint{_runs_near(path)}")
     try:
         if what := looks_like(path):
             raise ValueError(what)

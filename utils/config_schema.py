@@ -104,7 +104,7 @@ class Config(BaseModel):
     """checkpoint whose weights (EMA, if it has them) a fresh run starts from"""
     seed: NonNegativeInt = key(42, resume="run")
     """fixes weights, data order, noise and samples"""
-    gpu_ids: Numbers | None = key(None, also="device")
+    gpu_ids: Numbers | None = key(None, also="device gpus gpu_id")
     """CUDA device of each process on this node; default: all in order"""
     port: Annotated[Int, Field(ge=1, le=65535)] | None = None
     """rendezvous port, where the launcher sets no MASTER_PORT"""
@@ -197,7 +197,7 @@ class Config(BaseModel):
     """guide only while low <= t / T <= high; outside it is conditional"""
     cfg_rescale: Probability = key(0.0, needs=GUIDANCE)
     """share of the contrast added by guidance that is taken back: 0 none, 1 all"""
-    sampling_method: str = key("ddim", also="sampler")
+    sampling_method: str = key("ddim", also="sampler diffusion_type")
     """ddpm, ddim, heun or dpmpp_2m"""
     num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")
     """sampling steps; default: ddpm T, ddim 50, heun 20, dpmpp_2m 20"""
