@@ -48,7 +48,7 @@ def _photos(list_images: Callable[[Config, str], Listing], num_classes: int) -> 
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(builtin.build_digits, ImageSpec(1, 8, 8, 10), flip=False),
     "mnist": _torchvision("MNIST", ImageSpec(1, 28, 28, 10), flip=False),
-    "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=True),
+    "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=False),
     "cifar10": _torchvision("CIFAR10", ImageSpec(3, 32, 32, 10), flip=True),
     "cifar100": _torchvision("CIFAR100", ImageSpec(3, 32, 32, 100), flip=True),
     "celeba": _photos(builtin.list_celeba, 0),

@@ -481,6 +481,11 @@ def test_native_spec_and_flip():
     unlabelled = config(dataset="custom", image_size=32, use_subdirs=False)
     assert native_spec(unlabelled) == (3, 32, 32, 0)
     flips = {name: default_flip(config(dataset=name)) for name in DATASETS}
-    assert [name for name, on in flips.items() if not on] == ["digits", "mnist", "synthetic"]
+    assert [name for name, on in flips.items() if not on] == [
+        "digits",
+        "mnist",
+        "fashionmnist",
+        "synthetic",
+    ]
     assert default_flip(config(dataset="mnist", horizontal_flip=True))
     assert not default_flip(config(dataset="cifar10", horizontal_flip=False))

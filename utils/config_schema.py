@@ -143,7 +143,7 @@ class Config(BaseModel):
     """image files that cannot be decoded: stop, or let the next good image take their place (at
     most 1 %), for which all are decoded once at the start"""
     horizontal_flip: Bool | None = key(None, resume="warn")
-    """random mirroring; default: on, but off for digits, mnist and synthetic"""
+    """random mirroring; default: on, but off for digits, mnist, fashionmnist and synthetic"""
     num_workers: NonNegativeInt = key(4, also="workers")
     """loader processes of data not held in memory, at most one per core"""
     resident: Bool | None = None
