@@ -1,7 +1,7 @@
 """Class-conditional CIFAR-10 with a JiT, 64 tokens of 4x4 pixels: otherwise cifar10_unet.py.
 
-The objective and the sampler are JiT's (Li and He 2025), with t drawn around the middle of the path
-and not beyond it: the paper's mean of 0.8 is for 256 pixels, and smaller images want less noise.
+The objective and the sampler are JiT's (Li and He 2025), with t drawn around the middle of the
+path: the paper's mean of 0.8 is for 256 pixels, and smaller images want less noise.
 
 Sized for GPUs.
 
