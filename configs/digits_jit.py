@@ -1,12 +1,12 @@
-"""Handwritten digits with a small JiT that predicts x_0, otherwise the run of digits_unet.py.
+"""Handwritten digits with a small JiT and its objective, otherwise the run of digits_flow.py.
 
 python train.py --config configs/digits_jit.py
 
-1 CPU core, 3.5 minutes: requested-class accuracy 1.00 (docs/results.md).
+1 CPU core, 3.2 minutes: requested-class accuracy 1.00, without guidance 0.97 (docs/results.md).
 """
 
 config = dict(
-    _base_="digits_unet.py",
+    _base_="digits_flow.py",
     model_type="jit",
     model_params=dict(
         patch_size=4,
@@ -16,6 +16,5 @@ config = dict(
         bottleneck=16,
         num_class_tokens=8,
     ),
-    prediction_type="x_0",
     epochs=40,
 )

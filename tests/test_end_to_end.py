@@ -8,7 +8,8 @@ from PIL import Image
 import train
 from models import BACKBONES
 from tests.conftest import ROOT
-from tests.test_datasets import write_mnist
+from tests.image_files import write_image
+from tests.test_datasets import write_celeba, write_cifar, write_mnist
 from utils.errors import EXIT_OK
 
 MNIST_CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("mnist_*.py"))
@@ -43,6 +44,22 @@ def test_custom_config_starts(tmp_path, monkeypatch):
         Image.new("RGB", (40, 30), colour).save(folder / "1.png")
     options = ["data_root=pictures", "image_size=16,32", "model_params.attention_resolutions=(4,)"]
     assert dry_run("custom_folder.py", *options) == EXIT_OK
+
+
+def test_jit_configs_of_colour_images_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_cifar(tmp_path / "data", monkeypatch, 10)
+    write_celeba(tmp_path / "data")
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            write_image(tmp_path / "data" / "imagenet" / split / name / "1.JPEG", (40, 30))
+    small = ["size=none", "hidden_size=64", "depth=2", "num_heads=2", "bottleneck=8"]
+    assert dry_run("cifar10_jit.py") == EXIT_OK
+    assert dry_run("celeba64_jit.py") == EXIT_OK
+    assert dry_run("imagenet256_jit.py", *(f"model_params.{pair}" for pair in small)) == EXIT_OK
+    printed = capsys.readouterr().out
+    assert "2 images 3x256x256, 2 classes (n01440764, n01443537)" in printed
+    assert printed.count("dry run: one batch has loss") == 3
 
 
 @pytest.mark.slow
