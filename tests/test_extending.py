@@ -80,6 +80,8 @@ def test_a_deterministic_sampler_serves_the_commands_that_need_one(project):
     assert {"interpolate.png", "decode.png"} <= {p.name for p in (project / "samples").iterdir()}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_metric_may_have_a_network_a_note_and_a_picture(project):
     torch.manual_seed(0)
     torch.save(resnet18().state_dict(), project / "resnet.pth")
@@ -93,6 +95,8 @@ def test_a_metric_may_have_a_network_a_note_and_a_picture(project):
     assert "An image of each class" in (project / "variety/report.html").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_mistakes_in_their_parameters_are_caught_like_any_others(project):
     for wrong, words in (
         ("model_params.widht=16", "did you mean 'width'"),

@@ -188,6 +188,8 @@ def test_auto_passes_over_it_to_an_older_file(run_dir, command, capsys):
 VALUES = [None, [], {}, "", -1, 2**70, math.nan, torch.zeros(3), torch.ones(2).half()]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_entry_of_a_checkpoint_may_be_anything(run_dir, command):
     """Each is harmless, or one line: at resume, and where images are drawn."""
     good = load_checkpoint(run_dir / CURRENT)
