@@ -116,6 +116,9 @@ class Trainer:
         is_fp16 = scaler.is_enabled()
         watched = self.runtime.all_reduce(loss.clone()) if is_fp16 else self._grad_norm
         skip = self.guard.add(torch.isfinite(watched), self.step)
+        if is_fp16:
+            scale = scaler.scale(torch.ones_like(loss))
+            self.guard.add_scaled(torch.isfinite(self._grad_norm), scale)
         if self.guard.on_host:
             self.guard.read(self.saver.describe_last())
         if is_fp16:
@@ -135,6 +138,7 @@ class Trainer:
         self.guard.read(self.saver.describe_last())
         smoothed, loss, of_buckets = self._loss.read(self.runtime)
         self._loss.start_window()
+        scaler = self.learner.scaler
         scalars = {
             "epoch": self.step / self.schedule.steps_per_epoch,
             "train/loss": loss,
@@ -142,6 +146,7 @@ class Trainer:
             **of_buckets,
             "train/lr": self.learner.lr_scheduler.get_last_lr()[0],
             "train/grad_norm": float(self._grad_norm),
+            **({"train/loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
             "train/images_per_sec": progress.lap(self.step),
             "train/memory_mib": memory_mib(self.runtime.device),
         }
