@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +34,7 @@ from training.saving import LOSS, BestScore
 from training.trainer import Trainer
 from utils.config import Config
 from utils.distributed import Runtime
+from utils.errors import EXIT_FAILURE, EXIT_PREEMPTED
 from utils.images import ImageSpec
 from utils.precision import resolve_precision
 
@@ -147,6 +151,40 @@ def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batc
     num_steps, num_parameters = 3, sum(p.numel() for p in trainer.learner.parameters)
     train_to(trainer, num_steps)
     assert reduced == num_steps * [num_parameters]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.01, 7), (0.4, 22), (3.0, 42)])
+def test_processes_meet_at_every_tenth_step(
+    tmp_path, two_processes, monkeypatch, seconds: float, most: int
+):
+    """Or, of slow steps, about once a second, so that a signal is heard in time."""
+    trainer = make_trainer(tmp_path, two_processes, log_interval=1000)
+    trainer._train_step = lambda example: None
+    clock = SimpleNamespace(monotonic=lambda: trainer.step * seconds)
+    monkeypatch.setattr("training.trainer.time", clock)
+    steps = []
+    monkeypatch.setattr(
+        Runtime, "all_reduce", lambda self, x, op="sum": steps.append(trainer.step) or x
+    )
+    train_to(trainer, 40)
+    votes = [step for step in steps if step not in (1, 40)]  # where it reads losses, too
+    assert most - 4 <= len(votes) <= most
+    assert max(b - a for a, b in itertools.pairwise(sorted(set(steps)))) <= 10
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_signal_waits_ten_steps_at_most(tmp_path, two_processes, monkeypatch, at: int):
+    trainer = make_trainer(tmp_path, two_processes, log_interval=1000)
+
+    def step(example: Any) -> None:
+        if trainer.step == at:
+            signal.raise_signal(signal.SIGUSR1)
+
+    trainer._train_step = step
+    trainer._stop_early = lambda name: EXIT_PREEMPTED if name == "SIGUSR1" else EXIT_FAILURE
+    trainer.schedule = Schedule(20, BATCH_SIZE, 60)
+    assert trainer.train() == EXIT_PREEMPTED
+    assert at < trainer.step <= at + 10
 
 
 class RowCounter(nn.Module):

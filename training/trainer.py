@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,10 @@ from training.validation import validate
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
 from utils.rng import Stream, derive_seed
+
+# Several processes ask each other whether to stop after so many steps, or after about so many
+# seconds where steps are slow: torchrun kills what has not ended 30 seconds after a signal.
+STEPS_UNHEARD, SECONDS_UNHEARD = 10, 1.0
 
 log = logging.getLogger("diffusion")
 
@@ -53,6 +58,8 @@ class Trainer:
         self.schedule = self.job.schedule
         self._loss = LossStats(self.runtime.device, QUARTILES)
         self._grad_norm = torch.zeros((), device=self.runtime.device)
+        self._vote: tuple[int, float] | None = None  # step and time of the last one
+        self._next_vote = self.step
         self._scores: dict[str, float] = {}  # the newest values of validation and evaluation
 
     def train(self) -> int:
@@ -66,7 +73,7 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                if self.runtime.any(stop.name is not None or not self.saver.status.is_ours()):
+                if self._is_to_stop(stop.name is not None or not self.saver.status.is_ours()):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
@@ -82,6 +89,19 @@ class Trainer:
                     f"{self.saver.describe_last()}"
                 )
         return EXIT_OK
+
+    def _is_to_stop(self, is_asked: bool) -> bool:
+        """Tell, the same on every rank, whether one of them is asked to stop. Not at every step:
+        each vote makes all wait for the slowest."""
+        if self.runtime.world_size == 1 or self.step < self._next_vote:
+            return is_asked and self.runtime.world_size == 1
+        now, last = time.monotonic(), self._vote
+        seconds = math.inf if last is None else (now - last[1]) / (self.step - last[0])
+        vote = torch.tensor([float(is_asked), seconds], dtype=torch.float64)
+        asked, seconds = self.runtime.all_reduce(vote, "max").tolist()
+        steps = min(SECONDS_UNHEARD / max(seconds, 1e-9), STEPS_UNHEARD)
+        self._vote, self._next_vote = (self.step, now), self.step + max(int(steps), 1)
+        return asked > 0
 
     def _train_step(self, example: Example) -> None:
         learner, num_parts = self.learner, self.config.gradient_accumulation_steps
