@@ -339,8 +339,14 @@ def test_fp16_that_fits_at_no_scale_stops(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("overflows", "scale", "is_stuck"),
-    [(49 * "x", 1.0, False), (50 * "x", 1.0, True), (49 * "x" + "." + "x", 1.0, False)]
-    + [("x.x", 1.1e-4, False), ("x.x", 0.9e-4, True), (50 * "x" + ".", 1.0, True)],
+    [
+        (49 * "x", 1.0, False),
+        (50 * "x", 1.0, True),
+        (50 * "x" + ".", 1.0, True),
+        (49 * "x" + ".x", 1.0, False),
+        ("x.x", 1.1e-4, False),
+        ("x.x", 0.9e-4, True),
+    ],
 )
 def test_one_overflow_in_fp16_is_no_fault(overflows, scale, is_stuck):
     guard = make_guard(0, on_host=False)
