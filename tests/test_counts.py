@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +15,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from datasets.storage import InMemoryDataset
 from diffusion import build_process
-from generation.run import Run
+from generation.run import CONFIG_CHECKS, Run
 from generation.sampling import generate, sampling_from
-from models.unet import UNet
+from models.unet import UNet, Upsample
 from training.build import build_trainer
 from training.job import Job
 from training.learner import Learner
@@ -32,11 +36,11 @@ from training.progress import Schedule
 from training.run_dir import Status
 from training.saving import LOSS, BestScore
 from training.trainer import Trainer
-from utils.config import Config
+from utils.config import Config, load_config
 from utils.distributed import Runtime
 from utils.errors import EXIT_FAILURE, EXIT_PREEMPTED
 from utils.images import ImageSpec
-from utils.precision import resolve_precision
+from utils.precision import autocast, resolve_precision, sampling_autocast
 
 CPU = torch.device("cpu")
 SIDE, NUM_CLASSES, BATCH_SIZE = 8, 3, 8
@@ -248,6 +252,84 @@ def test_what_a_forward_pass_keeps_for_backward(
     batch_size = 2
     size = saved_bytes(build(width), *draw_inputs(batch_size, CPU))
     assert size / batch_size / MIB <= limit
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that a GPU would start a kernel for, and casts of the parameters `of`."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.parameters, self.count, self.casts = [*of.parameters()], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        name = str(func)
+        is_free = func.is_view or name.startswith(("prim.", "aten._unsafe_view."))
+        self.count += not is_free
+        if name.startswith(("aten._to_copy.", "aten.to.")):
+            self.casts += any(args[0] is parameter for parameter in self.parameters)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps_and_images_are_the_same(monkeypatch):
+    """Autocast by itself casts weights that are not trained anew at each step."""
+    run = Run(tiny_unet().eval(), build_process(Config()), SPEC, Config(conditional=True))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    run.model.requires_grad_(False)
+
+    def draw(**settings: Any) -> tuple[Tensor, int]:
+        config = Config(conditional=True, num_inference_steps=3, **settings)
+        options = dict(sampling=sampling_from(config), batch_size=4, runtime=Runtime(CPU))
+        with Launches(run.model) as launches:
+            parts = list(generate(replace(run, config=config), range(4), [0, 1, 2, 0], **options))
+        assert not any(parameter.requires_grad for parameter in run.model.parameters())
+        return torch.cat(parts), launches.casts
+
+    layers = [m for m in run.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    images, casts = draw(precision="bf16")
+    upsampling = 1  # on a CPU its kernel is computed from the weight at each step
+    assert casts == 2 * len(layers) - upsampling
+    assert draw(precision="fp32")[1] == 0
+
+    @contextlib.contextmanager
+    def plain(precision: str, device: torch.device, *_: nn.Module) -> Iterator[None]:
+        with torch.inference_mode(), autocast(precision, device):
+            yield
+
+    monkeypatch.setattr("generation.sampling.sampling_autocast", plain)
+    again, more_casts = draw(precision="bf16")
+    assert more_casts == 3 * casts
+    assert torch.equal(again, images)
+
+
+@pytest.mark.parametrize(("name", "most"), [("cifar10_unet", 320), ("cifar10_dit", 250)])
+def test_launches_of_a_forward_pass_in_sampling(monkeypatch, name: str, most: int):
+    monkeypatch.setattr(  # as on a GPU
+        Upsample, "forward", lambda self, x: self.conv(F.interpolate(x, scale_factor=2.0))
+    )
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.py", checks=CONFIG_CHECKS)
+    with FakeTensorMode():  # computes nothing but shapes
+        model = models._construct(config, ImageSpec(3, 32, 32, 10)).eval()
+        t, y = (torch.zeros(2, dtype=torch.int64) for _ in range(2))
+        with sampling_autocast("bf16", CPU, model.requires_grad_(False)):
+            model(torch.zeros(2, 3, 32, 32), t, y)
+            with Launches(model) as launches:
+                model(torch.zeros(2, 3, 32, 32), t, y)
+    assert most - 20 < launches.count <= most
+    assert launches.casts == 0
+
+
+def test_the_average_is_compiled_where_evaluations_draw_with_it(tmp_path):
+    """A deep copy of a compiled model is not."""
+    for interval, compiled in ((0, False), (1, True)):
+        (tmp_path / str(interval)).mkdir()
+        trainer = make_trainer(
+            tmp_path / str(interval), Runtime(CPU), compile="blocks", eval_interval=interval
+        )
+        for block in (trainer.learner.model.middle[0], trainer.learner.sampled_model.middle[0]):
+            is_average = block is trainer.learner.sampled_model.middle[0]
+            assert (block._compiled_call_impl is not None) == (compiled or not is_average)
 
 
 def test_auto_precision_is_fp32_on_a_cpu():

@@ -36,6 +36,27 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+@contextlib.contextmanager
+def sampling_autocast(
+    precision: str, device: torch.device, *models: torch.nn.Module
+) -> Iterator[None]:
+    """`autocast` without gradients, for many passes of frozen `models`: what it casts of their
+    weights it keeps until the end, as by itself it does only of weights that are trained."""
+    if precision == "fp32":
+        with torch.inference_mode():
+            yield
+        return
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.no_grad(), autocast(precision, device):  # nothing is kept in inference mode
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def allow_tf32() -> None:
     """Let NVIDIA GPUs multiply float32 in TF32 from now on: 10-bit mantissas, but much faster."""
     for backend in TF32_FLAGS:
