@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import signal
@@ -23,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
+from benchmarks.timing import set_up
 from datasets.storage import InMemoryDataset
 from diffusion import build_process
 from generation.run import CONFIG_CHECKS, Run
 from generation.sampling import generate, sampling_from
-from models.unet import UNet, Upsample
+from models.unet import AttentionBlock, UNet, Upsample
 from training.build import build_trainer
 from training.job import Job
 from training.learner import Learner
@@ -35,6 +37,7 @@ from training.objective import training_examples
 from training.progress import Schedule
 from training.run_dir import Status
 from training.saving import LOSS, BestScore
+from training.sharding import wrap_for_training
 from training.trainer import Trainer
 from utils.config import Config, load_config
 from utils.distributed import Runtime
@@ -140,9 +143,8 @@ def two_processes() -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
-    trainer = make_trainer(tmp_path, two_processes, gradient_accumulation_steps=micro_batches)
+def watch_reductions(network: nn.Module) -> list[int]:
+    """The number of values of each bucket of gradients that is reduced from now on."""
     reduced = []
 
     def hook(_, bucket):  # DDP refuses annotations that are strings
@@ -151,7 +153,14 @@ def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batc
         future.set_result(bucket.buffer())
         return future
 
-    trainer.learner.network.register_comm_hook(None, hook)
+    network.register_comm_hook(None, hook)
+    return reduced
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
+    trainer = make_trainer(tmp_path, two_processes, gradient_accumulation_steps=micro_batches)
+    reduced = watch_reductions(trainer.learner.network)
     num_steps, num_parameters = 3, sum(p.numel() for p in trainer.learner.parameters)
     train_to(trainer, num_steps)
     assert reduced == num_steps * [num_parameters]
@@ -189,6 +198,26 @@ def test_a_signal_waits_ten_steps_at_most(tmp_path, two_processes, monkeypatch, 
     trainer.schedule = Schedule(20, BATCH_SIZE, 60)
     assert trainer.train() == EXIT_PREEMPTED
     assert at < trainer.step <= at + 10
+
+
+@pytest.mark.filterwarnings("error:Grad strides")
+def test_ddp_does_not_warn_of_the_layout_of_1x1_convolutions(two_processes):
+    """Their sides of length 1 may have any stride, so there is nothing for a user to do."""
+    _, network = wrap_for_training(AttentionBlock(32, num_head_channels=64), two_processes)
+    watch_reductions(network)
+    torch.set_warn_always(True)
+    try:
+        network(torch.randn(32, 32, 16, 16)).square().sum().backward()
+    finally:
+        torch.set_warn_always(False)
+
+
+def test_what_sampling_took_is_given_back(tmp_path, monkeypatch):
+    """To other processes on the GPU; training asks for less."""
+    trainer, calls = make_trainer(tmp_path, Runtime(CPU)), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    trainer._attempt("evaluation", 1, lambda epoch, step: calls.append("evaluate"))
+    assert calls == ["evaluate", "empty"]
 
 
 class RowCounter(nn.Module):
@@ -335,3 +364,12 @@ def test_the_average_is_compiled_where_evaluations_draw_with_it(tmp_path):
 def test_auto_precision_is_fp32_on_a_cpu():
     """bf16 autocast is 2 to 3 times slower on CPUs without units for it."""
     assert resolve_precision("auto", CPU) == "fp32"
+
+
+def test_benchmarks_compare_with_tf32_as_the_scripts_do(monkeypatch):
+    """Beside full float32, which nobody trains in, bf16 would gain too much."""
+    calls = []
+    monkeypatch.setattr("benchmarks.timing.allow_tf32", lambda: calls.append("tf32"))
+    for device, expected in (("cpu", []), ("cuda", ["tf32"])):
+        set_up(argparse.Namespace(threads=1, device=device))
+        assert calls == expected

@@ -304,6 +304,26 @@ def test_tf32_stays_out_of_metrics_and_comes_back_after_them():
             flag.allow_tf32 = value
 
 
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 8), ("cpu", 1)])
+def test_the_main_process_computes_with_the_threads_of_those_that_wait(
+    monkeypatch, device, threads
+):
+    class Metric:
+        better = None
+
+        def compute(self):
+            return {"value": torch.get_num_threads()}
+
+    class Silent(Collector):
+        def reduce(self, runtime):
+            pass
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    scoring = Scoring([Part(Silent(), {"a": Metric()})], Runtime(torch.device(device)))
+    assert scoring.score([], 0)["a"]["value"] == threads
+    assert torch.get_num_threads() == 1
+
+
 def test_real_indices_are_a_fixed_sorted_subset():
     chosen = chosen_images(1000, 10)
     assert list(chosen) == sorted(set(chosen)) == list(chosen_images(1000, 10))

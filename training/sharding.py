@@ -14,6 +14,7 @@ import gc
 import inspect
 import itertools
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -87,6 +88,8 @@ def wrap_for_training(
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options = {"device_ids": device_ids, "gradient_as_bucket_view": True, sync: False}
+    # The gradient of a 1x1 convolution may number its sides of length 1 otherwise: the same layout.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return model, DistributedDataParallel(model, **options)
 
 

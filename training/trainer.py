@@ -219,6 +219,7 @@ class Trainer:
             return None
         finally:
             self.learner.network.train()
+            torch.cuda.empty_cache()  # what sampling took at its peak; nothing without CUDA
 
     def _stop_early(self, signal_name: str | None) -> int:
         if self.runtime.any(not self.saver.status.is_ours()):
