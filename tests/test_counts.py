@@ -30,7 +30,7 @@ from diffusion import build_process
 from generation.run import CONFIG_CHECKS, Run
 from generation.sampling import generate, sampling_from
 from models.unet import AttentionBlock, UNet, Upsample
-from training.build import build_trainer
+from training.build import build_trainer, log_start
 from training.job import Job
 from training.learner import Learner
 from training.objective import training_examples
@@ -373,3 +373,18 @@ def test_benchmarks_compare_with_tf32_as_the_scripts_do(monkeypatch):
     for device, expected in (("cpu", []), ("cuda", ["tf32"])):
         set_up(argparse.Namespace(threads=1, device=device))
         assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "warned"),
+    [("cuda", None, True), ("cuda", "blocks", False), ("cpu", None, False)],
+)
+def test_channels_last_that_costs_more_than_it_brings_is_told(
+    tmp_path, monkeypatch, caplog, device: str, compile: str | None, warned: bool
+):
+    """On a GPU the kernel of group norm returns the other layout, which compiled code does not."""
+    monkeypatch.setattr("training.build.describe_device", str)
+    job = make_trainer(tmp_path, Runtime(CPU), channels_last=True).job
+    config = job.config.model_copy(update={"compile": compile})
+    log_start(replace(job, config=config, runtime=Runtime(torch.device(device))))
+    assert any(line.startswith("channels_last=True: ") for line in caplog.messages) == warned

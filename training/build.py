@@ -112,6 +112,9 @@ def log_start(job: Job) -> None:
     config, schedule, runtime, spec = job.config, job.schedule, job.runtime, job.dataset.spec
     for warning in warnings_of(config):
         log.warning(warning)
+    if config.channels_last and config.compile is None and runtime.device.type != "cpu":
+        undone = "without compile a UNet's group norms undo the layout on a GPU, at a cost"
+        log.warning(f"channels_last=True: {undone}; add compile=blocks, or leave it out")
     last = config.num_timesteps - 1
     if (share := job.process.levels(last)[0] / job.process.scale) > MOST_SIGNAL:
         start = f"sampling starts at noise, but t={last} keeps {share:.2f} of the image"
