@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import models
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
 from benchmarks.timing import set_up
+from datasets.loader import make_resident
 from datasets.storage import InMemoryDataset
 from diffusion import build_process
 from generation.run import CONFIG_CHECKS, Run
@@ -62,7 +63,9 @@ def tiny_unet() -> UNet:
     )
 
 
-def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
+def make_trainer(
+    folder: Path, runtime: Runtime, model: nn.Module | None = None, **settings
+) -> Trainer:
     """As train.py composes it for a CUDA device: flags stay on the device until they are read."""
     config = Config(
         conditional=True,
@@ -76,11 +79,11 @@ def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
     config.run_dir.mkdir()
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
-    images = images.to(runtime.device)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
+    dataset = make_resident(dataset, runtime.device)
     schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_process(config)
     examples = partial(training_examples, config, process, dataset, runtime)
-    model = tiny_unet().to(runtime.device)
+    model = model or tiny_unet().to(runtime.device)
     job = Job(config, runtime, dataset, schedule, model, process, examples)
     best = BestScore(LOSS, lower_is_better=True)
     trainer = build_trainer(job, Learner(job), Status(None), best=best, evaluate=None, preview=None)
@@ -349,16 +352,17 @@ def test_launches_of_a_forward_pass_in_sampling(monkeypatch, name: str, most: in
     assert launches.casts == 0
 
 
-def test_the_average_is_compiled_where_evaluations_draw_with_it(tmp_path):
-    """A deep copy of a compiled model is not."""
-    for interval, compiled in ((0, False), (1, True)):
-        (tmp_path / str(interval)).mkdir()
-        trainer = make_trainer(
-            tmp_path / str(interval), Runtime(CPU), compile="blocks", eval_interval=interval
-        )
-        for block in (trainer.learner.model.middle[0], trainer.learner.sampled_model.middle[0]):
-            is_average = block is trainer.learner.sampled_model.middle[0]
-            assert (block._compiled_call_impl is not None) == (compiled or not is_average)
+def test_the_average_is_compiled_where_evaluations_draw_with_it(tmp_path, monkeypatch):
+    """A deep copy of a compiled model is not; previews alone are drawn sooner without."""
+    compiled = []
+    monkeypatch.setattr("training.learner.compile_model", lambda *given: compiled.append(given))
+    for interval in (0, 1):
+        folder = tmp_path / str(interval)
+        folder.mkdir()
+        trainer = make_trainer(folder, Runtime(CPU), compile="blocks", eval_interval=interval)
+        models = (trainer.job.model, trainer.learner.ema.model)[: 1 + interval]
+        assert compiled == [(model, "blocks") for model in models]
+        compiled.clear()
 
 
 def test_auto_precision_is_fp32_on_a_cpu():
