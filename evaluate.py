@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--images", metavar="DIR|NPZ", help="score these pictures instead of a checkpoint's")
     add("--metrics", help=f"of {','.join(METRICS)}, or all; default: the config's eval_metrics")
-    images = "images; default: the config's eval_num_samples"
+    images = "images; default: the config's eval_num_samples (not --n under torchrun)"
     add("--num_samples", "--n", type=image_count, help=images)
     add("--repeats", type=image_count, help="sets of images with seeds of their own (default: 1)")
     add("--preset", choices=list(PRESETS), help="64 images, 5,000, or 3 sets of 50,000")

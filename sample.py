@@ -35,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     add_sampling_options(parser, SAMPLERS, takes_guide=True)
     add = parser.add_argument
-    add("--num_samples", "--n", type=image_count, help="number of images; default: the config's")
+    images = "number of images; default: the config's (not --n under torchrun)"
+    add("--num_samples", "--n", type=image_count, help=images)
     add("--batch_size", type=image_count, default=64, help="images sampled at a time")
     add("--output_dir", default="samples", help="where files go (default: samples)")
     add("--output_name", default="samples", help="their name (default: samples)")

@@ -62,6 +62,7 @@ from benchmarks.timing import (
     describe,
     ratio,
     run_rounds,
+    set_up,
     share,
     show_progress,
 )
@@ -377,7 +378,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    torch.set_num_threads(args.threads)
+    set_up(args)
     device = torch.device(args.device)
     setting = Setting(device, "fp32", torch.contiguous_format, args.batch_size)
     if args.child:

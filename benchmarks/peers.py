@@ -60,6 +60,7 @@ from benchmarks.timing import (
     describe,
     ratio,
     run_rounds,
+    set_up,
 )
 from utils.distributed import keep_freed_memory
 from utils.precision import autocast
@@ -232,7 +233,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    torch.set_num_threads(args.threads)
+    set_up(args)
     if args.device == "cpu":
         keep_freed_memory()  # as our scripts do; it serves every network here
     layout = torch.channels_last if args.channels_last else torch.contiguous_format

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from utils.precision import allow_tf32
+
 SHORTEST = 0.05  # seconds: a shorter task is repeated within its turn
 ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -137,6 +139,13 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int = 15) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every row as a JSON line")
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """The threads asked for, and TF32, with which the scripts train on GPUs."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        allow_tf32()
 
 
 def describe(args: argparse.Namespace, packages: Sequence[str] = ()) -> dict[str, Any]:

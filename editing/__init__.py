@@ -29,7 +29,9 @@ SEEDS = {"--seeds": dict(type=parse_int_list, help="a seed for all images, or on
 PICTURES = {
     "--input": dict(metavar="PATH", help="pictures: an image file, a folder, or an .npz"),
     "--real_split": dict(choices=SPLITS, help="or images of the model's data set"),
-    "--num_samples --n": dict(type=int, help="how many of them; default: all"),
+    "--num_samples --n": dict(
+        type=int, help="how many of them; default: all (not --n under torchrun)"
+    ),
     "--save_images": dict(action="store_true", help="each result as NAME_images/000000.png ..."),
     **LABELS,
 }

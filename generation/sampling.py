@@ -18,7 +18,7 @@ from utils.config import Config, guidance_problem, steps_problem
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
 from utils.images import to_uint8
-from utils.precision import autocast, resolve_precision
+from utils.precision import resolve_precision, sampling_autocast
 from utils.rng import sample_noise
 
 Labels = Sequence[int] | None  # a class in [0, K) for each image; None: a model without classes
@@ -180,8 +180,9 @@ def run_steps(
     `frames` has are appended there. Raises a UserError if the device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
+    models = [member.model for member in (run, run.guide) if member is not None]
     try:
-        with torch.inference_mode(), autocast(precision, device):
+        with sampling_autocast(precision, device, *models):
             for number, step in enumerate(steps):
                 if frames and number in frames:
                     frames[number].append(to_uint8(step.x).cpu())

@@ -6,16 +6,18 @@ others go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from datasets.real import RealSets
 from metrics.base import Collector, Entry, Metric, entry
-from utils.distributed import Runtime
+from utils.distributed import Runtime, from_launcher
 
 log = logging.getLogger("diffusion")
 
@@ -28,6 +30,18 @@ class Part:
     metrics: dict[str, Metric] = field(default_factory=dict)
     seconds: float = 0.0  # of work, its own and its metrics', on the present set of images
     error: str | None = None  # why it failed on this process
+
+
+@contextlib.contextmanager
+def threads_of_all(runtime: Runtime) -> Iterator[None]:
+    """Compute with the threads of all processes of this node, which wait meanwhile: torchrun gives
+    each one thread. Not in a job on CPUs, where other numbers of threads would round otherwise."""
+    own, is_gpu = torch.get_num_threads(), runtime.device.type == "cuda"
+    torch.set_num_threads(own * (from_launcher("LOCAL_WORLD_SIZE", 1) if is_gpu else 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 class Scoring:
@@ -73,7 +87,8 @@ class Scoring:
                     entries[name]["better"] = metric.better
 
         if self.runtime.is_main:
-            self._each(compute)
+            with threads_of_all(self.runtime):
+                self._each(compute)
         self.runtime.patient_barrier()
         for part in self.parts:
             for name in part.metrics:

@@ -71,8 +71,9 @@ def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> N
     if how == "model":
         model.compile()
     elif how == "blocks":
-        # blocks of one class share a limit of recompilations, and a UNet's differ in shape
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        # blocks of one class share a limit of recompilations, and a UNet's differ in shape, also
+        # between training, guided sampling and its last batch
+        torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for blocks in model.children():
             if isinstance(blocks, nn.ModuleList):
                 for block in blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # One thread each: the tests' tensors are tiny, and several processes share few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, which scripts take where there are any, from all tests but those that ask."""
+    if not asks_for_a_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for_a_gpu(markers: str) -> bool:
+    """Whether the `-m` of a command line picks tests that need one."""
+    return re.search(r"(?<!not )\bgpu\b", markers) is not None
+
 
 TINY_CONFIG = """
 config = dict(

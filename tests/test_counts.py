@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models
 from benchmarks.networks import draw_inputs, our_dit, our_unet, saved_bytes
+from benchmarks.timing import set_up
+from datasets.loader import make_resident
 from datasets.storage import InMemoryDataset
 from diffusion import build_process
-from generation.run import Run
+from generation.run import CONFIG_CHECKS, Run
 from generation.sampling import generate, sampling_from
-from models.unet import UNet
-from training.build import build_trainer
+from models.unet import AttentionBlock, UNet, Upsample
+from training.build import build_trainer, log_start
 from training.job import Job
 from training.learner import Learner
 from training.objective import training_examples
 from training.progress import Schedule
 from training.run_dir import Status
 from training.saving import LOSS, BestScore
+from training.sharding import wrap_for_training
 from training.trainer import Trainer
-from utils.config import Config
+from utils.config import Config, load_config
 from utils.distributed import Runtime
+from utils.errors import EXIT_FAILURE, EXIT_PREEMPTED
 from utils.images import ImageSpec
-from utils.precision import resolve_precision
+from utils.precision import autocast, resolve_precision, sampling_autocast
 
 CPU = torch.device("cpu")
 SIDE, NUM_CLASSES, BATCH_SIZE = 8, 3, 8
@@ -51,7 +63,9 @@ def tiny_unet() -> UNet:
     )
 
 
-def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
+def make_trainer(
+    folder: Path, runtime: Runtime, model: nn.Module | None = None, **settings
+) -> Trainer:
     """As train.py composes it for a CUDA device: flags stay on the device until they are read."""
     config = Config(
         conditional=True,
@@ -65,11 +79,11 @@ def make_trainer(folder: Path, runtime: Runtime, **settings) -> Trainer:
     config.run_dir.mkdir()
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
-    images = images.to(runtime.device)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
+    dataset = make_resident(dataset, runtime.device)
     schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_process(config)
     examples = partial(training_examples, config, process, dataset, runtime)
-    model = tiny_unet().to(runtime.device)
+    model = model or tiny_unet().to(runtime.device)
     job = Job(config, runtime, dataset, schedule, model, process, examples)
     best = BestScore(LOSS, lower_is_better=True)
     trainer = build_trainer(job, Learner(job), Status(None), best=best, evaluate=None, preview=None)
@@ -132,9 +146,8 @@ def two_processes() -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
-    trainer = make_trainer(tmp_path, two_processes, gradient_accumulation_steps=micro_batches)
+def watch_reductions(network: nn.Module) -> list[int]:
+    """The number of values of each bucket of gradients that is reduced from now on."""
     reduced = []
 
     def hook(_, bucket):  # DDP refuses annotations that are strings
@@ -143,10 +156,71 @@ def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batc
         future.set_result(bucket.buffer())
         return future
 
-    trainer.learner.network.register_comm_hook(None, hook)
+    network.register_comm_hook(None, hook)
+    return reduced
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gradients_are_reduced_once_per_step(tmp_path, two_processes, micro_batches):
+    trainer = make_trainer(tmp_path, two_processes, gradient_accumulation_steps=micro_batches)
+    reduced = watch_reductions(trainer.learner.network)
     num_steps, num_parameters = 3, sum(p.numel() for p in trainer.learner.parameters)
     train_to(trainer, num_steps)
     assert reduced == num_steps * [num_parameters]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.01, 7), (0.4, 22), (3.0, 42)])
+def test_processes_meet_at_every_tenth_step(
+    tmp_path, two_processes, monkeypatch, seconds: float, most: int
+):
+    """Or, of slow steps, about once a second, so that a signal is heard in time."""
+    trainer = make_trainer(tmp_path, two_processes, log_interval=1000)
+    trainer._train_step = lambda example: None
+    clock = SimpleNamespace(monotonic=lambda: trainer.step * seconds)
+    monkeypatch.setattr("training.trainer.time", clock)
+    steps = []
+    monkeypatch.setattr(
+        Runtime, "all_reduce", lambda self, x, op="sum": steps.append(trainer.step) or x
+    )
+    train_to(trainer, 40)
+    votes = [step for step in steps if step not in (1, 40)]  # where it reads losses, too
+    assert most - 4 <= len(votes) <= most
+    assert max(b - a for a, b in itertools.pairwise(sorted(set(steps)))) <= 10
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_signal_waits_ten_steps_at_most(tmp_path, two_processes, monkeypatch, at: int):
+    trainer = make_trainer(tmp_path, two_processes, log_interval=1000)
+
+    def step(example: Any) -> None:
+        if trainer.step == at:
+            signal.raise_signal(signal.SIGUSR1)
+
+    trainer._train_step = step
+    trainer._stop_early = lambda name: EXIT_PREEMPTED if name == "SIGUSR1" else EXIT_FAILURE
+    trainer.schedule = Schedule(20, BATCH_SIZE, 60)
+    assert trainer.train() == EXIT_PREEMPTED
+    assert at < trainer.step <= at + 10
+
+
+@pytest.mark.filterwarnings("error:Grad strides")
+def test_ddp_does_not_warn_of_the_layout_of_1x1_convolutions(two_processes):
+    """Their sides of length 1 may have any stride, so there is nothing for a user to do."""
+    _, network = wrap_for_training(AttentionBlock(32, num_head_channels=64), two_processes)
+    watch_reductions(network)
+    torch.set_warn_always(True)
+    try:
+        network(torch.randn(32, 32, 16, 16)).square().sum().backward()
+    finally:
+        torch.set_warn_always(False)
+
+
+def test_what_sampling_took_is_given_back(tmp_path, monkeypatch):
+    """To other processes on the GPU; training asks for less."""
+    trainer, calls = make_trainer(tmp_path, Runtime(CPU)), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    trainer._attempt("evaluation", 1, lambda epoch, step: calls.append("evaluate"))
+    assert calls == ["evaluate", "empty"]
 
 
 class RowCounter(nn.Module):
@@ -212,6 +286,109 @@ def test_what_a_forward_pass_keeps_for_backward(
     assert size / batch_size / MIB <= limit
 
 
+class Launches(TorchDispatchMode):
+    """Counts operators that a GPU would start a kernel for, and casts of the parameters `of`."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.parameters, self.count, self.casts = [*of.parameters()], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        name = str(func)
+        is_free = func.is_view or name.startswith(("prim.", "aten._unsafe_view."))
+        self.count += not is_free
+        if name.startswith(("aten._to_copy.", "aten.to.")):
+            self.casts += any(args[0] is parameter for parameter in self.parameters)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps_and_images_are_the_same(monkeypatch):
+    """Autocast by itself casts weights that are not trained anew at each step."""
+    run = Run(tiny_unet().eval(), build_process(Config()), SPEC, Config(conditional=True))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    run.model.requires_grad_(False)
+
+    def draw(**settings: Any) -> tuple[Tensor, int]:
+        config = Config(conditional=True, num_inference_steps=3, **settings)
+        options = dict(sampling=sampling_from(config), batch_size=4, runtime=Runtime(CPU))
+        with Launches(run.model) as launches:
+            parts = list(generate(replace(run, config=config), range(4), [0, 1, 2, 0], **options))
+        assert not any(parameter.requires_grad for parameter in run.model.parameters())
+        return torch.cat(parts), launches.casts
+
+    layers = [m for m in run.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    images, casts = draw(precision="bf16")
+    upsampling = 1  # on a CPU its kernel is computed from the weight at each step
+    assert casts == 2 * len(layers) - upsampling
+    assert draw(precision="fp32")[1] == 0
+
+    @contextlib.contextmanager
+    def plain(precision: str, device: torch.device, *_: nn.Module) -> Iterator[None]:
+        with torch.inference_mode(), autocast(precision, device):
+            yield
+
+    monkeypatch.setattr("generation.sampling.sampling_autocast", plain)
+    again, more_casts = draw(precision="bf16")
+    assert more_casts == 3 * casts
+    assert torch.equal(again, images)
+
+
+@pytest.mark.parametrize(("name", "most"), [("cifar10_unet", 320), ("cifar10_dit", 250)])
+def test_launches_of_a_forward_pass_in_sampling(monkeypatch, name: str, most: int):
+    monkeypatch.setattr(  # as on a GPU
+        Upsample, "forward", lambda self, x: self.conv(F.interpolate(x, scale_factor=2.0))
+    )
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.py", checks=CONFIG_CHECKS)
+    with FakeTensorMode():  # computes nothing but shapes
+        model = models._construct(config, ImageSpec(3, 32, 32, 10)).eval()
+        t, y = (torch.zeros(2, dtype=torch.int64) for _ in range(2))
+        with sampling_autocast("bf16", CPU, model.requires_grad_(False)):
+            model(torch.zeros(2, 3, 32, 32), t, y)
+            with Launches(model) as launches:
+                model(torch.zeros(2, 3, 32, 32), t, y)
+    assert most - 20 < launches.count <= most
+    assert launches.casts == 0
+
+
+def test_the_average_is_compiled_where_evaluations_draw_with_it(tmp_path, monkeypatch):
+    """A deep copy of a compiled model is not; previews alone are drawn sooner without."""
+    compiled = []
+    monkeypatch.setattr("training.learner.compile_model", lambda *given: compiled.append(given))
+    for interval in (0, 1):
+        folder = tmp_path / str(interval)
+        folder.mkdir()
+        trainer = make_trainer(folder, Runtime(CPU), compile="blocks", eval_interval=interval)
+        models = (trainer.job.model, trainer.learner.ema.model)[: 1 + interval]
+        assert compiled == [(model, "blocks") for model in models]
+        compiled.clear()
+
+
 def test_auto_precision_is_fp32_on_a_cpu():
     """bf16 autocast is 2 to 3 times slower on CPUs without units for it."""
     assert resolve_precision("auto", CPU) == "fp32"
+
+
+def test_benchmarks_compare_with_tf32_as_the_scripts_do(monkeypatch):
+    """Beside full float32, which nobody trains in, bf16 would gain too much."""
+    calls = []
+    monkeypatch.setattr("benchmarks.timing.allow_tf32", lambda: calls.append("tf32"))
+    for device, expected in (("cpu", []), ("cuda", ["tf32"])):
+        set_up(argparse.Namespace(threads=1, device=device))
+        assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "warned"),
+    [("cuda", None, True), ("cuda", "blocks", False), ("cpu", None, False)],
+)
+def test_channels_last_that_costs_more_than_it_brings_is_told(
+    tmp_path, monkeypatch, caplog, device: str, compile: str | None, warned: bool
+):
+    """On a GPU the kernel of group norm returns the other layout, which compiled code does not."""
+    monkeypatch.setattr("training.build.describe_device", str)
+    job = make_trainer(tmp_path, Runtime(CPU), channels_last=True).job
+    config = job.config.model_copy(update={"compile": compile})
+    log_start(replace(job, config=config, runtime=Runtime(torch.device(device))))
+    assert any(line.startswith("channels_last=True: ") for line in caplog.messages) == warned

@@ -1,6 +1,7 @@
 """The runtime: shares, devices, and a process group that leaves nothing behind."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, asks_for_a_gpu
 from training.progress import LossStats
 from training.sharding import check_gpu_ids
 from utils.distributed import Runtime, agree_on_name, choose_device
@@ -184,3 +185,11 @@ def test_shared_loss_statistics_are_the_mean_over_the_ranks():
     torch.testing.assert_close(mine.values, torch.tensor(expected, dtype=torch.float64))
     assert mine.read(BesideAnother(mine.values.clone())) == (2.0, 2.0, OF_BUCKETS)
     assert mine.read(Runtime(CPU)) == (2.0, 2.0, OF_BUCKETS)
+
+
+def test_no_test_sees_a_gpu_that_it_does_not_ask_for():
+    """Scripts take a GPU where there is one, and bf16 with it: other numbers than expected here."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
+    assert all(map(asks_for_a_gpu, ("gpu", "gpu and not slow", "slow or gpu")))
+    assert not any(map(asks_for_a_gpu, ("", "slow", "not slow and not gpu and not browser")))

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import edit
 import evaluate
@@ -222,6 +223,26 @@ def test_all_options_are_in_the_reference(script: str) -> None:
     for option in ours - {"-h"}:
         wanted = re.compile(rf"`{option}[ `]")
         assert wanted.search(specific) or wanted.search(general), f"{script} {option}"
+
+
+def test_pages_and_help_tell_of_the_option_that_torchrun_takes_for_its_own() -> None:
+    """Before a script sees its command line: `--n` may be the start of torchrun's `--nnodes`."""
+    for script, option in sorted(
+        {(s, o) for s in SCRIPTS for p in PARSERS[s] for o in options_of(p)}
+    ):
+        command = ["--standalone", "--nproc_per_node=2", script, option, "8"]
+        try:
+            passed = get_args_parser().parse_args(command).training_script_args
+        except SystemExit:
+            assert option == "--n", f"{script} {option} dies under torchrun"
+        else:
+            assert passed == [option, "8"]
+    for page in (CONFIGS, CONFIGS_ZH):
+        rows = [line for line in prose_of(page).splitlines() if "`--n` " in line]
+        assert len(rows) == 3
+        assert all("`torchrun`" in row for row in rows), page
+    for script in ("sample.py", "evaluate.py"):
+        assert "(not --n under torchrun)" in " ".join(PARSERS[script][0].format_help().split())
 
 
 def test_configs_zh_has_the_keys_and_defaults_of_the_schema() -> None:

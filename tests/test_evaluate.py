@@ -475,7 +475,6 @@ def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tm
 
     def start(name: str, processes: int) -> subprocess.Popen:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        # Not `--n`: torchrun takes it for an ambiguous option of its own.
         command = [sys.executable, *(launcher if processes > 1 else []), "tests/tiny_networks.py"]
         command += ["--checkpoint", str(run_dir), "--num_samples", "22", "--metrics", "all"]
         command += ["--num_inference_steps", "40", "--device", "cpu", "--batch_size", "2"]

@@ -283,16 +283,45 @@ def test_fid_of_real_halves_is_small_and_of_noise_large():
 
 
 def test_tf32_stays_out_of_metrics_and_comes_back_after_them():
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [setting.fp32_precision for setting in settings]
+    """And the flags can be read in every way: torch refuses where two ways of setting them mix."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+
+    def settings() -> list:
+        with torch.backends.cudnn.flags(enabled=True):
+            pass
+        products = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
+        return [*(flag.allow_tf32 for flag in flags), "tf32" in products, "high" in products]
+
     try:
         allow_tf32()
+        assert settings() == [True] * 4
         with full_float32(CPU):
-            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
-        assert [setting.fp32_precision for setting in settings] == ["tf32", "tf32"]
+            assert settings() == [False] * 4
+        assert settings() == [True] * 4
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cuda", 8), ("cpu", 1)])
+def test_the_main_process_computes_with_the_threads_of_those_that_wait(
+    monkeypatch, device, threads
+):
+    class Metric:
+        better = None
+
+        def compute(self):
+            return {"value": torch.get_num_threads()}
+
+    class Silent(Collector):
+        def reduce(self, runtime):
+            pass
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    scoring = Scoring([Part(Silent(), {"a": Metric()})], Runtime(torch.device(device)))
+    assert scoring.score([], 0)["a"]["value"] == threads
+    assert torch.get_num_threads() == 1
 
 
 def test_real_indices_are_a_fixed_sorted_subset():

@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite: kept from the weights, counted, described."""
 
+import contextlib
 import json
 import math
 import os
@@ -316,6 +317,43 @@ def test_an_infinite_loss_with_a_finite_gradient_is_noticed(tiny, monkeypatch, n
     calls.clear()
     with pytest.raises(NonFiniteError, match="at step 3; the step was not taken"):
         run(tiny, "stops", *options)
+
+
+def test_fp16_that_fits_at_no_scale_stops(tiny, monkeypatch):
+    """The loss is finite, its gradients never are: the scale of the loss falls and falls."""
+    honest = Process.loss
+
+    def loss(self, *arguments):
+        value = honest(self, *arguments)
+        value.register_hook(lambda gradient: gradient * math.inf)
+        return value
+
+    monkeypatch.setattr(Process, "loss", loss)
+    monkeypatch.setattr("training.job.resolve_precision", lambda *_: "fp16")  # without a GPU
+    monkeypatch.setattr("training.trainer.autocast", lambda *_: contextlib.nullcontext())  # slow
+    read_late(monkeypatch)
+    with pytest.raises(NonFiniteError, match=r"precision=fp16: .*; no such step was taken"):
+        run(tiny, "a", "batch_size=4", "log_interval=7", "max_steps=60")
+    assert logged("a", "train/loss_scale") == {n: 2.0 ** (16 - n) for n in (1, 7, 14, 21, 28)}
+
+
+@pytest.mark.parametrize(
+    ("overflows", "scale", "is_stuck"),
+    [
+        (49 * "x", 1.0, False),
+        (50 * "x", 1.0, True),
+        (50 * "x" + ".", 1.0, True),
+        (49 * "x" + ".x", 1.0, False),
+        ("x.x", 1.1e-4, False),
+        ("x.x", 0.9e-4, True),
+    ],
+)
+def test_one_overflow_in_fp16_is_no_fault(overflows, scale, is_stuck):
+    guard = make_guard(0, on_host=False)
+    for sign in overflows:
+        guard.add_scaled(torch.tensor(sign == "."), torch.tensor(scale))
+    with pytest.raises(NonFiniteError) if is_stuck else contextlib.nullcontext():
+        guard.read(LAST)
 
 
 # --- several processes

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.image_files import write_image
 from tests.test_train import run
+from training.optim import build_optimizer
 from training.resume import find_resume
+from training.sharding import load_model_state, load_optimizer_state
 from utils.checkpoint import CURRENT, FORMAT_VERSION, save_checkpoint
 from utils.config import Config
 from utils.errors import CheckpointError
@@ -84,6 +88,7 @@ FREE = {
     "timestep_spacing_shift": 2.0,
     "num_workers": 0,
     "strategy": "fsdp",
+    "channels_last": True,
 }
 
 
@@ -163,3 +168,30 @@ def test_other_pictures_of_the_same_shape_are_told(tiny, tmp_path, capsys):
         run(tiny, "a", *options, f"data_root={folder}", f"max_steps={step}")
         is_told = "the data set is not the one this run was trained on" in capsys.readouterr().out
         assert is_told == (folder == "second")
+
+
+@pytest.mark.parametrize("last_before", [False, True])
+def test_moments_lie_in_memory_as_their_weights_do(last_before):
+    """Or the optimizer's kernel pairs each weight with the moments of another one."""
+
+    def build(is_last: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(8, 1))
+        model.to(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        return model, build_optimizer(model, Config(learning_rate=0.1))
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, resumed = build(last_before), build(not last_before)
+    train(*whole, range(5))
+    load_model_state(resumed[0], whole[0].state_dict())
+    load_optimizer_state(resumed[1], copy.deepcopy(whole[1].state_dict()))
+    for pair in (whole, resumed):
+        train(*pair, range(5, 10))
+    for weight, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        torch.testing.assert_close(weight, other)
+        assert resumed[1].state[other]["exp_avg"].stride() == other.stride()

@@ -113,6 +113,9 @@ def log_start(job: Job) -> None:
     epochs = max(config.epochs, schedule.epochs_done(schedule.total_steps))  # more if trained on
     for warning in warnings_of(config.model_copy(update={"epochs": epochs})):
         log.warning(warning)
+    if config.channels_last and config.compile is None and runtime.device.type != "cpu":
+        undone = "without compile a UNet's group norms undo the layout on a GPU, at a cost"
+        log.warning(f"channels_last=True: {undone}; add compile=blocks, or leave it out")
     last = config.num_timesteps - 1
     if (share := job.process.levels(last)[0] / job.process.scale) > MOST_SIGNAL:
         start = f"sampling starts at noise, but t={last} keeps {share:.2f} of the image"

@@ -31,6 +31,9 @@ class Learner:
         self.optimizer = build_optimizer(self.model, config)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config, job.schedule)
         self.ema = EMA(self.model, config.ema_decay) if config.use_ema else None
+        if self.ema is not None and config.eval_interval:
+            # A copy of a compiled model is not compiled; for previews alone it need not be.
+            compile_model(self.ema.model, config.compile)
         is_fp16 = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(job.runtime.device.type, enabled=is_fp16)
 

@@ -15,6 +15,8 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_NON_FINITE, UserError
 
+MOST_OVERFLOWS, SMALLEST_SCALE = 50, 1e-4  # of fp16: steps in a row, and the loss times this
+
 log = logging.getLogger("diffusion")
 
 
@@ -38,6 +40,8 @@ class NonFiniteGuard:
         self.on_host = runtime.device.type != "cuda"
         self.seen: list[int] = []  # steps that `read` has told of
         self._count = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self._overflows = torch.zeros_like(self._count)  # the latest steps in a row
+        self._is_stuck = torch.zeros_like(self._count, dtype=torch.bool)
         self._make_slots()
 
     def add(self, is_finite: Tensor, step: int) -> Tensor:
@@ -51,9 +55,15 @@ class NonFiniteGuard:
         self._count += is_bad
         return (is_bad | (self._count > self.limit)).float()
 
+    def add_scaled(self, is_finite: Tensor, scale: Tensor) -> None:
+        """Note whether a step's gradients were finite in fp16, with the loss times `scale`; scalars
+        on the device. One now and then that is not is how the largest scale is sought."""
+        self._overflows = torch.where(is_finite, 0, self._overflows + 1)
+        self._is_stuck |= (self._overflows >= MOST_OVERFLOWS) | (scale < SMALLEST_SCALE)
+
     def read(self, last_saved: str) -> None:
         """Tell of bad steps since the last call; waits for the device. Raises a NonFiniteError if
-        there were more than `limit`."""
+        there were more than `limit`, or if fp16 is too narrow at every scale of the loss."""
         count = int(self._count)
         new = self._steps[len(self.seen) : count].tolist() if count > len(self.seen) else []
         for step in new:
@@ -70,6 +80,12 @@ class NonFiniteGuard:
                 f"loss or gradient is not finite at step {self.seen[-1] + 1}; the step was not "
                 f"taken{allowed}. Last checkpoint: {last_saved}; the batch: {where}. Lower "
                 "learning_rate, set grad_clip, or use precision=fp32"
+            )
+        if self._is_stuck:
+            raise NonFiniteError(
+                f"precision=fp16: gradients were not finite {MOST_OVERFLOWS} steps in a row, or at "
+                f"a loss scale that fell below {SMALLEST_SCALE:g}; no such step was taken. Last "
+                f"checkpoint: {last_saved}. Use precision=bf16 or fp32, or lower learning_rate"
             )
 
     def restore(self, steps: list[int]) -> None:

@@ -14,6 +14,7 @@ import gc
 import inspect
 import itertools
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -87,6 +88,8 @@ def wrap_for_training(
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options = {"device_ids": device_ids, "gradient_as_bucket_view": True, sync: False}
+    # The gradient of a 1x1 convolution may number its sides of length 1 otherwise: the same layout.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return model, DistributedDataParallel(model, **options)
 
 
@@ -196,7 +199,8 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors, of which sharded parameters take this rank's slices."""
+    """`load_state_dict` of whole tensors, of which sharded parameters take this rank's slices. They
+    lie in memory as their parameters do, whatever `channels_last` was when they were saved."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=False))  # load_state_dict tells of a mismatch
@@ -208,8 +212,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _slice_as(owner: Tensor | None, value: Any) -> Any:
-    """Cut this rank's slice of `value`, if its owner is sharded and of the same shape (a step count
-    is not). There is no communication: every rank has the whole."""
-    if not isinstance(owner, DTensor) or value.shape != owner.shape:
+    """Bring `value` into the layout of its owner, if they are of the same shape (a step count is
+    not), and cut this rank's slice of it, if the owner is sharded. There is no communication: every
+    rank has the whole."""
+    if owner is None or value.shape != owner.shape:
+        return value
+    if value.stride() != owner.stride():  # of which fused kernels take no notice on a CPU
+        value = value.new_empty_strided(owner.shape, owner.stride()).copy_(value)
+    if not isinstance(owner, DTensor):
         return value
     return distribute_tensor(value, owner.device_mesh, owner.placements, src_data_rank=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,10 @@ from training.validation import validate
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_PREEMPTED, UserError
 from utils.precision import autocast
 from utils.rng import Stream, derive_seed
+
+# Several processes ask each other whether to stop after so many steps, or after about so many
+# seconds where steps are slow: torchrun kills what has not ended 30 seconds after a signal.
+STEPS_UNHEARD, SECONDS_UNHEARD = 10, 1.0
 
 log = logging.getLogger("diffusion")
 
@@ -53,6 +58,8 @@ class Trainer:
         self.schedule = self.job.schedule
         self._loss = LossStats(self.runtime.device, QUARTILES)
         self._grad_norm = torch.zeros((), device=self.runtime.device)
+        self._vote: tuple[int, float] | None = None  # step and time of the last one
+        self._next_vote = self.step
         self._scores: dict[str, float] = {}  # the newest values of validation and evaluation
 
     def train(self) -> int:
@@ -66,7 +73,7 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                if self.runtime.any(stop.name is not None or not self.saver.status.is_ours()):
+                if self._is_to_stop(stop.name is not None or not self.saver.status.is_ours()):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
@@ -82,6 +89,19 @@ class Trainer:
                     f"{self.saver.describe_last()}"
                 )
         return EXIT_OK
+
+    def _is_to_stop(self, is_asked: bool) -> bool:
+        """Tell, the same on every rank, whether one of them is asked to stop. Not at every step:
+        each vote makes all wait for the slowest."""
+        if self.runtime.world_size == 1 or self.step < self._next_vote:
+            return is_asked and self.runtime.world_size == 1
+        now, last = time.monotonic(), self._vote
+        seconds = math.inf if last is None else (now - last[1]) / (self.step - last[0])
+        vote = torch.tensor([float(is_asked), seconds], dtype=torch.float64)
+        asked, seconds = self.runtime.all_reduce(vote, "max").tolist()
+        steps = min(SECONDS_UNHEARD / max(seconds, 1e-9), STEPS_UNHEARD)
+        self._vote, self._next_vote = (self.step, now), self.step + max(int(steps), 1)
+        return asked > 0
 
     def _train_step(self, example: Example) -> None:
         learner, num_parts = self.learner, self.config.gradient_accumulation_steps
@@ -116,6 +136,9 @@ class Trainer:
         is_fp16 = scaler.is_enabled()
         watched = self.runtime.all_reduce(loss.clone()) if is_fp16 else self._grad_norm
         skip = self.guard.add(torch.isfinite(watched), self.step)
+        if is_fp16:
+            scale = scaler.scale(torch.ones_like(loss))
+            self.guard.add_scaled(torch.isfinite(self._grad_norm), scale)
         if self.guard.on_host:
             self.guard.read(self.saver.describe_last())
         if is_fp16:
@@ -135,6 +158,7 @@ class Trainer:
         self.guard.read(self.saver.describe_last())
         smoothed, loss, of_buckets = self._loss.read(self.runtime)
         self._loss.start_window()
+        scaler = self.learner.scaler
         scalars = {
             "epoch": self.step / self.schedule.steps_per_epoch,
             "train/loss": loss,
@@ -142,6 +166,7 @@ class Trainer:
             **of_buckets,
             "train/lr": self.learner.lr_scheduler.get_last_lr()[0],
             "train/grad_norm": float(self._grad_norm),
+            **({"train/loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
             "train/images_per_sec": progress.lap(self.step),
             "train/memory_mib": memory_mib(self.runtime.device),
         }
@@ -194,6 +219,7 @@ class Trainer:
             return None
         finally:
             self.learner.network.train()
+            torch.cuda.empty_cache()  # what sampling took at its peak; nothing without CUDA
 
     def _stop_early(self, signal_name: str | None) -> int:
         if self.runtime.any(not self.saver.status.is_ours()):

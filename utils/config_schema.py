@@ -241,7 +241,8 @@ class Config(BaseModel):
     """torch.compile the backbone: `model` as one, or each of its `blocks`, which compiles sooner;
     True means `model`"""
     channels_last: Bool = False
-    """lay out images and convolutions as (B, H, W, C) in memory"""
+    """lay out images and convolutions as (B, H, W, C) in memory; on a GPU only together with
+    compile"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """several processes: each holds the model (`ddp`), or each a slice of its weights, gradients,
     average and optimizer state (`fsdp`)"""

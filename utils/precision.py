@@ -9,8 +9,9 @@ import torch
 
 from utils.errors import ConfigError
 
-# Not the older `allow_tf32` flags: they cannot be read once anything has set these.
-FLOAT32_SETTINGS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+# Their `allow_tf32`, not the newer `fp32_precision`: who sets that can read no older flag any more,
+# and Inductor, `torch.backends.cudnn.flags` and others do.
+TF32_FLAGS = (torch.backends.cuda.matmul, torch.backends.cudnn)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,21 +36,42 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+@contextlib.contextmanager
+def sampling_autocast(
+    precision: str, device: torch.device, *models: torch.nn.Module
+) -> Iterator[None]:
+    """`autocast` without gradients, for many passes of frozen `models`: what it casts of their
+    weights it keeps until the end, as by itself it does only of weights that are trained."""
+    if precision == "fp32":
+        with torch.inference_mode():
+            yield
+        return
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.no_grad(), autocast(precision, device):  # nothing is kept in inference mode
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def allow_tf32() -> None:
     """Let NVIDIA GPUs multiply float32 in TF32 from now on: 10-bit mantissas, but much faster."""
-    for setting in FLOAT32_SETTINGS:
-        setting.fp32_precision = "tf32"
+    for backend in TF32_FLAGS:
+        backend.allow_tf32 = True
 
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """A context without autocast and TF32: both move a FID by more than a better model does."""
-    before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
-    for setting in FLOAT32_SETTINGS:
-        setting.fp32_precision = "ieee"
+    before = [backend.allow_tf32 for backend in TF32_FLAGS]
+    for backend in TF32_FLAGS:
+        backend.allow_tf32 = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for setting, value in zip(FLOAT32_SETTINGS, before, strict=True):
-            setting.fp32_precision = value
+        for backend, value in zip(TF32_FLAGS, before, strict=True):
+            backend.allow_tf32 = value
