@@ -23,6 +23,7 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
+from datasets.packed import CONTENTS, ImagePath, Member, open_root, walk
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -69,20 +70,21 @@ class Children(NamedTuple):
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
-    """The images under `data_root`. Only the header of each file is read.
+    """The images under `data_root`. No file is opened if there is an `image_size`, else their
+    headers are read.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
     listing = replace_bad_images(config, list_images(config, split))
-    sizes = read_sizes(listing)
-    size = config.image_size or _common_size(config, split, listing, sizes)
+    size = config.image_size or _common_size(config, split, listing)
     return ImageFileDataset(listing, config.image_channels or 3, *size)
 
 
 def has_test_folder(config: Config) -> bool:
     """Whether `data_root` is cut into train/ and test/ (or val/); raises as `build_custom` does."""
-    return Path(config.data_root).is_dir() and "test" in _split_folders(config)
+    root = open_root(config.data_root)
+    return root.is_dir() and "test" in _split_folders(config, root)
 
 
 def split_of(name: str) -> str | None:
@@ -109,17 +111,23 @@ def list_images(config: Config, split: str) -> Listing:
     With `classes` only their images are listed, so no file of another class is ever opened.
     Raises as `build_custom` does.
     """
-    root = Path(config.data_root)
+    root = open_root(config.data_root)
     if not root.is_dir():
         names = f"{config.experiment_name} {root.name}".lower().replace("-", "").replace("_", "")
         builtin = next((name for name in BUILTIN_HINTS if name in names), None)
         hint = f"; {builtin} is built in: dataset={builtin!r} needs no folder" if builtin else ""
+        kinds = f"the folder of your images, or a {', '.join(CONTENTS)} of it"
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(
             f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
-            f"the folder of your images{hint}"
+            f"{kinds}{hint}"
         )
-    folders = _split_folders(config)
+    if isinstance(root, Member):
+        several = sorted(_splits_in(shard.path.stem for shard in root.archive.shards))
+        if several[1:]:
+            advice = "give a folder of the train shards alone, or pack them anew as one"
+            raise DataError(f"{show(root)}: shards of {' and '.join(several)}; {advice}")
+    folders = _split_folders(config, root)
     if split not in folders:
         raise DataError(
             f"{show(root)}: dataset='custom' has no {split} split, which val_interval needs; make "
@@ -128,12 +136,12 @@ def list_images(config: Config, split: str) -> Listing:
     if config.label_file is not None:
         listing = _list_labelled(config, root)
     else:
-        listing = _list_folder(config, folders, split)
+        listing = _list_folder(config, root, folders, split)
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
 
-def children_of(folder: Path, *, deep: bool = False) -> Children:
+def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
     """What lies in a folder; if `deep`, the files at any depth as `a/b.png`, and no folders.
 
     Raises a DataError if a folder cannot be read, or one passed through is a link, which might
@@ -144,22 +152,21 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
     children = Children([], [], Counter())
-    for path, folders, files in os.walk(folder, onerror=refuse):
+    for inside, folders, files in walk(folder, refuse):
         children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
         folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
         if not deep:
             children.folders.extend(sorted(folders, key=os.fsencode))
             folders.clear()
-        for inner in (os.path.join(path, name) for name in folders):
+        for inner in (str(folder / inside / name) for name in folders):
             if os.path.islink(inner):
                 raise DataError(
                     f"{show(inner)}: a link to a folder, not followed this deep; put the folder "
                     "itself there, or remove the link"
                 )
-        inside = Path(path).relative_to(folder)
         for name in files:
             if has_image_suffix(name) and not name.startswith("."):
-                children.images.append((inside / name).as_posix())
+                children.images.append(inside + name)
             elif not name.startswith("."):
                 text = " (text)" if PLAIN_TEXTS(name) else ""
                 children.others[Path(name).suffix.lower() or f"without extension{text}"] += 1
@@ -167,14 +174,13 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
     return children
 
 
-def _split_folders(config: Config) -> dict[str, Path]:
+def _split_folders(config: Config, root: ImagePath) -> dict[str, ImagePath]:
     """Folder of each split: train/ and test/ (or val/) in `data_root`, else itself for "train".
 
     They count as splits if they hold what `use_subdirs` asks for, class folders or images, and
     nothing but splits lies beside train/ where there is no test split. Raises a DataError if two
     folders are one split.
     """
-    root = Path(config.data_root)
     whole = children_of(root)
     if config.label_file is not None or whole.images:
         return {"train": root}
@@ -194,13 +200,15 @@ def _split_folders(config: Config) -> dict[str, Path]:
     return {split: root / names[0] for split, names in splits.items()}
 
 
-def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listing:
+def _list_folder(
+    config: Config, root: ImagePath, folders: dict[str, ImagePath], split: str
+) -> Listing:
     """The images in the class folders of a split's folder, or directly in it.
 
     Args:
         folders: that of each split; the class folders of train have the labels 0, 1, ...
     """
-    root, folder, train = Path(config.data_root), folders[split], folders["train"]
+    folder, train = folders[split], folders["train"]
     children = children_of(folder)
     inside = {name: children_of(folder / name, deep=True) for name in children.folders}
     filled = [f"{name}/" for name in inside if inside[name].images]
@@ -245,7 +253,7 @@ def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listin
     return Listing(root, names, labels, tuple(class_names), passed_over)
 
 
-def _refuse_splits(folder: Path, images: dict[str, list[str]]) -> None:
+def _refuse_splits(folder: ImagePath, images: dict[str, list[str]]) -> None:
     """Raise a DataError if class folders, with these images, may be splits or hold splits.
 
     A class may be called like a split if it holds images directly, unless all are.
@@ -278,7 +286,7 @@ def _seen(children: Children, filled: Sequence[str] = ()) -> str:
     return f"no images (looked for {' '.join(IMAGE_EXTENSIONS)}; saw {show(saw or 'no files')})"
 
 
-def _list_labelled(config: Config, root: Path) -> Listing:
+def _list_labelled(config: Config, root: ImagePath) -> Listing:
     """The images of a label file, whose classes are called by their numbers."""
     if config.use_subdirs:
         raise DataError(f"label_file={config.label_file!r} {BESIDE_SUBDIRS}")
@@ -296,16 +304,16 @@ def _list_labelled(config: Config, root: Path) -> Listing:
     names = sorted(labels, key=os.fsencode)
     class_names = tuple(map(str, range(max(labels.values()) + 1)))
     in_order = [labels[name] for name in names]
+    children.others.pop(f".{config.label_file}", None)  # the labels of an archive
     return Listing(root, names, in_order, class_names, children.others)
 
 
-def _common_size(
-    config: Config, split: str, listing: Listing, sizes: list[tuple[int, int]]
-) -> tuple[int, int]:
+def _common_size(config: Config, split: str, listing: Listing) -> tuple[int, int]:
     """(height, width) of the first train image that is used.
 
     Raises a DataError that names the first image of another size.
     """
+    sizes = read_sizes(listing)
     train, first = listing, 0
     if split != "train":
         train = list_images(config, "train")

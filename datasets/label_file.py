@@ -1,6 +1,7 @@
 """The label file of a flat folder: JSON such as {"img1.jpg": 0, "more/img2.jpg": 1}.
 
-The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}.
+The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}, with
+"class_names" or without. The labels of an archive may lie beside its images, see `Member.labels`.
 
 It may come from anybody, so no name in it leads out of the folder of the images, and no content of
 it costs more than a line of text.
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets.decoding import has_image_suffix
+from datasets.packed import ImagePath, Member
 from utils.errors import DataError, one_line, show
 from utils.files import IMAGE_EXTENSIONS
 
@@ -23,7 +26,7 @@ ABSENT = "no such file"
 NEEDED = 'must be a mapping {"img1.jpg": 0, ...}'
 
 
-def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
+def read_label_file(path: ImagePath, root: ImagePath, num_classes: int | None) -> dict[str, int]:
     """The label of each image, by its file name relative to `root`.
 
     Raises a DataError if the file cannot be read, an entry is not a file below root with a label
@@ -33,7 +36,7 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
         root: folder of the images; nothing outside it may be named, not by a symlink either.
         num_classes: K where the config says so; default: the largest label + 1.
     """
-    resolved_root = os.path.realpath(root)
+    resolved_root = os.path.realpath(str(root))
     labels: dict[str, int] = {}
     for key, label in _read_pairs(path):
         name = PurePosixPath(key).as_posix()
@@ -58,8 +61,10 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
     return labels
 
 
-def how_to_complete(path: Path, root: Path) -> str:
+def how_to_complete(path: ImagePath, root: ImagePath) -> str:
     """The end of a message: lines of Python that make a complete label file of the one there."""
+    if isinstance(root, Member):
+        return ""
     lines = (
         "how to fix: these three lines of Python write labels_complete.json there, with every image"
         " and without gaps",
@@ -76,18 +81,23 @@ def how_to_complete(path: Path, root: Path) -> str:
     return "".join(f"\n       {line}" for line in lines)
 
 
-def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
+def _read_pairs(path: ImagePath) -> Sequence[tuple[str, Any]]:
     """The file's keys and values as pairs, because a dict would hide a key given twice."""
     try:
         if not path.is_file():
+            if isinstance(path, Member) and (pairs := path.labels()):
+                return pairs
             raise ValueError("no such label_file; give it relative to data_root, or in full")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
+        with path.open("rb") as file:
+            text = file.read().decode("utf-8-sig")  # Windows editors begin with a byte order mark
         pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
+    if isinstance(pairs, tuple) and [key for key, _ in pairs] == ["labels", "class_names"]:
+        pairs = pairs[:1]
     if pairs == (("labels", None),):
         raise DataError(f"{show(path)}: has no labels (null); leave label_file out to use none")
     if isinstance(pairs, tuple) and len(pairs) == 1 and isinstance(pairs[0][1], list):
@@ -107,14 +117,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
-def _name_fault(key: str, root: Path, resolved_root: str) -> str | None:
+def _name_fault(key: str, root: ImagePath, resolved_root: str) -> str | None:
     """Why `key` does not name an image file below the root, if so."""
     name = PurePosixPath(key)
     if "\0" in key or "\\" in key or name.is_absolute() or ".." in name.parts:
         return "the file name must be relative to data_root, with '/' and without '..'"
     try:
-        resolved = os.path.realpath(root / name)
-        exists = os.path.isfile(resolved)
+        resolved = os.path.realpath(str(root / name))
+        exists = os.path.isfile(resolved) if isinstance(root, Path) else (root / name).is_file()
     except (OSError, ValueError) as error:  # ValueError: broken surrogates in the name
         return f"not usable as a file name ({one_line(error, MAX_SHOWN)})"
     if os.path.commonpath((resolved, resolved_root)) != resolved_root:

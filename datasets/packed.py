@@ -1,0 +1,245 @@
+"""Archives in the place of folders of images: a .zip, .tar or .parquet, or a folder of such shards.
+
+An archive is read as the folder that unpacking would make, but nothing is unpacked: its table of
+contents is read once, then each image at its place in the file, in any order. So names, labels and
+fingerprint are those of the folder. (A .parquet does not tell the size of an image, so there the
+mean of its rows takes its place in the fingerprint.)
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from datasets.decoding import has_image_suffix
+from utils.errors import DataError, one_line, show
+
+BLOCK = 512  # of a tar
+# A name with parts that are empty, `.` or `..`, or that systems read in ways of their own
+UNSAFE = re.compile(r"(^|/)\.{0,2}(/|$)|[\\\0]|^[A-Za-z]:").search
+Contents = Iterator[tuple[str, int, int, int, int, int]]  # a name, its bytes, and where they are
+
+
+class Shard(NamedTuple):
+    """An archive file as it was when its table of contents was read."""
+
+    path: Path
+    num_bytes: int
+    changed: int  # nanoseconds
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def opened(self) -> BinaryIO:
+        """The file, open once for all threads and forked processes, which read at offsets."""
+        file = self.path.open("rb", buffering=0)
+        status = os.fstat(file.fileno())
+        if (status.st_size, status.st_mtime_ns) != self[1:]:
+            raise DataError(f"{show(self.path)}: has changed since the start; start again")
+        return file
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def column(self, group: int, number: int) -> Any:
+        """A column of a row group of a .parquet. No reader of pyarrow's is for several threads."""
+        from pyarrow.parquet import ParquetFile
+
+        names = [ParquetFile(self.path).schema_arrow.names[number]]
+        table = ParquetFile(self.path).read_row_group(group, columns=names, use_threads=False)
+        return table.column(0)
+
+
+def _zip_contents(shard: Shard) -> Contents:
+    with zipfile.ZipFile(shard.path) as archive:
+        for info in archive.infolist():
+            name, size, packed = info.orig_filename, info.file_size, info.compress_size
+            method, offset = info.compress_type, info.header_offset
+            if not info.flag_bits & 0x800 and not name.isascii():
+                name = os.fsdecode(name.encode("cp437"))  # as the file is called once unpacked
+            if info.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is encrypted, or compressed by method {method}")
+            if packed > 2 * size + 64 or (packed != size and not method):
+                raise ValueError(f"{name} has {packed} bytes, which cannot become {size}")
+            if offset + 30 + packed > archive.start_dir:
+                raise ValueError(f"{name} is cut off")
+            if not info.is_dir():
+                yield name, size, offset, packed, method, info.CRC
+
+
+def _tar_contents(shard: Shard) -> Contents:
+    end = 0
+    with tarfile.open(shard.path, "r:") as archive:
+        for info in archive:
+            if not info.isdir() and (not info.isreg() or info.issparse()):
+                raise ValueError(f"{info.name} is a link, a sparse file or a device")
+            if not info.isdir():
+                yield info.name, info.size, info.offset_data, info.size, -1, 0
+            end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+            archive.members.clear()  # it keeps all that it reads
+    if os.pread(shard.opened().fileno(), BLOCK, end) != bytes(BLOCK):
+        raise ValueError("cut off or damaged")  # which tarfile takes for its end
+
+
+def _parquet_contents(shard: Shard) -> Contents:
+    """Images by their paths if all rows have one, else by number; whole numbers beside them."""
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(shard.path)
+    types = {field.name: str(field.type) for field in file.schema_arrow}
+    columns = [n for n, kind in types.items() if kind.startswith("struct<") and "bytes:" in kind]
+    if len(columns) != 1:
+        raise ValueError(f"needs one column of images {{bytes, path}}, not {columns}")
+    columns += [name for name, kind in types.items() if re.fullmatch(r"u?int\d+", kind)]
+    rows = file.read(columns=[f"{columns[0]}.path"], use_threads=False).column(0).to_pylist()
+    names = [(row or {}).get("path") or "" for row in rows]
+    if len(set(names)) < len(names) or not all(map(has_image_suffix, names)):
+        names = [f"{shard.path.stem}-{row:07d}.png" for row in range(len(rows))]
+    rest = iter(names)
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        mean = group.total_byte_size // max(1, group.num_rows)
+        for row, name in zip(range(group.num_rows), rest, strict=False):
+            for column in columns:
+                beside = name if column == columns[0] else f"{name.rpartition('.')[0]}.{column}"
+                yield beside, mean, number, row, file.schema_arrow.names.index(column), 0
+
+
+CONTENTS = {".zip": _zip_contents, ".tar": _tar_contents, ".parquet": _parquet_contents}
+
+
+class Archive:
+    """The files in one or several shards. The constructor raises a DataError if one is damaged, or
+    a name is there twice or leads out."""
+
+    def __init__(self, path: Path, shards: tuple[Shard, ...]) -> None:
+        self.path, self.shards, rows = path, shards, array("q")
+        self.row_of: dict[str, int] = {}
+        self.folders: dict[str, tuple[list[str], list[str]]] = {"": ([], [])}  # folders and files
+        for number, shard in enumerate(shards):
+            try:
+                for name, *place in CONTENTS[shard.path.suffix.lower()](shard):
+                    self._add(name.removeprefix("./"))
+                    rows.extend((number, *place))
+            except Exception as error:  # of zipfile, tarfile and pyarrow a dozen kinds
+                is_absent = isinstance(error, ImportError)
+                advice = "python -m pip install pyarrow" if is_absent else "copy or pack it again"
+                fault = f"cannot be read ({show(one_line(error))}); {advice}"
+                raise DataError(f"{show(shard.path)}: {fault}") from error
+        self.rows = np.array(rows, np.int64).reshape(-1, 6)
+
+    def _add(self, name: str) -> None:
+        if name in self.row_of or UNSAFE(name):
+            fault = "is there twice" if name in self.row_of else "is no relative name with '/'"
+            raise ValueError(f"{name} {fault}")
+        self.row_of[name] = len(self.row_of)
+        folder, _, file = name.rpartition("/")
+        inner = folder
+        while inner not in self.folders:
+            self.folders[inner] = ([], [])
+            inner, _, child = inner.rpartition("/")
+            self.folders[inner][0].append(child)
+        self.folders[folder][1].append(file)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file in it. Raises a ValueError if it is damaged."""
+        shard, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
+        file = self.shards[shard].opened().fileno()
+        if self.shards[shard].path.suffix.lower() == ".parquet":
+            value = self.shards[shard].column(offset, method)[packed].as_py()
+            return value["bytes"] if isinstance(value, dict) else str(value).encode()
+        if method >= 0:  # a zip has the name, and more of its own, before the content
+            offset += 30 + sum(struct.unpack("<HH", os.pread(file, 4, offset + 26)))
+        content = os.pread(file, packed, offset)
+        if method == zipfile.ZIP_DEFLATED:  # into no more than it claims, and a byte to notice
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+        if len(content) != size or (method >= 0 and zlib.crc32(content) != crc):
+            raise ValueError("its checksum in the archive is another")
+        return content
+
+
+class Member(NamedTuple):
+    """A file or folder in an archive, with those methods of a `Path` that data sets use."""
+
+    archive: Archive
+    inside: str = ""  # its path in there with `/`; empty for all of it
+
+    def __truediv__(self, name: object) -> Member:
+        return Member(self.archive, f"{self.inside}/{name}".strip("/"))
+
+    def __str__(self) -> str:
+        return f"{self.archive.path}/{self.inside}".rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return self.inside.rpartition("/")[2]
+
+    def is_dir(self) -> bool:
+        return self.inside in self.archive.folders
+
+    def is_file(self) -> bool:
+        return self.inside in self.archive.row_of
+
+    def stat(self) -> os.stat_result:
+        size = self.archive.rows[self.archive.row_of[self.inside], 1]
+        return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, int(size), 0, 0, 0))
+
+    def open(self, _mode: str = "rb") -> BinaryIO:
+        return io.BytesIO(self.archive.read(self.inside))
+
+    def labels(self) -> list[tuple[str, Any]]:
+        """What files with this extension say, each beside an image, such as `1.cls` of `1.jpg`: the
+        label itself, or JSON with `label` or `cls`."""
+        pairs = []
+        for name in filter(has_image_suffix, self.archive.row_of):
+            if (beside := f"{name.rpartition('.')[0]}.{self.inside}") in self.archive.row_of:
+                label = json.loads(self.archive.read(beside))
+                is_object = isinstance(label, dict)
+                pairs.append((name, label.get("label", label.get("cls")) if is_object else label))
+        return pairs
+
+
+ImagePath = Path | Member
+_archive = functools.lru_cache(maxsize=4)(Archive)
+
+
+def open_root(path: str | Path) -> ImagePath:
+    """The folder `path` itself, or the archive there: one file, or a folder of shards and neither
+    images nor folders. Raises a DataError if an archive cannot be read."""
+    path = Path(path)
+    shards = [path]
+    if path.is_dir():
+        folders, files = next(os.walk(path), ("", [], []))[1:]
+        names = [name for name in folders + files if not name.startswith(".")]
+        if not {*names}.isdisjoint(folders) or any(map(has_image_suffix, names)):
+            return path
+        shards = [path / name for name in sorted(names) if Path(name).suffix.lower() in CONTENTS]
+    if not shards or not all(p.suffix.lower() in CONTENTS and p.is_file() for p in shards):
+        return path
+    states = [(shard, shard.stat()) for shard in shards]
+    return Member(_archive(path, tuple(Shard(p, s.st_size, s.st_mtime_ns) for p, s in states)))
+
+
+def walk(
+    folder: ImagePath, onerror: Callable[[OSError], None]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk` yield (path, folders, files), from the top, with paths relative to `folder`:
+    its own is empty, others end in `/`."""
+    todo = [""] if isinstance(folder, Member) else []
+    for inside in todo:
+        folders, files = map(list.copy, folder.archive.folders[(folder / inside).inside])
+        yield inside, folders, files
+        todo += [f"{inside}{name}/" for name in folders]
+    for path, folders, files in () if todo else os.walk(folder, onerror=onerror):
+        inside = Path(path).relative_to(folder).as_posix()
+        yield "" if inside == "." else f"{inside}/", folders, files
