@@ -23,7 +23,7 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
-from datasets.packed import CONTENTS, ImagePath, Member, open_root, walk
+from datasets.packed import CONTENTS, ImagePath, Member, open_root
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -152,18 +152,20 @@ def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
     children = Children([], [], Counter())
-    for inside, folders, files in walk(folder, refuse):
+    from_disk = not isinstance(folder, Member)
+    for path, folders, files in os.walk(folder, onerror=refuse) if from_disk else folder.walk():
         children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
         folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
         if not deep:
             children.folders.extend(sorted(folders, key=os.fsencode))
             folders.clear()
-        for inner in (str(folder / inside / name) for name in folders):
+        for inner in (os.path.join(path, name) for name in folders):
             if os.path.islink(inner):
                 raise DataError(
                     f"{show(inner)}: a link to a folder, not followed this deep; put the folder "
                     "itself there, or remove the link"
                 )
+        inside = os.path.join(path, "")[len(os.path.join(str(folder), "")) :]
         for name in files:
             if has_image_suffix(name) and not name.startswith("."):
                 children.images.append(inside + name)

@@ -1,9 +1,8 @@
 """Archives in the place of folders of images: a .zip, .tar or .parquet, or a folder of such shards.
 
-An archive is read as the folder that unpacking would make, but nothing is unpacked: its table of
-contents is read once, then each image at its place in the file, in any order. So names, labels and
-fingerprint are those of the folder. (A .parquet does not tell the size of an image, so there the
-mean of its rows takes its place in the fingerprint.)
+An archive is read as the folder that unpacking would make: its table of contents once, then each
+image at its place in the file. So names, labels and fingerprint are those of the folder. (For a
+.parquet, which does not tell the sizes of images, the mean of some rows is in the fingerprint.)
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -128,8 +127,13 @@ class Archive:
         self.folders: dict[str, tuple[list[str], list[str]]] = {"": ([], [])}  # folders and files
         for number, shard in enumerate(shards):
             try:
-                for name, *place in CONTENTS[shard.path.suffix.lower()](shard):
-                    self._add(name.removeprefix("./"))
+                for given, *place in CONTENTS[shard.path.suffix.lower()](shard):
+                    name = given.removeprefix("./")
+                    if name in self.row_of or UNSAFE(name):
+                        raise ValueError(f"{given} is there twice, or no relative name with '/'")
+                    folder, _, file = name.rpartition("/")
+                    self._children(folder)[1].append(file)
+                    self.row_of[name] = len(self.row_of)
                     rows.extend((number, *place))
             except Exception as error:  # of zipfile, tarfile and pyarrow a dozen kinds
                 is_absent = isinstance(error, ImportError)
@@ -138,25 +142,20 @@ class Archive:
                 raise DataError(f"{show(shard.path)}: {fault}") from error
         self.rows = np.array(rows, np.int64).reshape(-1, 6)
 
-    def _add(self, name: str) -> None:
-        if name in self.row_of or UNSAFE(name):
-            fault = "is there twice" if name in self.row_of else "is no relative name with '/'"
-            raise ValueError(f"{name} {fault}")
-        self.row_of[name] = len(self.row_of)
-        folder, _, file = name.rpartition("/")
-        inner = folder
-        while inner not in self.folders:
-            self.folders[inner] = ([], [])
-            inner, _, child = inner.rpartition("/")
-            self.folders[inner][0].append(child)
-        self.folders[folder][1].append(file)
+    def _children(self, folder: str) -> tuple[list[str], list[str]]:
+        if folder not in self.folders:
+            above, _, name = folder.rpartition("/")
+            self._children(above)[0].append(name)
+            self.folders[folder] = ([], [])
+        return self.folders[folder]
 
     def read(self, name: str) -> bytes:
         """The content of a file in it. Raises a ValueError if it is damaged."""
-        shard, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
-        file = self.shards[shard].opened().fileno()
-        if self.shards[shard].path.suffix.lower() == ".parquet":
-            value = self.shards[shard].column(offset, method)[packed].as_py()
+        number, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
+        shard = self.shards[number]
+        file = shard.opened().fileno()
+        if shard.path.suffix.lower() == ".parquet":
+            value = shard.column(offset, method)[packed].as_py()
             return value["bytes"] if isinstance(value, dict) else str(value).encode()
         if method >= 0:  # a zip has the name, and more of its own, before the content
             offset += 30 + sum(struct.unpack("<HH", os.pread(file, 4, offset + 26)))
@@ -197,12 +196,20 @@ class Member(NamedTuple):
     def open(self, _mode: str = "rb") -> BinaryIO:
         return io.BytesIO(self.archive.read(self.inside))
 
+    def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """As `os.walk` from the top: (path, folders, files)."""
+        todo = [self]
+        for folder in todo:
+            folders, files = map(list.copy, self.archive.folders[folder.inside])
+            yield str(folder), folders, files
+            todo += [folder / name for name in folders]
+
     def labels(self) -> list[tuple[str, Any]]:
-        """What files with this extension say, each beside an image, such as `1.cls` of `1.jpg`: the
-        label itself, or JSON with `label` or `cls`."""
-        pairs = []
-        for name in filter(has_image_suffix, self.archive.row_of):
-            if (beside := f"{name.rpartition('.')[0]}.{self.inside}") in self.archive.row_of:
+        """What files with this extension, such as `1.cls` beside `1.jpg`, say of images: the label
+        itself, or JSON with `label` or `cls`."""
+        pairs, files = [], self.archive.row_of
+        for name in filter(has_image_suffix, files):
+            if (beside := f"{name.rpartition('.')[0]}.{self.inside}") in files:
                 label = json.loads(self.archive.read(beside))
                 is_object = isinstance(label, dict)
                 pairs.append((name, label.get("label", label.get("cls")) if is_object else label))
@@ -221,25 +228,10 @@ def open_root(path: str | Path) -> ImagePath:
     if path.is_dir():
         folders, files = next(os.walk(path), ("", [], []))[1:]
         names = [name for name in folders + files if not name.startswith(".")]
-        if not {*names}.isdisjoint(folders) or any(map(has_image_suffix, names)):
-            return path
         shards = [path / name for name in sorted(names) if Path(name).suffix.lower() in CONTENTS]
+        if not {*names}.isdisjoint(folders) or any(map(has_image_suffix, names)):
+            shards = []
     if not shards or not all(p.suffix.lower() in CONTENTS and p.is_file() for p in shards):
         return path
     states = [(shard, shard.stat()) for shard in shards]
     return Member(_archive(path, tuple(Shard(p, s.st_size, s.st_mtime_ns) for p, s in states)))
-
-
-def walk(
-    folder: ImagePath, onerror: Callable[[OSError], None]
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk` yield (path, folders, files), from the top, with paths relative to `folder`:
-    its own is empty, others end in `/`."""
-    todo = [""] if isinstance(folder, Member) else []
-    for inside in todo:
-        folders, files = map(list.copy, folder.archive.folders[(folder / inside).inside])
-        yield inside, folders, files
-        todo += [f"{inside}{name}/" for name in folders]
-    for path, folders, files in () if todo else os.walk(folder, onerror=onerror):
-        inside = Path(path).relative_to(folder).as_posix()
-        yield "" if inside == "." else f"{inside}/", folders, files
