@@ -34,18 +34,17 @@ Contents = Iterator[tuple[str, int, int, int, int, int]]  # a name, its bytes, a
 
 
 class Shard(NamedTuple):
-    """An archive file as it was when its table of contents was read."""
+    """An archive file, with its size and time of change when its table of contents was read."""
 
     path: Path
-    num_bytes: int
-    changed: int  # nanoseconds
+    state: tuple[int, int]
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def opened(self) -> BinaryIO:
         """The file, open once for all threads and forked processes, which read at offsets."""
         file = self.path.open("rb", buffering=0)
         status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != self[1:]:
+        if (status.st_size, status.st_mtime_ns) != self.state:
             raise DataError(f"{show(self.path)}: has changed since the start; start again")
         return file
 
@@ -54,9 +53,9 @@ class Shard(NamedTuple):
         """A column of a row group of a .parquet. No reader of pyarrow's is for several threads."""
         from pyarrow.parquet import ParquetFile
 
-        names = [ParquetFile(self.path).schema_arrow.names[number]]
-        table = ParquetFile(self.path).read_row_group(group, columns=names, use_threads=False)
-        return table.column(0)
+        file = ParquetFile(self.path)
+        names = [file.schema_arrow.names[number]]
+        return file.read_row_group(group, columns=names, use_threads=False).column(0)
 
 
 def _zip_contents(shard: Shard) -> Contents:
@@ -68,10 +67,8 @@ def _zip_contents(shard: Shard) -> Contents:
                 name = os.fsdecode(name.encode("cp437"))  # as the file is called once unpacked
             if info.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is encrypted, or compressed by method {method}")
-            if packed > 2 * size + 64 or (packed != size and not method):
-                raise ValueError(f"{name} has {packed} bytes, which cannot become {size}")
-            if offset + 30 + packed > archive.start_dir:
-                raise ValueError(f"{name} is cut off")
+            if offset + 30 + packed > archive.start_dir or (packed != size and not method):
+                raise ValueError(f"{name} is cut off: its {packed} bytes are not there")
             if not info.is_dir():
                 yield name, size, offset, packed, method, info.CRC
 
@@ -80,38 +77,34 @@ def _tar_contents(shard: Shard) -> Contents:
     end = 0
     with tarfile.open(shard.path, "r:") as archive:
         for info in archive:
-            if not info.isdir() and (not info.isreg() or info.issparse()):
-                raise ValueError(f"{info.name} is a link, a sparse file or a device")
-            if not info.isdir():
+            if info.isreg() and not info.issparse():
                 yield info.name, info.size, info.offset_data, info.size, -1, 0
+            elif not info.isdir():
+                raise ValueError(f"{info.name} is a link, a sparse file or a device")
             end = info.offset_data + -(-info.size // BLOCK) * BLOCK
             archive.members.clear()  # it keeps all that it reads
-    if os.pread(shard.opened().fileno(), BLOCK, end) != bytes(BLOCK):
-        raise ValueError("cut off or damaged")  # which tarfile takes for its end
+    file = shard.opened()
+    if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):  # which tarfile takes for the end
+        raise ValueError("cut off or damaged")
 
 
 def _parquet_contents(shard: Shard) -> Contents:
-    """Images by their paths if all rows have one, else by number; whole numbers beside them."""
+    """Images by their paths, or their numbers if they have none; whole numbers beside them."""
     from pyarrow.parquet import ParquetFile
 
     file = ParquetFile(shard.path)
-    types = {field.name: str(field.type) for field in file.schema_arrow}
-    columns = [n for n, kind in types.items() if kind.startswith("struct<") and "bytes:" in kind]
-    if len(columns) != 1:
-        raise ValueError(f"needs one column of images {{bytes, path}}, not {columns}")
-    columns += [name for name, kind in types.items() if re.fullmatch(r"u?int\d+", kind)]
-    rows = file.read(columns=[f"{columns[0]}.path"], use_threads=False).column(0).to_pylist()
-    names = [(row or {}).get("path") or "" for row in rows]
-    if len(set(names)) < len(names) or not all(map(has_image_suffix, names)):
-        names = [f"{shard.path.stem}-{row:07d}.png" for row in range(len(rows))]
-    rest = iter(names)
+    names, types = file.schema_arrow.names, list(map(str, file.schema_arrow.types))
+    images = [i for i, kind in enumerate(types) if re.match("struct<.*bytes: ", kind)]
+    if len(images) != 1:
+        raise ValueError(f"one column of images {{bytes, path}} is needed among {names}")
     for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        mean = group.total_byte_size // max(1, group.num_rows)
-        for row, name in zip(range(group.num_rows), rest, strict=False):
-            for column in columns:
-                beside = name if column == columns[0] else f"{name.rpartition('.')[0]}.{column}"
-                yield beside, mean, number, row, file.schema_arrow.names.index(column), 0
+        group, fields = file.metadata.row_group(number), [f"{names[images[0]]}.path"]
+        paths = file.read_row_group(number, columns=fields, use_threads=False).column(0)
+        for row, path in enumerate(paths.to_pylist()):
+            name = (path or {}).get("path") or f"{shard.path.stem}-{number}-{row:06d}.png"
+            yield name, group.total_byte_size // group.num_rows, number, row, images[0], 0
+            for column in (i for i, kind in enumerate(types) if re.match(r"u?int\d", kind)):
+                yield f"{os.path.splitext(name)[0]}.{names[column]}", 0, number, row, column, 0
 
 
 CONTENTS = {".zip": _zip_contents, ".tar": _tar_contents, ".parquet": _parquet_contents}
@@ -136,8 +129,7 @@ class Archive:
                     self.row_of[name] = len(self.row_of)
                     rows.extend((number, *place))
             except Exception as error:  # of zipfile, tarfile and pyarrow a dozen kinds
-                is_absent = isinstance(error, ImportError)
-                advice = "python -m pip install pyarrow" if is_absent else "copy or pack it again"
+                advice = "copy or pack it again, or pip install what is missing"
                 fault = f"cannot be read ({show(one_line(error))}); {advice}"
                 raise DataError(f"{show(shard.path)}: {fault}") from error
         self.rows = np.array(rows, np.int64).reshape(-1, 6)
@@ -153,13 +145,13 @@ class Archive:
         """The content of a file in it. Raises a ValueError if it is damaged."""
         number, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
         shard = self.shards[number]
-        file = shard.opened().fileno()
+        file = shard.opened()
         if shard.path.suffix.lower() == ".parquet":
             value = shard.column(offset, method)[packed].as_py()
             return value["bytes"] if isinstance(value, dict) else str(value).encode()
         if method >= 0:  # a zip has the name, and more of its own, before the content
-            offset += 30 + sum(struct.unpack("<HH", os.pread(file, 4, offset + 26)))
-        content = os.pread(file, packed, offset)
+            offset += 30 + sum(struct.unpack("<HH", os.pread(file.fileno(), 4, offset + 26)))
+        content = os.pread(file.fileno(), packed, offset)
         if method == zipfile.ZIP_DEFLATED:  # into no more than it claims, and a byte to notice
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         if len(content) != size or (method >= 0 and zlib.crc32(content) != crc):
@@ -228,10 +220,10 @@ def open_root(path: str | Path) -> ImagePath:
     if path.is_dir():
         folders, files = next(os.walk(path), ("", [], []))[1:]
         names = [name for name in folders + files if not name.startswith(".")]
-        shards = [path / name for name in sorted(names) if Path(name).suffix.lower() in CONTENTS]
-        if not {*names}.isdisjoint(folders) or any(map(has_image_suffix, names)):
-            shards = []
-    if not shards or not all(p.suffix.lower() in CONTENTS and p.is_file() for p in shards):
+        is_folder = any(name in folders or has_image_suffix(name) for name in names)
+        shards = [] if is_folder else [path / name for name in sorted(names)]
+    shards = [shard for shard in shards if shard.suffix.lower() in CONTENTS]
+    if not shards or not all(shard.is_file() for shard in shards):
         return path
-    states = [(shard, shard.stat()) for shard in shards]
-    return Member(_archive(path, tuple(Shard(p, s.st_size, s.st_mtime_ns) for p, s in states)))
+    states = [(s.st_size, s.st_mtime_ns) for s in (shard.stat() for shard in shards)]
+    return Member(_archive(path, tuple(map(Shard, shards, states))))
