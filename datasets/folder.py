@@ -23,7 +23,7 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
-from datasets.packed import CONTENTS, ImagePath, Member, open_root
+from datasets.packed import ImagePath, Member, open_root
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -50,7 +50,7 @@ JUNK_FOLDERS = re.compile(
 ).fullmatch
 # Files that lie beside images without being any, by extension or name, which no line need tell
 COMPANIONS = re.compile(
-    r"\.(txt|jsonl?|[ct]sv|md|rst|xml|ya?ml|toml|ini|cfg|db|log|html?|pdf|py|sh|url|names|lst)|"
+    r"\.(txt|jsonl?|cls|[ct]sv|md|rst|xml|ya?ml|toml|ini|cfg|db|log|html?|pdf|py|sh|url|names|lst)|"
     r".*\(text\)"
 ).fullmatch
 PLAIN_TEXTS = re.compile(r"readme|licen[sc]e|copying|notice|icon\r", re.IGNORECASE).fullmatch
@@ -70,8 +70,7 @@ class Children(NamedTuple):
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
-    """The images under `data_root`. No file is opened if there is an `image_size`, else their
-    headers are read.
+    """The images under `data_root`. No file is opened with `image_size`, else their headers are.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
@@ -83,8 +82,7 @@ def build_custom(config: Config, split: str) -> ImageFileDataset:
 
 def has_test_folder(config: Config) -> bool:
     """Whether `data_root` is cut into train/ and test/ (or val/); raises as `build_custom` does."""
-    root = open_root(config.data_root)
-    return root.is_dir() and "test" in _split_folders(config, root)
+    return open_root(config.data_root).is_dir() and "test" in _split_folders(config)
 
 
 def split_of(name: str) -> str | None:
@@ -116,18 +114,15 @@ def list_images(config: Config, split: str) -> Listing:
         names = f"{config.experiment_name} {root.name}".lower().replace("-", "").replace("_", "")
         builtin = next((name for name in BUILTIN_HINTS if name in names), None)
         hint = f"; {builtin} is built in: dataset={builtin!r} needs no folder" if builtin else ""
-        kinds = f"the folder of your images, or a {', '.join(CONTENTS)} of it"
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(
             f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
-            f"{kinds}{hint}"
+            f"the folder of your images, or a .zip or .tar of it{hint}"
         )
-    if isinstance(root, Member):
-        several = sorted(_splits_in(shard.path.stem for shard in root.archive.shards))
-        if several[1:]:
-            advice = "give a folder of the train shards alone, or pack them anew as one"
-            raise DataError(f"{show(root)}: shards of {' and '.join(several)}; {advice}")
-    folders = _split_folders(config, root)
+    shards = root.archive.shards if isinstance(root, Member) else ()
+    if len(kinds := sorted(_splits_in(path.stem for path, _ in shards))) > 1:
+        raise DataError(f"{show(root)}: shards of {' and '.join(kinds)}; keep a folder of each")
+    folders = _split_folders(config)
     if split not in folders:
         raise DataError(
             f"{show(root)}: dataset='custom' has no {split} split, which val_interval needs; make "
@@ -136,7 +131,7 @@ def list_images(config: Config, split: str) -> Listing:
     if config.label_file is not None:
         listing = _list_labelled(config, root)
     else:
-        listing = _list_folder(config, root, folders, split)
+        listing = _list_folder(config, folders, split)
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
@@ -152,8 +147,8 @@ def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
     children = Children([], [], Counter())
-    from_disk = not isinstance(folder, Member)
-    for path, folders, files in os.walk(folder, onerror=refuse) if from_disk else folder.walk():
+    walk = Member.walk if isinstance(folder, Member) else os.walk
+    for path, folders, files in walk(folder, onerror=refuse):
         children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
         folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
         if not deep:
@@ -176,13 +171,14 @@ def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
     return children
 
 
-def _split_folders(config: Config, root: ImagePath) -> dict[str, ImagePath]:
+def _split_folders(config: Config) -> dict[str, ImagePath]:
     """Folder of each split: train/ and test/ (or val/) in `data_root`, else itself for "train".
 
     They count as splits if they hold what `use_subdirs` asks for, class folders or images, and
     nothing but splits lies beside train/ where there is no test split. Raises a DataError if two
     folders are one split.
     """
+    root = open_root(config.data_root)
     whole = children_of(root)
     if config.label_file is not None or whole.images:
         return {"train": root}
@@ -202,15 +198,13 @@ def _split_folders(config: Config, root: ImagePath) -> dict[str, ImagePath]:
     return {split: root / names[0] for split, names in splits.items()}
 
 
-def _list_folder(
-    config: Config, root: ImagePath, folders: dict[str, ImagePath], split: str
-) -> Listing:
+def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> Listing:
     """The images in the class folders of a split's folder, or directly in it.
 
     Args:
         folders: that of each split; the class folders of train have the labels 0, 1, ...
     """
-    folder, train = folders[split], folders["train"]
+    root, folder, train = open_root(config.data_root), folders[split], folders["train"]
     children = children_of(folder)
     inside = {name: children_of(folder / name, deep=True) for name in children.folders}
     filled = [f"{name}/" for name in inside if inside[name].images]
@@ -235,7 +229,8 @@ def _list_folder(
         )
     passed_over, prefix = sum((files.others for files in inside.values()), children.others), ""
     if folder != root:
-        prefix, beside = f"{folder.name}/", children_of(root)  # train/1.png is not test/1.png
+        prefix = f"{os.path.basename(str(folder))}/"  # train/1.png is not test/1.png
+        beside = children_of(root)
         unused = [name for name in beside.folders if root / name not in folders.values()]
         passed_over += beside.others + Counter(f"{name}/" for name in unused)
     if not config.use_subdirs:
@@ -306,7 +301,6 @@ def _list_labelled(config: Config, root: ImagePath) -> Listing:
     names = sorted(labels, key=os.fsencode)
     class_names = tuple(map(str, range(max(labels.values()) + 1)))
     in_order = [labels[name] for name in names]
-    children.others.pop(f".{config.label_file}", None)  # the labels of an archive
     return Listing(root, names, in_order, class_names, children.others)
 
 

@@ -1,7 +1,6 @@
 """The label file of a flat folder: JSON such as {"img1.jpg": 0, "more/img2.jpg": 1}.
 
-The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}, with
-"class_names" or without. The labels of an archive may lie beside its images, see `Member.labels`.
+The dataset.json of EDM and StyleGAN is read too: {"labels": [["img1.jpg", 0], ...]}.
 
 It may come from anybody, so no name in it leads out of the folder of the images, and no content of
 it costs more than a line of text.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -81,7 +79,7 @@ def how_to_complete(path: ImagePath, root: ImagePath) -> str:
     return "".join(f"\n       {line}" for line in lines)
 
 
-def _read_pairs(path: ImagePath) -> Sequence[tuple[str, Any]]:
+def _read_pairs(path: ImagePath) -> tuple[tuple[str, Any], ...]:
     """The file's keys and values as pairs, because a dict would hide a key given twice."""
     try:
         if not path.is_file():
@@ -91,13 +89,10 @@ def _read_pairs(path: ImagePath) -> Sequence[tuple[str, Any]]:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
         with path.open("rb") as file:
-            text = file.read().decode("utf-8-sig")  # Windows editors begin with a byte order mark
-        pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
+            pairs = json.load(file, object_pairs_hook=tuple)  # an array becomes a list
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
-    if isinstance(pairs, tuple) and [key for key, _ in pairs] == ["labels", "class_names"]:
-        pairs = pairs[:1]
     if pairs == (("labels", None),):
         raise DataError(f"{show(path)}: has no labels (null); leave label_file out to use none")
     if isinstance(pairs, tuple) and len(pairs) == 1 and isinstance(pairs[0][1], list):

@@ -3,8 +3,7 @@
 python -m datasets.pack my_images images.zip
 python -m datasets.pack my_images images.zip use_subdirs=false label_file=labels.json
 
-Files are stored as they are, with EDM's dataset.json. Whatever data_root can be can be packed.
-"""
+All that data_root can be is packed, with EDM's dataset.json and the class_names.json."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import check_config
+from datasets import SPLITS, check_config
 from datasets.folder import has_test_folder, list_images
 from datasets.pictures import folder_settings
 from datasets.remarks import passed_over
@@ -24,8 +23,6 @@ from utils.config import apply_overrides, validate
 from utils.config_files import RawConfig
 from utils.errors import EXIT_OK, UserError, exit_code_of, one_line, say, show
 from utils.files import atomic_path
-
-LABELS = "dataset.json"  # as EDM and StyleGAN call it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,30 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = RawConfig({"experiment_name": "pack"} | folder_settings(args.folder), {})
     config = validate(raw, checks=(check_config,), problems=apply_overrides(raw, overrides))
     output, folder = args.output, Path(config.data_root).resolve()
-    is_inside = output.resolve().is_relative_to(folder)
-    if output.suffix.lower() != ".zip" or output.exists() or is_inside:
+    if output.suffix.lower() != ".zip" or output.exists() or folder in output.resolve().parents:
         raise UserError(f"{show(output)}: give a .zip outside {show(folder)} that is not there yet")
-    splits = ("train", "test") if has_test_folder(config) else ("train",)
-    listings = [list_images(config, split) for split in splits]
-    root, class_names, beside = listings[0].root, listings[0].class_names, config.label_file
-    if beside and not (root / beside).is_file():  # but elsewhere, or in the files of an archive
-        beside = LABELS
+    listings = [list_images(config, split) for split in SPLITS[: 1 + has_test_folder(config)]]
+    root, class_names = listings[0].root, listings[0].class_names
     labels = {name: label for part in listings for name, label in zip(*part[1:3], strict=True)}
     pairs = [(name, labels[name]) for name in sorted(labels, key=os.fsencode)]
-    table = {"labels": pairs, "class_names": class_names} if class_names else {"labels": None}
+    tables = {"dataset": {"labels": pairs if class_names else None}, "class_names": class_names}
     try:
         with atomic_path(output) as path, zipfile.ZipFile(path, "w") as archive:
-            for name in [name for name, _ in pairs] + [beside] * (beside not in (None, LABELS)):
+            for name, _ in pairs:
                 with (root / name).open("rb") as file:
                     archive.writestr(zipfile.ZipInfo(name), file.read())
-            archive.writestr(zipfile.ZipInfo(LABELS), json.dumps(table))
+            for name, table in tables.items():
+                archive.writestr(zipfile.ZipInfo(f"{name}.json"), json.dumps(table))
     except (OSError, ValueError) as error:  # a ValueError: a name that is no UTF-8, a checksum
         raise UserError(f"{show(output)}: cannot be written ({one_line(error)})") from error
-    settings = "" if config.use_subdirs else " use_subdirs=false"
-    settings += f" label_file={beside}" if beside else ""
-    for line in passed_over(listings[0]):
-        say(line)
-    say(f"{len(pairs)} images, {len(class_names)} classes: data_root={show(output)}{settings}")
+    keys = " use_subdirs=false" * (not config.use_subdirs)
+    keys += " label_file=dataset.json" * bool(config.label_file)
+    wrote = f"{len(pairs)} images, {len(class_names)} classes: data_root={show(output)}{keys}"
+    say("\n".join([*passed_over(listings[0]), wrote]))
     return EXIT_OK
 
 
