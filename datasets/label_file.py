@@ -88,8 +88,8 @@ def _read_pairs(path: ImagePath) -> tuple[tuple[str, Any], ...]:
             raise ValueError("no such label_file; give it relative to data_root, or in full")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
-        with path.open("rb") as file:
-            pairs = json.load(file, object_pairs_hook=tuple)  # an array becomes a list
+        with path.open("rb") as file:  # Windows editors begin with a byte order mark
+            pairs = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=tuple)
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
