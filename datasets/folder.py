@@ -228,9 +228,8 @@ def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> L
             f"{kind}; set num_classes={len(class_names)} or leave it out"
         )
     passed_over, prefix = sum((files.others for files in inside.values()), children.others), ""
-    if folder != root:
-        prefix = f"{os.path.basename(str(folder))}/"  # train/1.png is not test/1.png
-        beside = children_of(root)
+    if folder != root:  # train/1.png is not test/1.png
+        prefix, beside = f"{os.path.basename(str(folder))}/", children_of(root)
         unused = [name for name in beside.folders if root / name not in folders.values()]
         passed_over += beside.others + Counter(f"{name}/" for name in unused)
     if not config.use_subdirs:

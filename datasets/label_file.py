@@ -61,8 +61,6 @@ def read_label_file(path: ImagePath, root: ImagePath, num_classes: int | None) -
 
 def how_to_complete(path: ImagePath, root: ImagePath) -> str:
     """The end of a message: lines of Python that make a complete label file of the one there."""
-    if isinstance(root, Member):
-        return ""
     lines = (
         "how to fix: these three lines of Python write labels_complete.json there, with every image"
         " and without gaps",
@@ -76,7 +74,7 @@ def how_to_complete(path: ImagePath, root: ImagePath) -> str:
         "(root / 'labels_complete.json').write_text(json.dumps("
         "{n: ids.index(k) for n, k in zip(names, labels)}))",
     )
-    return "".join(f"\n       {line}" for line in lines)
+    return "" if isinstance(root, Member) else "".join(f"\n       {line}" for line in lines)
 
 
 def _read_pairs(path: ImagePath) -> tuple[tuple[str, Any], ...]:

@@ -1,9 +1,8 @@
-"""Pack images into one .zip, on which training starts at once: data_root=images.zip
+"""Pack images, whatever data_root can be, into one .zip with EDM's dataset.json for data_root.
 
 python -m datasets.pack my_images images.zip
 python -m datasets.pack my_images images.zip use_subdirs=false label_file=labels.json
-
-All that data_root can be is packed, with EDM's dataset.json and the class_names.json."""
+"""
 
 from __future__ import annotations
 
@@ -44,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with atomic_path(output) as path, zipfile.ZipFile(path, "w") as archive:
             for name, _ in pairs:
+                if not (root / name).is_file():  # opening a named pipe would wait for ever
+                    raise UserError(f"{show(root / name)}: not a file that can be read; remove it")
                 with (root / name).open("rb") as file:
                     archive.writestr(zipfile.ZipInfo(name), file.read())
             for name, table in tables.items():

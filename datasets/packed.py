@@ -1,6 +1,5 @@
-"""Archives in the place of folders of images: a .zip or .tar, or a folder of such shards.
-
-Each is the folder that unpacking would make, so names, labels and fingerprint are the same."""
+"""Archives in the place of folders of images: a .zip or .tar, or a folder of such shards. Names,
+labels and fingerprint are those of the folder that unpacking would make."""
 
 from __future__ import annotations
 
@@ -48,8 +47,9 @@ def _zip_contents(path: Path) -> Iterator[tuple[Any, ...]]:
                 name = os.fsdecode(name.encode("cp437"))  # as the file is called once unpacked
             if info.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is encrypted, or compressed by method {method}")
-            if offset + 30 + packed > archive.start_dir or (packed != size and not method):
-                raise ValueError(f"{name} is cut off: its {packed} bytes are not there")
+            is_whole = offset + 30 + packed <= archive.start_dir and (method or packed == size)
+            if not is_whole or info.comment:  # a false length of one would hide the next files
+                raise ValueError(f"{name}: {packed} bytes are not there, or it has a comment")
             if not info.is_dir():
                 yield name, size, offset, packed, method, info.CRC
 
@@ -104,13 +104,15 @@ class Archive:
         number, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
         file = _opened(*self.shards[number])  # this name keeps it open
         if method >= 0:  # a zip has the name, and more of its own, before the content
-            offset += 30 + sum(struct.unpack("<HH", os.pread(file.fileno(), 4, offset + 26)))
+            head = os.pread(file.fileno(), 30 + len(os.fsencode(name)), offset)
+            crc = crc if head[30:] == os.fsencode(name) else None
+            offset += 30 + sum(struct.unpack("<HH", head[26:30]))
         content = os.pread(file.fileno(), packed, offset)
         if method == zipfile.ZIP_DEFLATED:  # into no more than it claims, and a byte to notice
             with contextlib.suppress(zlib.error):  # what is left has another checksum
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         if len(content) != size or (method >= 0 and zlib.crc32(content) != crc):
-            raise ValueError("its checksum in the archive is another")
+            raise ValueError("its name or checksum in the archive is another")
         return content
 
 

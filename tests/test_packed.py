@@ -186,7 +186,7 @@ def test_the_check_reads_archives_and_finds_flipped_bits(folder, tmp_path, monke
     path.write_bytes(content)
     dataset = build_dataset(custom(path, image_size=8))
     place = dataset.names.index("train/a/003.png")
-    assert_data_error(lambda: dataset[place], path / "train/a/003.png", "checksum")
+    assert_data_error(lambda: dataset[place], path / "train/a/003.png", "name or checksum")
     assert exit_code_of(lambda: check.main(command)) == 1
     skipping = build_dataset(custom(path, image_size=8, on_bad_image="skip"))
     assert skipping.names[place] == "train/a/004.png"
@@ -240,13 +240,13 @@ HOSTILE = {
     "twice": (lambda p: zip_of(p / "x.zip", "a/b.png", "a/b.png"), "a/b.png is there twice"),
     "encrypted": (lambda p: zip_of(p / "x.zip", "a/b.png", flags=1), "encrypted"),
     "LZMA": (lambda p: zip_of(p / "x.zip", "a/b.png", method=14), "method 14"),
-    "sizes": (lambda p: zip_of(p / "x.zip", "a/b.png", packed=9), "its 9 bytes"),
+    "sizes": (lambda p: zip_of(p / "x.zip", "a/b.png", packed=9), "9 bytes are not there"),
     "bomb": (lambda p: zip_of(p / "x.zip", "a/b.png", method=8, size=2**31), "too large"),
-    "lies": (lambda p: zip_of(p / "x.zip", "a/b.png", deflate=True, size=9), "checksum"),
-    "no deflate": (lambda p: zip_of(p / "x.zip", "a/b.png", method=8, size=9), "checksum"),
+    "lies": (lambda p: zip_of(p / "x.zip", "a/b.png", deflate=True, size=9), "name or checksum"),
+    "no deflate": (lambda p: zip_of(p / "x.zip", "a/b.png", method=8, size=9), "name or checksum"),
     "behind the end": (
         lambda p: zip_of(p / "x.zip", "a/b.png", packed=2**31 - 9, size=2**31 - 9),
-        "cut off",
+        "bytes are not there",
     ),
     "cut zip": (lambda p: cut(zip_of(p / "x.zip", "a/1.png", "a/2.png"), 300), "not a zip"),
     "tar out": (lambda p: tar_of(p / "x.tar", name="../a.png"), "no relative name"),
