@@ -138,6 +138,10 @@ def test_labels_of_a_flat_folder(tmp_path, capsys):
     dataset = build_dataset(custom(archive_of(tmp_path / "images", "tar"), **settings_of(settings)))
     assert dataset.fingerprint == expected.fingerprint
     assert not dataset.listing.passed_over
+    again = [str(tar), str(tmp_path / "again.zip"), "use_subdirs=false", "label_file=cls"]
+    assert exit_code_of(lambda: pack.main(again)) == 0
+    update["data_root"] = again[1]
+    assert build_dataset(settings.model_copy(update=update)).fingerprint == expected.fingerprint
 
 
 def settings_of(config) -> dict:
@@ -158,6 +162,13 @@ def test_a_packed_folder_is_one_of_edm(folder):
     again = folder.parent / "again.zip"
     assert exit_code_of(lambda: pack.main([str(path), str(again)])) == 0
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_named_pipe_is_not_waited_for(folder, capsys):
+    os.mkfifo(folder / "train" / "a" / "pipe.png")
+    assert exit_code_of(lambda: pack.main([str(folder), str(folder.parent / "x.zip")])) == 1
+    assert "pipe.png: not a file" in capsys.readouterr().err
+    assert not list(folder.parent.glob("x.zip*"))
 
 
 @pytest.mark.parametrize("output", ["images/x.zip", "there.zip", "x.tar", "nowhere/x.zip"])
