@@ -90,7 +90,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         size = f"{status.st_size} bytes"
         if status.st_size > MAX_FILE_BYTES:
             raise Image.DecompressionBombError(size)
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             yield image

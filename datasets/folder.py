@@ -23,6 +23,7 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
+from datasets.packed import ImagePath, Member, open_root
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -49,7 +50,7 @@ JUNK_FOLDERS = re.compile(
 ).fullmatch
 # Files that lie beside images without being any, by extension or name, which no line need tell
 COMPANIONS = re.compile(
-    r"\.(txt|jsonl?|[ct]sv|md|rst|xml|ya?ml|toml|ini|cfg|db|log|html?|pdf|py|sh|url|names|lst)|"
+    r"\.(txt|jsonl?|cls|[ct]sv|md|rst|xml|ya?ml|toml|ini|cfg|db|log|html?|pdf|py|sh|url|names|lst)|"
     r".*\(text\)"
 ).fullmatch
 PLAIN_TEXTS = re.compile(r"readme|licen[sc]e|copying|notice|icon\r", re.IGNORECASE).fullmatch
@@ -69,20 +70,19 @@ class Children(NamedTuple):
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
-    """The images under `data_root`. Only the header of each file is read.
+    """The images under `data_root`. No file is opened with `image_size`, else their headers are.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
     listing = replace_bad_images(config, list_images(config, split))
-    sizes = read_sizes(listing)
-    size = config.image_size or _common_size(config, split, listing, sizes)
+    size = config.image_size or _common_size(config, split, listing)
     return ImageFileDataset(listing, config.image_channels or 3, *size)
 
 
 def has_test_folder(config: Config) -> bool:
     """Whether `data_root` is cut into train/ and test/ (or val/); raises as `build_custom` does."""
-    return Path(config.data_root).is_dir() and "test" in _split_folders(config)
+    return open_root(config.data_root).is_dir() and "test" in _split_folders(config)
 
 
 def split_of(name: str) -> str | None:
@@ -109,7 +109,7 @@ def list_images(config: Config, split: str) -> Listing:
     With `classes` only their images are listed, so no file of another class is ever opened.
     Raises as `build_custom` does.
     """
-    root = Path(config.data_root)
+    root = open_root(config.data_root)
     if not root.is_dir():
         names = f"{config.experiment_name} {root.name}".lower().replace("-", "").replace("_", "")
         builtin = next((name for name in BUILTIN_HINTS if name in names), None)
@@ -117,8 +117,11 @@ def list_images(config: Config, split: str) -> Listing:
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(
             f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
-            f"the folder of your images{hint}"
+            f"the folder of your images, or a .zip or .tar of it{hint}"
         )
+    shards = root.archive.shards if isinstance(root, Member) else ()
+    if len(kinds := sorted(_splits_in(path.stem for path, _ in shards))) > 1:
+        raise DataError(f"{show(root)}: shards of {' and '.join(kinds)}; keep a folder of each")
     folders = _split_folders(config)
     if split not in folders:
         raise DataError(
@@ -133,7 +136,7 @@ def list_images(config: Config, split: str) -> Listing:
     return listing._replace(passed_over=told).of_classes(config.classes)
 
 
-def children_of(folder: Path, *, deep: bool = False) -> Children:
+def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
     """What lies in a folder; if `deep`, the files at any depth as `a/b.png`, and no folders.
 
     Raises a DataError if a folder cannot be read, or one passed through is a link, which might
@@ -144,7 +147,8 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
     children = Children([], [], Counter())
-    for path, folders, files in os.walk(folder, onerror=refuse):
+    walk = Member.walk if isinstance(folder, Member) else os.walk
+    for path, folders, files in walk(folder, onerror=refuse):
         children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
         folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
         if not deep:
@@ -156,10 +160,10 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
                     f"{show(inner)}: a link to a folder, not followed this deep; put the folder "
                     "itself there, or remove the link"
                 )
-        inside = Path(path).relative_to(folder)
+        inside = os.path.join(path, "")[len(os.path.join(str(folder), "")) :]
         for name in files:
             if has_image_suffix(name) and not name.startswith("."):
-                children.images.append((inside / name).as_posix())
+                children.images.append(inside + name)
             elif not name.startswith("."):
                 text = " (text)" if PLAIN_TEXTS(name) else ""
                 children.others[Path(name).suffix.lower() or f"without extension{text}"] += 1
@@ -167,14 +171,14 @@ def children_of(folder: Path, *, deep: bool = False) -> Children:
     return children
 
 
-def _split_folders(config: Config) -> dict[str, Path]:
+def _split_folders(config: Config) -> dict[str, ImagePath]:
     """Folder of each split: train/ and test/ (or val/) in `data_root`, else itself for "train".
 
     They count as splits if they hold what `use_subdirs` asks for, class folders or images, and
     nothing but splits lies beside train/ where there is no test split. Raises a DataError if two
     folders are one split.
     """
-    root = Path(config.data_root)
+    root = open_root(config.data_root)
     whole = children_of(root)
     if config.label_file is not None or whole.images:
         return {"train": root}
@@ -194,13 +198,13 @@ def _split_folders(config: Config) -> dict[str, Path]:
     return {split: root / names[0] for split, names in splits.items()}
 
 
-def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listing:
+def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> Listing:
     """The images in the class folders of a split's folder, or directly in it.
 
     Args:
         folders: that of each split; the class folders of train have the labels 0, 1, ...
     """
-    root, folder, train = Path(config.data_root), folders[split], folders["train"]
+    root, folder, train = open_root(config.data_root), folders[split], folders["train"]
     children = children_of(folder)
     inside = {name: children_of(folder / name, deep=True) for name in children.folders}
     filled = [f"{name}/" for name in inside if inside[name].images]
@@ -224,8 +228,8 @@ def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listin
             f"{kind}; set num_classes={len(class_names)} or leave it out"
         )
     passed_over, prefix = sum((files.others for files in inside.values()), children.others), ""
-    if folder != root:
-        prefix, beside = f"{folder.name}/", children_of(root)  # train/1.png is not test/1.png
+    if folder != root:  # train/1.png is not test/1.png
+        prefix, beside = f"{os.path.basename(str(folder))}/", children_of(root)
         unused = [name for name in beside.folders if root / name not in folders.values()]
         passed_over += beside.others + Counter(f"{name}/" for name in unused)
     if not config.use_subdirs:
@@ -245,7 +249,7 @@ def _list_folder(config: Config, folders: dict[str, Path], split: str) -> Listin
     return Listing(root, names, labels, tuple(class_names), passed_over)
 
 
-def _refuse_splits(folder: Path, images: dict[str, list[str]]) -> None:
+def _refuse_splits(folder: ImagePath, images: dict[str, list[str]]) -> None:
     """Raise a DataError if class folders, with these images, may be splits or hold splits.
 
     A class may be called like a split if it holds images directly, unless all are.
@@ -278,7 +282,7 @@ def _seen(children: Children, filled: Sequence[str] = ()) -> str:
     return f"no images (looked for {' '.join(IMAGE_EXTENSIONS)}; saw {show(saw or 'no files')})"
 
 
-def _list_labelled(config: Config, root: Path) -> Listing:
+def _list_labelled(config: Config, root: ImagePath) -> Listing:
     """The images of a label file, whose classes are called by their numbers."""
     if config.use_subdirs:
         raise DataError(f"label_file={config.label_file!r} {BESIDE_SUBDIRS}")
@@ -299,13 +303,12 @@ def _list_labelled(config: Config, root: Path) -> Listing:
     return Listing(root, names, in_order, class_names, children.others)
 
 
-def _common_size(
-    config: Config, split: str, listing: Listing, sizes: list[tuple[int, int]]
-) -> tuple[int, int]:
+def _common_size(config: Config, split: str, listing: Listing) -> tuple[int, int]:
     """(height, width) of the first train image that is used.
 
     Raises a DataError that names the first image of another size.
     """
+    sizes = read_sizes(listing)
     train, first = listing, 0
     if split != "train":
         train = list_images(config, "train")

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets.decoding import has_image_suffix
+from datasets.packed import ImagePath, Member
 from utils.errors import DataError, one_line, show
 from utils.files import IMAGE_EXTENSIONS
 
@@ -23,7 +24,7 @@ ABSENT = "no such file"
 NEEDED = 'must be a mapping {"img1.jpg": 0, ...}'
 
 
-def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str, int]:
+def read_label_file(path: ImagePath, root: ImagePath, num_classes: int | None) -> dict[str, int]:
     """The label of each image, by its file name relative to `root`.
 
     Raises a DataError if the file cannot be read, an entry is not a file below root with a label
@@ -33,7 +34,7 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
         root: folder of the images; nothing outside it may be named, not by a symlink either.
         num_classes: K where the config says so; default: the largest label + 1.
     """
-    resolved_root = os.path.realpath(root)
+    resolved_root = os.path.realpath(str(root))
     labels: dict[str, int] = {}
     for key, label in _read_pairs(path):
         name = PurePosixPath(key).as_posix()
@@ -58,7 +59,7 @@ def read_label_file(path: Path, root: Path, num_classes: int | None) -> dict[str
     return labels
 
 
-def how_to_complete(path: Path, root: Path) -> str:
+def how_to_complete(path: ImagePath, root: ImagePath) -> str:
     """The end of a message: lines of Python that make a complete label file of the one there."""
     lines = (
         "how to fix: these three lines of Python write labels_complete.json there, with every image"
@@ -73,18 +74,20 @@ def how_to_complete(path: Path, root: Path) -> str:
         "(root / 'labels_complete.json').write_text(json.dumps("
         "{n: ids.index(k) for n, k in zip(names, labels)}))",
     )
-    return "".join(f"\n       {line}" for line in lines)
+    return "" if isinstance(root, Member) else "".join(f"\n       {line}" for line in lines)
 
 
-def _read_pairs(path: Path) -> tuple[tuple[str, Any], ...]:
+def _read_pairs(path: ImagePath) -> tuple[tuple[str, Any], ...]:
     """The file's keys and values as pairs, because a dict would hide a key given twice."""
     try:
         if not path.is_file():
+            if isinstance(path, Member) and (pairs := path.labels()):
+                return pairs
             raise ValueError("no such label_file; give it relative to data_root, or in full")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are allowed")
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
-        pairs = json.loads(text, object_pairs_hook=tuple)  # an array becomes a list
+        with path.open("rb") as file:  # Windows editors begin with a byte order mark
+            pairs = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=tuple)
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(error, MAX_SHOWN)
         raise DataError(f"{show(path)}: not readable as JSON ({reason}); {NEEDED}") from error
@@ -107,14 +110,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
-def _name_fault(key: str, root: Path, resolved_root: str) -> str | None:
+def _name_fault(key: str, root: ImagePath, resolved_root: str) -> str | None:
     """Why `key` does not name an image file below the root, if so."""
     name = PurePosixPath(key)
     if "\0" in key or "\\" in key or name.is_absolute() or ".." in name.parts:
         return "the file name must be relative to data_root, with '/' and without '..'"
     try:
-        resolved = os.path.realpath(root / name)
-        exists = os.path.isfile(resolved)
+        resolved = os.path.realpath(str(root / name))
+        exists = os.path.isfile(resolved) if isinstance(root, Path) else (root / name).is_file()
     except (OSError, ValueError) as error:  # ValueError: broken surrogates in the name
         return f"not usable as a file name ({one_line(error, MAX_SHOWN)})"
     if os.path.commonpath((resolved, resolved_root)) != resolved_root:

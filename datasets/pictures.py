@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of, has_test_folder
+from datasets.packed import ImagePath, open_root
 from datasets.remarks import passed_over
 from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
@@ -21,7 +22,7 @@ from utils.files import looks_like, read_npz
 from utils.images import ImageSpec
 from utils.labels import LABELS_FILE
 
-FIX = "give a folder of images or an .npz with arr_0, uint8 (N, H, W, C)"
+FIX = "give a folder of images, a .zip of it, or an .npz with arr_0, uint8 (N, H, W, C)"
 MAX_NAMED = 20  # classes named in one message
 
 log = logging.getLogger("diffusion")
@@ -40,7 +41,7 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
 
     Raises a DataError if there is no such folder, or it cannot be read.
     """
-    root = Path(path)
+    root = open_root(path)
     if not root.is_dir():
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         what = looks_like(root) if root.is_file() else None
@@ -88,7 +89,7 @@ def read_pictures(
         images = build_custom(config, "train")
         for line in passed_over(images.listing):
             log.warning("%s: %s", show(path), line)
-        labels = _labels_in_folder(path, images, class_names)
+        labels = _labels_in_folder(open_root(path), images, class_names)
     if labels is None:
         reason = f"{path} has no labels: no folder per class, no {LABELS_FILE}, no arr_1"
         return Pictures(images, None, reason)
@@ -111,7 +112,7 @@ def fitted_pictures(
     Cropped and resized as the images of a data set are, see `decoding.fit_image`.
     """
     path, size = Path(path), (spec.height, spec.width)
-    if path.is_dir() or path.suffix.lower() == ".npz":
+    if open_root(path).is_dir() or path.suffix.lower() == ".npz":
         return read_pictures(path, class_names, image_size=size, image_channels=spec.channels)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
@@ -136,7 +137,7 @@ def read_mask(path: str | Path, height: int, width: int) -> Tensor:
 
 
 def _labels_in_folder(
-    path: Path, images: ImageFileDataset, class_names: tuple[str, ...]
+    path: ImagePath, images: ImageFileDataset, class_names: tuple[str, ...]
 ) -> list[Any] | None:
     """The class of each image by the name or number of its folder, or by `labels.json`.
 
@@ -150,7 +151,8 @@ def _labels_in_folder(
     if not (path / LABELS_FILE).is_file():
         return None
     try:
-        labels = json.loads((path / LABELS_FILE).read_text(encoding="utf-8"))
+        with (path / LABELS_FILE).open("rb") as file:
+            labels = json.load(file)
         return [labels[name] for name in images.names]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(

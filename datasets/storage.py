@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from datasets.decoding import decode_image
+from datasets.packed import ImagePath
 from utils.errors import DataError, show
 from utils.images import ImageSpec
 
@@ -64,14 +64,14 @@ class InMemoryDataset:
 class Listing(NamedTuple):
     """The images of one split, before any is opened."""
 
-    root: Path
+    root: ImagePath
     names: list[str]  # paths relative to root with `/`, in the order of the data set
     labels: list[int]  # one per name, in [0, len(class_names)); all 0 when unlabelled
     class_names: tuple[str, ...]  # empty when unlabelled
     # How many files of an extension, and folders (`name/`), lie there and are not used
     passed_over: Mapping[str, int] = MappingProxyType({})
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> ImagePath:
         return self.root / self.names[index]
 
     def take(self, indices: Sequence[int]) -> Listing:

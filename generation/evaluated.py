@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datasets import default_flip
 from datasets.loader import image_batches
+from datasets.packed import open_root
 from datasets.pictures import folder_settings, read_pictures
 from datasets.real import chosen_images, real_sets
 from generation.run import Run
@@ -176,7 +177,7 @@ def compared_with(
     """What the command line of evaluate.py compares images with: the data set of the config,
     or of the folder --reference, or statistics. `run` draws the images, if a model does."""
     statistics = None
-    if args.reference is not None and Path(args.reference).is_dir():
+    if args.reference is not None and open_root(args.reference).is_dir():
         config = config.model_copy(update=folder_settings(args.reference))
         if run is not None:  # as its own images were: brought to the size of the model
             shape = {"image_size": run.spec.shape[1:], "image_channels": run.spec.channels}

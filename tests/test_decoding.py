@@ -123,7 +123,7 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
     write_image(tmp_path / "a" / "good.png")
     path = tmp_path / "a" / "bomb.png"
     path.write_bytes(png_claiming(side, side))
-    settings = config(dataset="custom", data_root=str(tmp_path), image_size=8)
+    settings = config(dataset="custom", data_root=str(tmp_path))
     assert_data_error(lambda: build_dataset(settings), path, "too large", "64 million")
 
 
@@ -148,7 +148,7 @@ def test_broken_files_are_found_when_building(tmp_path, kind):
         path = write_image(tmp_path / "a" / f"{i}.png")
         if i:
             damage(kind, path)
-    settings = config(dataset="custom", data_root=str(tmp_path), image_size=8)
+    settings = config(dataset="custom", data_root=str(tmp_path))
     assert_data_error(lambda: build_dataset(settings), tmp_path / "a" / "1.png", "a/2.png")
 
 

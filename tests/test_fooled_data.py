@@ -409,7 +409,7 @@ ARGUMENTS = {
         "a single array: an .npy file, not an .npz; give a fol",
     ),
     "x.png": (encoded(picture()), "is a file, not a folder; give a folder of images"),
-    "x.zip": (b"PK\5\6" + bytes(18), "is a file, not a folder"),
+    "x.zip": (b"PK\5\6" + bytes(18), "it holds no images"),
     "x.txt": (b"hello", "text ('hello' ...); give a folder"),
     "absent": (None, "no such folder; give a folder"),
     "lfs.npz": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
