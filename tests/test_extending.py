@@ -52,14 +52,20 @@ def test_the_page_adds_one_file_of_each_kind():
     assert {name.split("/")[0] for name in new} == {"models", "datasets", "diffusion", "metrics"}
 
 
-def test_the_parts_work_together(project):
-    """The backbone learns the data set; the sampler draws; the metric chooses the best model."""
+@pytest.fixture(scope="module")
+def trained(project) -> Path:
+    """The same, with a run in it: the backbone learns the data set, the metric chooses the best."""
     parts = ["model_type=plain", "model_params.width=16", "dataset=stripes"]
     parts += ["process=trigonometric"]
     evaluation = ["eval_interval=1", "eval_num_samples=8", "eval_metrics=brightness,sanity"]
     evaluation += ["eval_best_metric=brightness", "sampling_method=same_noise"]
     config = ["--config", "configs/digits_unet.py", "experiment_name=own"]
     run(project, "train.py", *config, *parts, *SMALL, *evaluation)
+    return project
+
+
+def test_the_parts_work_together(trained):
+    project = trained
     checkpoint = ["--checkpoint", "checkpoints/own"]
     assert "same_noise, 3 steps" in run(project, "sample.py", *checkpoint, "--num_samples", "4")
     run(project, "evaluate.py", *checkpoint, "--n", "8", "--metrics", "brightness", "--seed", "1")
@@ -71,7 +77,8 @@ def test_the_parts_work_together(project):
     assert status["best"]["metric"] == "brightness"
 
 
-def test_a_deterministic_sampler_serves_the_commands_that_need_one(project):
+def test_a_deterministic_sampler_serves_the_commands_that_need_one(trained):
+    project = trained
     command = ["--checkpoint", "checkpoints/own", "--sampling_method", "same_noise", "--steps", "3"]
     run(project, "edit.py", "interpolate", *command, "--seeds", "3,8", "--labels", "0,1")
     x_T = np.random.default_rng(0).standard_normal((2, 1, 16, 16), dtype=np.float32)
@@ -82,7 +89,8 @@ def test_a_deterministic_sampler_serves_the_commands_that_need_one(project):
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_metric_may_have_a_network_a_note_and_a_picture(project):
+def test_a_metric_may_have_a_network_a_note_and_a_picture(trained):
+    project = trained
     torch.manual_seed(0)
     torch.save(resnet18().state_dict(), project / "resnet.pth")
     command = ["--checkpoint", "checkpoints/own", "--n", "8", "--steps", "3", "--device", "cpu"]
