@@ -126,15 +126,13 @@ def load_run(
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
     """`load_run` of what the command line says, see `cli.add_checkpoint_options`. Keys on it that
-    have no effect are warned of; a cfg_scale without any is a ConfigError, as --cfg_scale is."""
+    have no effect are warned of."""
     given = dict(use_ema=args.use_ema, config_path=args.config, overrides=args.overrides)
     run = load_run(args.checkpoint, device, compile=compile, **given)
     method = getattr(args, "sampling_method", None) or run.config.sampling_method
     sampled = run.config.model_copy(update={"sampling_method": method})
     named = {text.partition("=")[0] for text in args.overrides}
     for warning in warnings_of(sampled):
-        if "cfg_scale" in named and warning.startswith("cfg_scale "):
-            raise ConfigError("cfg_scale needs training with conditional=True; leave it out")
         if warning.split()[0] in named:
             log.warning(warning)
     if guide := getattr(args, "guide", None):

@@ -118,9 +118,12 @@ def test_skipping_bad_images_of_a_data_set_without_files_is_a_warning(caplog):
 def test_a_guidance_that_is_asked_for_and_cannot_be_had_is_an_error(command, tmp_path):
     run = make_checkpoint(tmp_path / "run", cfg_scale=1.3, cfg_dropout_prob=0.2)
     for script in (sample, evaluate):
-        code, printed = command(script.main, "--checkpoint", run, "--dry_run", "cfg_scale=3")
+        code, printed = command(script.main, "--checkpoint", run, "--dry_run", "--cfg_scale", "3")
         assert code == EXIT_USAGE
         assert "needs training with conditional=True" in printed
+        code, printed = command(script.main, "--checkpoint", run, "--dry_run", "cfg_scale=3")
+        assert code == EXIT_OK  # a key, as in a config file
+        assert "cfg_scale has no effect without conditional=True, sampling uses 1" in printed
     code, printed = command(sample.main, "--checkpoint", run, "--dry_run")
     assert code == EXIT_OK
     assert "model without classes" in printed

@@ -90,5 +90,6 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime.device, resident=config.resident, num_workers=workers)
     examples = partial(training_examples, config, process, images, runtime)
-    parts = schedule, model, process, examples, precision, resume, seen, held_out
-    return Job(config, runtime, dataset, *parts)
+    made = dict(schedule=schedule, model=model, process=process, examples=examples)
+    start = dict(precision=precision, resume=resume, seen=seen, held_out=held_out)
+    return Job(config, runtime, dataset, **made, **start)

@@ -198,7 +198,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 
 def _check_matches(resume: Resume, config: Config) -> None:
-    old, new = resume.state["config"], config.to_dict()
+    old, new = {**Config().to_dict(), **resume.state["config"]}, config.to_dict()
     # Another value of a "run" key would not continue the run, but silently begin another one.
     if changed := changed_settings(old, new, (*SAME_MODEL, *keys_by_resume("run"))):
         raise CheckpointError(
@@ -210,7 +210,6 @@ def _check_matches(resume: Resume, config: Config) -> None:
     if before != now:
         counts = "was %d process(es) of %d threads, now %d of %d"
         log.info(f"{counts}: same data and noise, other rounding", *before, *now)
-    old = {**Config().to_dict(), **old}
     for key in keys_by_resume("warn"):
         if old[key] != new[key]:
             log.warning("%s: was %s, from here on %s", key, old[key], new[key])

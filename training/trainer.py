@@ -73,7 +73,7 @@ class Trainer:
         progress = Progress(self.schedule, self.step, self.runtime)
         with StopSignal() as stop, progress.bar, contextlib.closing(self.saver):
             while self.step < self.schedule.total_steps:
-                if self._is_to_stop(stop.name is not None or not self.saver.status.is_ours()):
+                if self._is_to_stop(stop):
                     return self._stop_early(stop.name)
                 self._train_step(next(examples))
                 self.step += 1
@@ -90,11 +90,14 @@ class Trainer:
                 )
         return EXIT_OK
 
-    def _is_to_stop(self, is_asked: bool) -> bool:
-        """Tell, the same on every rank, whether one of them is asked to stop. Not at every step:
-        each vote makes all wait for the slowest."""
-        if self.runtime.world_size == 1 or self.step < self._next_vote:
-            return is_asked and self.runtime.world_size == 1
+    def _is_to_stop(self, stop: StopSignal) -> bool:
+        """Tell, the same on every rank, whether one of them is asked to stop, or has lost its
+        folder. Several do not ask at every step: each vote makes all wait for the slowest."""
+        if self.step < self._next_vote:
+            return False
+        is_asked = stop.name is not None or not self.saver.status.is_ours()
+        if self.runtime.world_size == 1:
+            return is_asked
         now, last = time.monotonic(), self._vote
         seconds = math.inf if last is None else (now - last[1]) / (self.step - last[0])
         vote = torch.tensor([float(is_asked), seconds], dtype=torch.float64)

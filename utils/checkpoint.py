@@ -320,7 +320,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint or run directory{_runs_near(path)}")
-    if not path.is_dir():
+    if path.is_file():
         return path
     for name in (BEST, CURRENT):
         if (path / name).is_file():
