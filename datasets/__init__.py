@@ -137,6 +137,8 @@ def check_config(config: Config) -> Iterator[Problem]:
     if num_classes == 0 and entry.native is None:
         has += " with use_subdirs=False and no label_file"
     faults: dict[str, str] = {}  # key -> what is wrong with its value
+    if entry.native is not None and config.image_channels not in (None, 1, 3):
+        faults["image_channels"] = ": use 1 or 3; other numbers are for array files, dataset=custom"
     if config.label_file is not None and config.use_subdirs and entry.native is None:
         faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):

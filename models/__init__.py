@@ -17,8 +17,8 @@ from models.dim import DiM
 from models.dit import DiT
 from models.jit import JiT
 from models.unet import UNet
-from utils.config import Config, Problem, did_you_mean
-from utils.config_schema import Bool, Float, Int
+from utils.config import Config, Problem, condition_channels, did_you_mean
+from utils.config_types import Bool, Float, Int
 from utils.errors import ConfigError
 from utils.images import ImageSpec
 
@@ -125,7 +125,8 @@ def _arguments(config: Config, spec: ImageSpec | None) -> tuple[dict[str, Any], 
     if spec is not None:
         size, num_channels = (spec.height, spec.width), spec.channels
         expected = dict(image_size=size, img_size=size, num_classes=spec.num_classes)
-        expected |= dict(in_channels=num_channels, out_channels=num_channels)
+        given_channels = num_channels + condition_channels(config, num_channels)
+        expected |= dict(in_channels=given_channels, out_channels=num_channels)
     params: dict[str, Any] = {}
     faults: dict[str, str] = {}
     for name, value in config.model_params.items():

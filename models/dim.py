@@ -23,7 +23,7 @@ from models.layers import LabelEmbedding, at_least_fp32
 from models.mamba import MIXERS, TORCH
 from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
-from utils.config_schema import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
+from utils.config_types import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # standard deviation of the learned positions and padding tokens

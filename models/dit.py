@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import layers
 from models.layers import LabelEmbedding
-from utils.config_schema import BelowOne, PositiveFloat, PositiveInt
+from utils.config_types import BelowOne, PositiveFloat, PositiveInt
 
 NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the timestep embedding; labels have 1, as short runs then learn them

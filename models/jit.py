@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models import layers
 from models.dit import INIT_STD, NUM_TIME_FEATURES, RMS_NORM, DiTBlock, init_weights
 from models.layers import LabelEmbedding
-from utils.config_schema import BelowOne, NonNegativeInt, PositiveFloat, PositiveInt
+from utils.config_types import BelowOne, NonNegativeInt, PositiveFloat, PositiveInt
 
 # The paper's sizes; the number after the slash is the patch size.
 _WIDTHS = {"B": (768, 12, 12, 128), "L": (1024, 24, 16, 128), "H": (1280, 32, 16, 256)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import LabelEmbedding, TimestepEmbedding, run_block, zero_init
-from utils.config_schema import BelowOne, PositiveInt
+from utils.config_types import BelowOne, PositiveInt
 
 MAX_GROUPS = 32
 MIN_CHANNELS_PER_GROUP = 4

@@ -37,7 +37,17 @@ MAX_SCRIPT_LINES, MAX_FILE_LINES = 200, 350
 MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 10
 BACKBONE_FILES = ("models/unet.py", "models/dit.py", "models/jit.py", "models/dim.py")
 # What neither knows of diffusion nor of training. What serves one room alone lives in that room.
-UTILS = {"__init__", "config", "config_files", "config_schema", "cli", "errors", "rng", "files"}
+UTILS = {
+    "__init__",
+    "config",
+    "config_files",
+    "config_schema",
+    "config_types",
+    "cli",
+    "errors",
+    "rng",
+    "files",
+}
 UTILS |= {"checkpoint", "images", "labels", "captions", "distributed", "precision", "logs"}
 
 FILES = sorted(

@@ -491,6 +491,9 @@ def test_what_a_continued_run_may_change_stands_at_the_keys():
     assert keys_by_resume("architecture") == (
         "model_type",
         "model_params",
+        "condition",
+        "condition_channels",
+        "condition_colors",
         "lora_rank",
         "lora_alpha",
     )

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from utils.config_files import RawConfig, merge, parse_value, read_config_file
-from utils.config_schema import (  # noqa: F401 -- the types, for the arguments of backbones
+from utils.config_schema import Config
+from utils.config_types import (  # noqa: F401 -- for the arguments of backbones
     BelowOne,
-    Config,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -163,6 +163,15 @@ def guidance_problem(config: Config, scale: float) -> str | None:
     lacking = "cfg_dropout_prob above 0" if config.conditional else "conditional=True"
     without = "dropped labels" if config.conditional else "class labels"
     return f"cfg_scale={scale:g} needs training with {lacking}; without {without}, use 1"
+
+
+def condition_channels(config: Config, channels: int) -> int:
+    """How many channels a network for images of `channels` is given beside them, see `condition`:
+    of a picture with a hole, one more says where it is."""
+    if config.condition == "folder":
+        return len(config.condition_colors or ()) or config.condition_channels or 3
+    counts = {None: 0, "downsample": channels, "grey": 1, "mask": channels + 1, "edges": 1}
+    return counts[config.condition]
 
 
 def steps_problem(config: Config, steps: int) -> str | None:

@@ -3,50 +3,37 @@ default, what it needs to have an effect, whether a continued run may change it,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import (
-    MAX_IMAGES,
-    plain_name,
-    read_compile,
-    read_flag,
-    read_image_size,
-    read_number,
-    read_sequence,
+from utils.cli import read_compile, read_sequence
+from utils.config_types import (
+    BelowOne,
+    Beta,
+    Bool,
+    Channels,
+    Colors,
+    Factor,
+    Float,
+    ImageCount,
+    ImageSize,
+    Int,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Numbers,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Range,
+    Scale,
+    Timesteps,
+    having,
+    key,
 )
-from utils.files import expand_home
-
-PathText = Annotated[str, AfterValidator(expand_home)]
-Name = Annotated[str, BeforeValidator(plain_name)]
-Int = Annotated[int, BeforeValidator(read_number)]
-Float = Annotated[float, BeforeValidator(read_number)]
-Bool = Annotated[bool, BeforeValidator(read_flag)]
-PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
-ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0)]
-Probability = Annotated[Float, Field(ge=0, le=1)]
-BelowOne = Annotated[Float, Field(ge=0, lt=1)]
-Factor = Annotated[Float, Field(gt=0, le=1)]
-Beta = Annotated[Float, Field(gt=0, lt=1)]
-Scale = Annotated[Float, Field(ge=1e-3, le=1e3)]
-Side = Annotated[Int, Field(ge=1, le=2**14)]
-Timesteps = Annotated[Int, Field(ge=2, le=10**6)]
-ImageSize = Annotated[tuple[Side, Side], BeforeValidator(read_image_size)]
-Numbers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(read_sequence)]
-Condition = tuple[str, Callable[["Config"], bool]]  # its words in a warning, and whether it holds
-
-
-def having(**values: Any) -> Condition:
-    """The condition that other keys have these values. The words are those of the last key."""
-    words = [f"{name}={value!r}" for name, value in values.items()][-1]
-    return words, lambda config: all(getattr(config, k) == v for k, v in values.items())
-
 
 WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
@@ -63,29 +50,8 @@ DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_
 SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
 GUIDES = "guidance, which is conditional=True and cfg_scale above 1"
 GUIDANCE = (GUIDES, lambda config: config.guidance_scale not in (0, 1))
+CONDITIONED = ("a condition", lambda config: config.condition is not None)
 VALIDATING = ("val_interval above 0", lambda config: config.val_interval > 0)
-
-
-def key(
-    default: Any,
-    *,
-    resume: Literal["architecture", "meaning", "run", "warn"] | None = None,
-    needs: Condition | None = None,
-    was: Any = None,
-    also: str = "",
-) -> Any:
-    """A key of the config, as a pydantic field.
-
-    Args:
-        resume: what another value does to weights trained with this one. They do not fit it
-            ("architecture"), they mean something else ("meaning"), or their training becomes that
-            of another run ("run"); all three are refused. "warn": it is allowed, with a warning.
-        needs: the condition without which the key has no effect; default: it always has one.
-        was: its default in earlier versions. Their runs go on with it if their config has no value.
-        also: what other projects call it, with spaces between the names; for hints alone.
-    """
-    rules = dict(resume=resume, needs=needs, was=was, also=also.split())
-    return Field(default, json_schema_extra=rules)
 
 
 class Config(BaseModel):
@@ -124,10 +90,13 @@ class Config(BaseModel):
     """folder that holds the data; of `custom` also a .zip or .tar"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
-    image_channels: Annotated[Literal[1, 3], BeforeValidator(read_number)] | None = key(
-        None, also="channels"
-    )
-    """1 grey or 3 RGB; default: the data set's own (`custom`: 3)"""
+    image_channels: Channels | None = key(None, also="channels")
+    """1 grey, 3 RGB, or as many as array files have; default: the data set's own (`custom`: 3)"""
+    value_range: Range | None = key(None, resume="meaning")
+    """`custom`, files of 16-bit integers or floats: the values that become -1 and 1; default: the
+    least and the largest of the train images"""
+    preview_channels: Annotated[Numbers, Field(max_length=3)] | None = None
+    """which one or three channels pictures show, counted from 0; default: the first"""
     conditional: Bool = key(False, resume="meaning")
     """condition on the class label"""
     num_classes: NonNegativeInt | None = None
@@ -148,6 +117,28 @@ class Config(BaseModel):
     """loader processes of data not held in memory, at most one per core"""
     resident: Bool | None = None
     """hold all images in device memory as uint8; default: if they take at most 1 GiB"""
+
+    condition: Literal["downsample", "grey", "mask", "edges", "folder"] | None = key(
+        None, resume="architecture"
+    )
+    """draw images from pictures of them: of lower resolution, grey, with a hole, edges alone, or
+    those of the same names in `condition_root`"""
+    condition_factor: Annotated[Int, Field(ge=2, le=64)] = key(
+        4, resume="meaning", needs=having(condition="downsample")
+    )
+    """how many times smaller the sides of the pictures are"""
+    condition_root: PathText | None = key(None, needs=having(condition="folder"))
+    """folder of the pictures, in the folders that `data_root` has"""
+    condition_channels: Channels | None = key(
+        None, resume="architecture", needs=having(condition="folder")
+    )
+    """their channels; default: 3"""
+    condition_colors: Colors | None = key(
+        None, resume="architecture", needs=having(condition="folder")
+    )
+    """colours, or grey levels, of label maps: each becomes a channel of its own"""
+    condition_dropout_prob: Probability = key(0.1, resume="warn", needs=CONDITIONED)
+    """share of conditions dropped in training"""
 
     # --- diffusion
     process: str = key("ddpm", resume="meaning")
@@ -197,6 +188,8 @@ class Config(BaseModel):
     """guide only while low <= t / T <= high; outside it is conditional"""
     cfg_rescale: Probability = key(0.0, needs=GUIDANCE)
     """share of the contrast added by guidance that is taken back: 0 none, 1 all"""
+    condition_scale: NonNegativeFloat = key(1.0, needs=CONDITIONED)
+    """guidance by the condition, as `cfg_scale` by the class: 0 ignores it, 1 is one forward"""
     sampling_method: str = key("ddim", also="sampler diffusion_type")
     """ddpm, ddim, heun or dpmpp_2m"""
     num_inference_steps: PositiveInt | None = key(None, also="steps sample_steps")

@@ -47,7 +47,10 @@ class ImageSpec(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]."""
+    """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]. Those that are
+    floats are in this range already."""
+    if images.is_floating_point():
+        return images.to(torch.float32)
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
