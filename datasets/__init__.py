@@ -13,7 +13,7 @@ from typing import NamedTuple
 from datasets import builtin, folder
 from datasets.storage import ClassSubset, ImageDataset, Listing
 from datasets.synthetic import build_synthetic
-from utils.config import Config, Problem, did_you_mean
+from utils.config import Config, Parts, Problem, kind_of, unknown_name
 from utils.errors import DataError
 from utils.images import ImageSpec
 
@@ -45,7 +45,7 @@ def _photos(list_images: Callable[[Config, str], Listing], num_classes: int) -> 
     return DatasetEntry(build, ImageSpec(3, *builtin.PHOTO_SIZE, num_classes), True, list_images)
 
 
-DATASETS: dict[str, DatasetEntry] = {
+_DATASETS = {
     "digits": DatasetEntry(builtin.build_digits, ImageSpec(1, 8, 8, 10), flip=False),
     "mnist": _torchvision("MNIST", ImageSpec(1, 28, 28, 10), flip=False),
     "fashionmnist": _torchvision("FashionMNIST", ImageSpec(1, 28, 28, 10), flip=False),
@@ -63,6 +63,7 @@ DATASETS: dict[str, DatasetEntry] = {
         has_test_split=folder.has_test_folder,
     ),
 }
+DATASETS = Parts(_DATASETS, kind_of(DatasetEntry, "a data set"))
 ALIASES = {
     "fashion_mnist": "fashionmnist",
     "fashion": "fashionmnist",
@@ -81,8 +82,8 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
     for an unknown name or split, and if images are missing, broken or labelled wrongly, or there
     is none of one of `classes`.
     """
-    if config.dataset not in DATASETS:
-        raise DataError(_unknown(config.dataset))
+    for problem in unknown_name("dataset", config.dataset, DATASETS, ALIASES):
+        raise DataError(problem.message)
     if split not in SPLITS:
         raise DataError(f"split={split!r}: use {' or '.join(SPLITS)}")
     if config.on_bad_image == "skip" and DATASETS[config.dataset].in_files is None:
@@ -128,10 +129,10 @@ def default_flip(config: Config) -> bool:
 
 def check_config(config: Config) -> Iterator[Problem]:
     """Yield the faults of the data keys that can be seen without reading data."""
-    name, entry = config.dataset, DATASETS.get(config.dataset)
-    if entry is None:
-        yield Problem(("dataset",), _unknown(name))
+    if unknown := list(unknown_name("dataset", config.dataset, DATASETS, ALIASES)):
+        yield from unknown
         return
+    name, entry = config.dataset, DATASETS[config.dataset]
     num_classes = _num_classes(config)
     has = f"{name} has " + ("labels" if num_classes is None else f"{num_classes} classes")
     if num_classes == 0 and entry.native is None:
@@ -157,8 +158,3 @@ def check_config(config: Config) -> Iterator[Problem]:
 def _num_classes(config: Config) -> int | None:
     entry = DATASETS[config.dataset]
     return entry.native.num_classes if entry.native else entry.num_classes(config)
-
-
-def _unknown(name: str) -> str:
-    hint = did_you_mean(name.lower(), DATASETS, ALIASES)
-    return f"dataset={name!r}: use {', '.join(DATASETS)}{hint}"

@@ -13,7 +13,7 @@ from diffusion.guidance import make_denoiser
 from diffusion.heun import heun
 from diffusion.process import Prediction, Process, Step
 from diffusion.schedules import PROCESSES, SCHEDULES, timestep_grid
-from utils.config import Config, Problem, did_you_mean
+from utils.config import Config, Parts, Problem, kind_of, unknown_name
 
 __all__ = ["DENSITIES", "PROCESSES", "SAMPLERS", "SCHEDULES", "Prediction", "Process", "Sampler"]
 __all__ += ["Step", "build_process", "check_config", "make_denoiser", "timestep_grid"]
@@ -31,12 +31,13 @@ class Sampler(NamedTuple):
     multistep: bool = False  # a step uses what earlier ones saw, so none can be taken again
 
 
-SAMPLERS = {
+_SAMPLERS = {
     "ddpm": Sampler(ddpm, None),
     "ddim": Sampler(ddim, 50, deterministic=lambda eta: eta == 0, options=("eta",)),
     "heun": Sampler(heun, 20, deterministic=True, forwards_per_step=2),
     "dpmpp_2m": Sampler(dpmpp_2m, 20, deterministic=True, multistep=True),
 }
+SAMPLERS = Parts(_SAMPLERS, kind_of(Sampler, "a sampler"))
 TABLES = {  # config key -> the names it may have
     "process": PROCESSES,
     "beta_schedule": SCHEDULES,
@@ -60,7 +61,4 @@ def build_process(config: Config) -> Process:
 def check_config(config: Config) -> Iterator[Problem]:
     """Names that must be in the tables above."""
     for key, table in TABLES.items():
-        name = getattr(config, key)
-        if name not in table:
-            message = f"{key}={name!r}: use {', '.join(table)}{did_you_mean(name, table)}"
-            yield Problem((key,), message)
+        yield from unknown_name(key, getattr(config, key), table)

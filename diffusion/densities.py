@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from diffusion.process import Process
-from utils.config import Config
-
-Density = Callable[[Process, Config, int, torch.Generator], Tensor]
+from utils.config import Config, Parts, function_of
 
 
 def uniform(process: Process, config: Config, count: int, generator: torch.Generator) -> Tensor:
@@ -47,9 +43,7 @@ def _timestep_at(share: Tensor, num_timesteps: int) -> Tensor:
     return (share * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
-DENSITIES: dict[str, Density] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-    "lognormal": lognormal,
-    "shift": shift,
-}
+DENSITIES = Parts(
+    {"uniform": uniform, "logit_normal": logit_normal, "lognormal": lognormal, "shift": shift},
+    function_of("process", "config", "count", "generator"),
+)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config import Config
+from utils.config import Config, Parts, function_of
 
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
@@ -58,12 +58,15 @@ def cosine_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=MAX_BETA)
 
 
-SCHEDULES = {
-    "linear": linear_betas,
-    "cosine": cosine_betas,
-    "quadratic": quadratic_betas,
-    "sigmoid": sigmoid_betas,
-}
+SCHEDULES = Parts(
+    {
+        "linear": linear_betas,
+        "cosine": cosine_betas,
+        "quadratic": quadratic_betas,
+        "sigmoid": sigmoid_betas,
+    },
+    function_of("num_timesteps", "beta_start", "beta_end"),
+)
 
 
 def levels_of_betas(betas: Tensor) -> Levels:
@@ -102,7 +105,9 @@ def edm_levels(config: Config) -> Levels:
     return Levels(signal, noise, -noise, signal, scale=1 / SIGMA_DATA)
 
 
-PROCESSES = {"ddpm": ddpm_levels, "flow": flow_levels, "edm": edm_levels}
+PROCESSES = Parts(
+    {"ddpm": ddpm_levels, "flow": flow_levels, "edm": edm_levels}, function_of("config")
+)
 
 
 def timestep_grid(

@@ -7,7 +7,7 @@ or printing the list costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from metrics.base import Metric
 from metrics.class_accuracy import ClassAccuracy, FdDomain, PrdcDomain
@@ -18,10 +18,10 @@ from metrics.prdc import Prdc
 from metrics.sanity import Sanity
 from metrics.weights import Network
 from training.saving import VAL_LOSS
-from utils.config import Config, Problem, did_you_mean
+from utils.config import Config, Parts, Problem, did_you_mean, kind_of, unknown_name
 from utils.errors import ConfigError
 
-METRICS: dict[str, type[Metric]] = {  # in the order of the report
+_METRICS = {  # in the order of the report
     "fid": Fid,
     "kid": Kid,
     "is": InceptionScore,
@@ -33,6 +33,7 @@ METRICS: dict[str, type[Metric]] = {  # in the order of the report
     "memorization": Memorization,
     "sanity": Sanity,
 }
+METRICS = Parts(_METRICS, kind_of(Metric, "a metric", is_class=True))
 ALL = "all"
 HINTS = {  # what else metrics are called -> the name here
     **dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc"),
@@ -42,9 +43,9 @@ HINTS = {  # what else metrics are called -> the name here
 }
 
 
-def networks_of(names: Container[str]) -> list[Network]:
+def networks_of(names: Iterable[str]) -> list[Network]:
     """The pretrained networks that these metrics need, in the order of the table."""
-    needed = dict.fromkeys(METRICS[name].network for name in METRICS if name in names)
+    needed = dict.fromkeys(METRICS[name].network for name in METRICS.ordered(names))
     return [network for network in needed if network is not None]
 
 
@@ -72,6 +73,10 @@ def check_config(config: Config) -> Iterator[Problem]:
     except ConfigError as error:
         yield Problem(("eval_metrics",), f"eval_metrics: {' '.join(str(error).split())}")
         return
+    for name in names:
+        yield from (unknown := list(unknown_name("eval_metrics", name, METRICS)))
+        if unknown:
+            return
     if (best := config.eval_best_metric) is None:
         return
     interval = "val_interval" if best == VAL_LOSS else "eval_interval"

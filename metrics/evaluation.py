@@ -108,7 +108,7 @@ class Plan:
 
 def build_parts(runnable: Collection[str], context: Context) -> list[Part]:
     """Build the metrics of these names, those that share a collector in one part."""
-    names = [name for name in METRICS if name in runnable]
+    names = METRICS.ordered(runnable)
     context = dataclasses.replace(context, keeps=frozenset(METRICS[name].keeps for name in names))
     parts: dict[type, Part] = {}
     for name in names:

@@ -51,7 +51,7 @@ def build_report(
 
     Takes the entry of each metric, as `Scoring.score` returns them, and how the images came about.
     """
-    ordered = {name: plain(entries[name]) for name in METRICS if name in entries}
+    ordered = {name: plain(entries[name]) for name in METRICS.ordered(entries)}
     for result in ordered.values():
         if result["value"] is None and result["reason"] is None:
             result["reason"] = "the value is not a finite number"

@@ -17,14 +17,25 @@ from models.dim import DiM
 from models.dit import DiT
 from models.jit import JiT
 from models.unet import UNet
-from utils.config import Config, Problem, condition_channels, did_you_mean
+from utils.config import (
+    Config,
+    Parts,
+    Problem,
+    condition_channels,
+    did_you_mean,
+    kind_of,
+    unknown_name,
+)
 from utils.config_types import Bool, Float, Int
 from utils.errors import ConfigError
 from utils.images import ImageSpec
 
 log = logging.getLogger("diffusion")
 
-BACKBONES: dict[str, type[nn.Module]] = {"unet": UNet, "dit": DiT, "jit": JiT, "dim": DiM}
+BACKBONES = Parts(
+    {"unet": UNet, "dit": DiT, "jit": JiT, "dim": DiM},
+    kind_of(nn.Module, "a backbone", is_class=True),
+)
 
 # Arguments that follow from the data. A config may repeat them, but not contradict them.
 SPEC_ARGUMENTS = ("image_size", "img_size", "in_channels", "out_channels", "num_classes")
@@ -99,9 +110,8 @@ def skeleton(config: Config, spec: ImageSpec) -> nn.Module:
 
 def check_config(config: Config, spec: ImageSpec | None) -> Iterator[Problem]:
     """The faults of `model_type` and `model_params`, with a spec also those against the images."""
-    if config.model_type not in BACKBONES:
-        names = ", ".join(BACKBONES) + did_you_mean(config.model_type, BACKBONES)
-        yield Problem(("model_type",), f"model_type={config.model_type!r}: use {names}")
+    if unknown := list(unknown_name("model_type", config.model_type, BACKBONES)):
+        yield from unknown
         return
     _, problems = _arguments(config, spec)
     yield from problems

@@ -103,11 +103,15 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_no_underhand_python(path):
-    """No `sys.path`, no `sys.modules`, no shell, no `eval`; `exec` for the user's config alone."""
+    """No `sys.modules`, no shell, no `eval`; `exec` for the user's config alone, and `sys.path` for
+    the parts that it names."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute):
             name = ast.unparse(node)
-            assert name not in ("sys.path", "sys.modules", "os.system"), f"{path}:{node.lineno}"
+            assert name not in ("sys.modules", "os.system"), f"{path}:{node.lineno}"
+            assert name != "sys.path" or path.as_posix() == "utils/config.py", (
+                f"{path}:{node.lineno}"
+            )
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             assert name != "eval", f"{path}:{node.lineno}"

@@ -7,14 +7,18 @@ naming where the value was written. Nothing is created or read besides the confi
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from utils.config_files import RawConfig, merge, parse_value, read_config_file
+from utils.config_files import FOLDERS, RawConfig, merge, parse_value, read_config_file
 from utils.config_schema import Config
 from utils.config_types import (  # noqa: F401 -- for the arguments of backbones
     BelowOne,
@@ -22,7 +26,7 @@ from utils.config_types import (  # noqa: F401 -- for the arguments of backbones
     PositiveFloat,
     PositiveInt,
 )
-from utils.errors import ConfigError
+from utils.errors import ConfigError, one_line
 from utils.files import is_file_name
 
 
@@ -35,9 +39,107 @@ class Problem(NamedTuple):
 
 Check = Callable[[Config], Iterable[Problem]]
 
+PART = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
 # What the schema says of each key, see `key` there.
 RULES = {name: field.json_schema_extra or {} for name, field in Config.model_fields.items()}
 ALIASES = {alias: name for name, rules in RULES.items() for alias in rules.get("also", ())}
+
+
+class Parts(dict[str, Any]):
+    """A table of parts by name, which also holds those of other packages: `package.module:name`.
+
+    Such a part is imported when it is first asked for: of an installed package, or of a module
+    beside a config file that was read. A ConfigError says what is wrong with it. It is not listed
+    among the names of the table.
+
+    Args:
+        rows: the parts of this project.
+        accept: takes the object of that name and gives the row of the table. Raises a ValueError
+            that says what it has to be.
+    """
+
+    def __init__(self, rows: Mapping[str, Any], accept: Callable[[Any], Any]) -> None:
+        super().__init__(rows)
+        self._accept, self._imported = accept, {}
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or bool(PART.fullmatch(str(name)))
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self._imported:
+            if not PART.fullmatch(name):
+                raise KeyError(name)
+            try:
+                self._imported[name] = self._accept(_imported(*name.split(":")))
+            except Exception as error:  # of a stranger's module
+                raise ConfigError(f"{name}: {one_line(error)}") from error
+        return self._imported[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except (KeyError, ConfigError):
+            return default
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """These names in the order of the table, those of other packages at the end."""
+        names, own = list(names), list(self)
+        return [n for n in own if n in names] + [n for n in names if n not in own]
+
+
+def _imported(module: str, attribute: str) -> Any:
+    """The object, see `Parts`. Raises a ValueError if there is no such module or object."""
+    sys.path.extend(FOLDERS)
+    try:
+        part = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        where = "install its package, or give --config with a file beside it"
+        raise ValueError(f"no module {error.name!r} here; {where}") from error
+    finally:
+        del sys.path[len(sys.path) - len(FOLDERS) :]
+    if not hasattr(part, attribute):
+        names = [name for name in vars(part) if not name.startswith("_")]
+        raise ValueError(f"{part.__file__} has no {attribute}{did_you_mean(attribute, names)}")
+    return getattr(part, attribute)
+
+
+def kind_of(kind: type, where: str, *, is_class: bool = False) -> Callable[[Any], Any]:
+    """What a table accepts, see `Parts`: objects of this kind, or classes derived from it."""
+
+    def accept(part: Any) -> Any:
+        is_right = issubclass if is_class and isinstance(part, type) else isinstance
+        if isinstance(part, type) != is_class or not is_right(part, kind):
+            expected = "class derived from " * is_class + kind.__name__
+            raise ValueError(f"must be a {expected}, see {where} in docs/extending.md")
+        return part
+
+    return accept
+
+
+def function_of(*parameters: str) -> Callable[[Any], Any]:
+    """What a table accepts, see `Parts`: plain functions of so many arguments."""
+
+    def accept(part: Any) -> Any:
+        known = inspect.signature(part).parameters if inspect.isfunction(part) else ()
+        if len(known) != len(parameters):
+            raise ValueError(f"must be a function ({', '.join(parameters)})")
+        return part
+
+    return accept
+
+
+def unknown_name(
+    key: str, name: str, table: Mapping[str, Any], aliases: Mapping[str, str] = {}
+) -> Iterator[Problem]:
+    """The fault of a name that a table does not have, or of a part that cannot be imported."""
+    try:
+        if name in table and table[name] is not None:
+            return
+        hint = did_you_mean(name.lower(), table, aliases)
+        yield Problem((key,), f"{key}={name!r}: use {', '.join(table)}{hint}")
+    except ConfigError as error:
+        yield Problem((key,), f"{key}={error}")
 
 
 def keys_by_resume(*kinds: str) -> tuple[str, ...]:

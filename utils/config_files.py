@@ -27,6 +27,9 @@ ODD_NUMBER = re.compile(r"(?<![\w.])(?<![eE][-+])0[0-9xXoObB_]|[0-9]_[0-9]")
 TOO_MANY = f"more than {MAX_VALUES:,} values, counting what aliases repeat"
 NUMBER_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp", "value")}
 
+# Where parts of one's own are looked for, too: beside the config files that were read.
+FOLDERS: dict[str, None] = {}
+
 Mapping = list[tuple[Any, int]]  # the keys that one mapping of a file has, with their lines
 
 
@@ -48,6 +51,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
         raise ConfigError(f"{path}: `_base_` refers back to itself")
     if path.suffix not in READERS:
         raise ConfigError(f"{path}: config files end in .py, .yml or .yaml")
+    FOLDERS[str(path.parent.resolve())] = None
     values, mappings = READERS[path.suffix](path)
     sources = {key: f"{path}:{line}" for key, line in _lines_of(mappings, path).items()}
     for key in values:
