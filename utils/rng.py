@@ -6,12 +6,16 @@ drawn before: resuming is exact, and previews, logging or worker counts cannot c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Rows that one generator draws at each step. A batch of no more has the noise that it had when all
+# rows were drawn together, and a GPU draws at most this many that it does not train on at each end.
+NOISE_BLOCK = 128
 
 
 class Stream(IntEnum):
@@ -20,7 +24,7 @@ class Stream(IntEnum):
     PERMUTATION = 0  # index: epoch
     FLIP = 1  # index: step
     TIMESTEP = 2  # index: step
-    NOISE = 3  # index: step
+    NOISE = 3  # index: step; of rows from the 128th on, block of rows
     LABEL_DROPOUT = 4  # index: step
     MODEL_DROPOUT = 5  # index: step, micro-batch of the global batch
     SAMPLE = 6  # index: none; the seed is the sample's own
@@ -78,6 +82,32 @@ def fixed_subset(num_items: int, limit: int | None, *index: int) -> np.ndarray:
 def seed_everything(seed: int) -> None:
     """Seed the global torch generators (weight initialisation and dropout draw from them)."""
     torch.manual_seed(derive_seed(seed, Stream.MODEL_INIT))
+
+
+def batch_noise(
+    seed: int,
+    step: int,
+    rows: range,
+    *,
+    batch_size: int,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The noise of `rows` of a step's global batch, float32 standard normals (len(rows), *shape).
+
+    Each `NOISE_BLOCK` rows of the batch are a block with a generator of its own, and the last block
+    may be smaller. Only blocks that hold some of `rows` are drawn. A row's noise follows from seed,
+    step, its place in the batch and the size of its block, whichever rows are asked for with it.
+    """
+    noise = torch.empty(len(rows), *shape, device=device)
+    for first in range(rows.start - rows.start % NOISE_BLOCK, rows.stop, NOISE_BLOCK):
+        block = range(first, min(first + NOISE_BLOCK, batch_size))
+        index = (first // NOISE_BLOCK,) if first else ()  # of the first, the step alone is the key
+        draws = torch_generator(seed, Stream.NOISE, step, *index, device=device)
+        drawn = torch.randn(len(block), *shape, generator=draws, device=device)
+        start, stop = max(first, rows.start), min(block.stop, rows.stop)
+        noise[start - rows.start : stop - rows.start] = drawn[start - first : stop - first]
+    return noise
 
 
 def sample_noise(seeds: list[int], device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
