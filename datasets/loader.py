@@ -78,13 +78,11 @@ def make_resident(
     resident: bool | None = None,
     num_workers: int = 0,
 ) -> ImageDataset:
-    """The data set with all its images decoded, as uint8 on the device. A collective.
+    """The data set, the same everywhere, with all its images decoded, as uint8 on the device.
 
-    Each process decodes a share of the images, and all get them all. Raises a DataError, on every
-    process the same, if an image cannot be read.
+    A collective: each process decodes a share. Raises a DataError on all if one cannot be read.
 
     Args:
-        dataset: the same on every process.
         resident: True always, False never, None if the images take at most `RESIDENT_LIMIT`.
             Where they are not to be resident the data set is returned as it is.
     """
@@ -95,28 +93,22 @@ def make_resident(
         images = dataset.images.to(runtime.device)
     else:
         images = torch.empty(shape, dtype=torch.uint8, device=runtime.device)
-        _decode_into(images, dataset, runtime, num_workers)
+        size, count = DECODE_BATCH_SIZE, runtime.world_size
+        mine = [i for i in range(len(images)) if i // size % count == runtime.rank]
+        parts = image_batches(dataset, mine, size, num_workers=num_workers)
+        for start in range(0, len(images), size * count):  # each rank decodes one part and sends it
+            try:
+                part, error = next(parts, (None, None))[0], None
+            except Exception as failure:  # the others must not wait for this process
+                part, error = None, failure
+            faults = runtime.gather_objects(error and (str(error) or repr(error)))
+            if fault := runtime.broadcast_object(next(filter(None, faults), None)):
+                raise error or DataError(fault)
+            for owner, place in enumerate(images[start : start + size * count].split(size)):
+                sent = part if owner == runtime.rank else torch.empty_like(place, device="cpu")
+                place.copy_(runtime.broadcast(sent, owner))
     labels, class_names = dataset.labels, dataset.class_names
     return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
-
-
-def _decode_into(images: Tensor, dataset: ImageDataset, runtime: Runtime, num_workers: int) -> None:
-    """Fill `images`, by rounds in which each rank decodes a chunk and hands it to the others."""
-    size, count = DECODE_BATCH_SIZE, runtime.world_size
-    mine = [i for i in range(len(images)) if i // size % count == runtime.rank]
-    parts = image_batches(dataset, mine, size, num_workers=num_workers)
-    for start in range(0, len(images), size * count):
-        part, error = None, None
-        try:
-            part, _ = next(parts, (None, None))
-        except Exception as failure:  # the others must not wait for this process
-            error = failure
-        faults = runtime.gather_objects(error and (str(error) or repr(error)))
-        if fault := runtime.broadcast_object(next(filter(None, faults), None)):
-            raise error or DataError(fault)
-        for owner, place in enumerate(images[start : start + size * count].split(size)):
-            sent = part if owner == runtime.rank else torch.empty(place.shape, dtype=torch.uint8)
-            place.copy_(runtime.broadcast(sent, owner))
 
 
 def image_batches(

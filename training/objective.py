@@ -64,8 +64,7 @@ def training_examples(
     draw_timesteps = partial(DENSITIES[config.timestep_sampling], process, config)
     for step, (x_0, labels) in enumerate(images, start_step):
         t = draw_timesteps(batch_size, generator(Stream.TIMESTEP, step))
-        sizes = dict(batch_size=batch_size, shape=x_0.shape[1:])
-        noise = batch_noise(config.seed, step, share, **sizes, device=device)
+        noise = batch_noise(x_0, share, batch_size=batch_size, seed=config.seed, step=step)
         y = labels if config.conditional else None
         if config.label_dropout > 0:
             draws = generator(Stream.LABEL_DROPOUT, step)

@@ -6,16 +6,14 @@ drawn before: resuming is exact, and previews, logging or worker counts cannot c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Rows that one generator draws at each step. A batch of no more has the noise that it had when all
-# rows were drawn together, and a GPU draws at most this many that it does not train on at each end.
-NOISE_BLOCK = 128
+NOISE_BLOCK = 128  # rows of a batch; what batches of no more, the default, draw has never changed
 
 
 class Stream(IntEnum):
@@ -84,29 +82,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(derive_seed(seed, Stream.MODEL_INIT))
 
 
-def batch_noise(
-    seed: int,
-    step: int,
-    rows: range,
-    *,
-    batch_size: int,
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """The noise of `rows` of a step's global batch, float32 standard normals (len(rows), *shape).
+def batch_noise(like: Tensor, rows: range, *, batch_size: int, seed: int, step: int) -> Tensor:
+    """The noise of `rows` of a step's global batch: standard normals as `like`, (len(rows), ...).
 
-    Each `NOISE_BLOCK` rows of the batch are a block with a generator of its own, and the last block
-    may be smaller. Only blocks that hold some of `rows` are drawn. A row's noise follows from seed,
-    step, its place in the batch and the size of its block, whichever rows are asked for with it.
+    Each `NOISE_BLOCK` rows of the batch, the last maybe fewer, have a generator of their own, which
+    draws where some of `rows` are among them. So the noise is that of any number of processes.
     """
-    noise = torch.empty(len(rows), *shape, device=device)
+    noise, device = like.new_empty(like.shape), like.device
     for first in range(rows.start - rows.start % NOISE_BLOCK, rows.stop, NOISE_BLOCK):
-        block = range(first, min(first + NOISE_BLOCK, batch_size))
         index = (first // NOISE_BLOCK,) if first else ()  # of the first, the step alone is the key
         draws = torch_generator(seed, Stream.NOISE, step, *index, device=device)
-        drawn = torch.randn(len(block), *shape, generator=draws, device=device)
-        start, stop = max(first, rows.start), min(block.stop, rows.stop)
-        noise[start - rows.start : stop - rows.start] = drawn[start - first : stop - first]
+        size = (min(NOISE_BLOCK, batch_size - first), *like.shape[1:])
+        block = torch.randn(size, generator=draws, device=device)
+        start, stop = max(first, rows.start), min(first + NOISE_BLOCK, rows.stop)
+        noise[start - rows.start : stop - rows.start] = block[start - first : stop - first]
     return noise
 
 
