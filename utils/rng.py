@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE_BLOCK = 128  # rows of a batch; what batches of no more, the default, draw has never changed
+NOISE_BLOCK = 128  # rows of a batch: one of no more, as by default, keeps the noise of older runs
 
 
 class Stream(IntEnum):
