@@ -209,7 +209,8 @@ def data(setting: Setting, folder: Path) -> Section:
     )
     for network in make_networks(setting, OUR_UNET, OUR_DIT):
         config, name = make_config(network, setting, folder), network.name
-        resident, runtime = make_resident(images, setting.device), Runtime(setting.device)
+        runtime = Runtime(setting.device)
+        resident = make_resident(images, runtime)
         examples = training_examples(config, build_process(config), resident, runtime)
         section.tasks[f"step {name}"] = training_step(network.model, setting)
         section.tasks[f"example {name}"] = functools.partial(next, examples)

@@ -231,7 +231,7 @@ def make_trainer(
     config, runtime = make_config(network, setting, folder, ema=ema), Runtime(setting.device)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     schedule, process = Schedule(NUM_IMAGES, setting.batch_size, 0), build_process(config)
-    images = make_resident(dataset, setting.device)
+    images = make_resident(dataset, runtime)
     examples = partial(training_examples, config, process, images, runtime)
     job = Job(
         config, runtime, dataset, schedule, network.model, process, examples, setting.precision

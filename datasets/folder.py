@@ -23,23 +23,12 @@ from typing import NamedTuple
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
-from datasets.packed import ImagePath, Member, open_root
+from datasets.packed import ImagePath, Member, open_root, split_of
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
 from utils.files import IMAGE_EXTENSIONS
 
-# What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
-# images_val. The last of each are the Chinese words.
-SPLIT_WORDS = {
-    "train": "train|training|trn|\u8bad\u7ec3",
-    "test": "test|testing|tst|\u6d4b\u8bd5",
-    "val": "val|valid|validate|validation|dev|eval|evaluation|holdout|\u9a8c\u8bc1",
-}
-_AROUND = "(?:data|sets?|images?|imgs?|splits?|pictures|photos|files|samples|folder|\u96c6)*"
-_SPLIT_NAME = re.compile(
-    _AROUND + "(?:" + "|".join(f"(?P<{k}>{v})" for k, v in SPLIT_WORDS.items()) + ")" + _AROUND
-)
 TEST_KINDS = ("test", "val")  # in order of preference
 # Thumbnails, waste baskets and the like of file servers, archives and systems
 JUNK_FOLDERS = re.compile(
@@ -85,12 +74,6 @@ def has_test_folder(config: Config) -> bool:
     return open_root(config.data_root).is_dir() and "test" in _split_folders(config)
 
 
-def split_of(name: str) -> str | None:
-    """The split, a key of `SPLIT_WORDS`, that a folder of this name is; None if it is none."""
-    match = _SPLIT_NAME.fullmatch(re.sub(r"[\W\d_]+", "", name.casefold()))
-    return match and match.lastgroup
-
-
 def _splits_in(names: Iterable[str]) -> set[str]:
     """The splits that the words of any of the names are, as in `seg_train` and `testA`."""
     words = (re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])", name) for name in names)
@@ -117,10 +100,11 @@ def list_images(config: Config, split: str) -> Listing:
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         raise DataError(
             f"data_root={show(root)!r}: {fault} (looked in {show(Path.cwd())}); set data_root to "
-            f"the folder of your images, or a .zip or .tar of it{hint}"
+            f"the folder of your images, or a .zip, .tar or .parquet of them{hint}"
         )
     shards = root.archive.shards if isinstance(root, Member) else ()
-    if len(kinds := sorted(_splits_in(path.stem for path, _ in shards))) > 1:
+    mixed = (path.stem for path, _ in shards if path.suffix.lower() != ".parquet")
+    if len(kinds := sorted(_splits_in(mixed))) > 1:
         raise DataError(f"{show(root)}: shards of {' and '.join(kinds)}; keep a folder of each")
     folders = _split_folders(config)
     if split not in folders:
@@ -246,7 +230,8 @@ def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> L
             raise DataError(f"{show(folder / class_name)}: {fault}")
         names += [f"{prefix}{class_name}/{name}" for name in files.images]
         labels += [class_names.index(class_name)] * len(files.images)
-    return Listing(root, names, labels, tuple(class_names), passed_over)
+    called = root.archive.class_names if isinstance(root, Member) else {}
+    return Listing(root, names, labels, tuple(called.get(n, n) for n in class_names), passed_over)
 
 
 def _refuse_splits(folder: ImagePath, images: dict[str, list[str]]) -> None:

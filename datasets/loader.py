@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.storage import ImageDataset, InMemoryDataset
+from utils.distributed import Runtime
 from utils.errors import DataError
 from utils.images import to_float
 from utils.rng import Stream, numpy_generator
@@ -72,14 +73,14 @@ def batches(
 
 def make_resident(
     dataset: ImageDataset,
-    device: torch.device,
+    runtime: Runtime,
     *,
     resident: bool | None = None,
     num_workers: int = 0,
 ) -> ImageDataset:
-    """The data set with all its images decoded, as uint8 on `device`.
+    """The data set, the same everywhere, with all its images decoded, as uint8 on the device.
 
-    Raises a DataError if an image cannot be read.
+    A collective: each process decodes a share. Raises a DataError on all if one cannot be read.
 
     Args:
         resident: True always, False never, None if the images take at most `RESIDENT_LIMIT`.
@@ -89,14 +90,23 @@ def make_resident(
     if resident is False or (resident is None and math.prod(shape) > RESIDENT_LIMIT):
         return dataset
     if isinstance(dataset, InMemoryDataset):
-        images = dataset.images.to(device)
+        images = dataset.images.to(runtime.device)
     else:
-        images = torch.empty(shape, dtype=torch.uint8, device=device)
-        parts = image_batches(
-            dataset, range(len(dataset)), DECODE_BATCH_SIZE, num_workers=num_workers
-        )
-        for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
-            place.copy_(part)
+        images = torch.empty(shape, dtype=torch.uint8, device=runtime.device)
+        size, count = DECODE_BATCH_SIZE, runtime.world_size
+        mine = [i for i in range(len(images)) if i // size % count == runtime.rank]
+        parts = image_batches(dataset, mine, size, num_workers=num_workers)
+        for start in range(0, len(images), size * count):  # each rank decodes one part and sends it
+            try:
+                part, error = next(parts, (None, None))[0], None
+            except Exception as failure:  # the others must not wait for this process
+                part, error = None, failure
+            faults = runtime.gather_objects(error and (str(error) or repr(error)))
+            if fault := runtime.broadcast_object(next(filter(None, faults), None)):
+                raise error or DataError(fault)
+            for owner, place in enumerate(images[start : start + size * count].split(size)):
+                sent = part if owner == runtime.rank else torch.empty_like(place, device="cpu")
+                place.copy_(runtime.broadcast(sent, owner))
     labels, class_names = dataset.labels, dataset.class_names
     return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
 

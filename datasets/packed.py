@@ -1,5 +1,5 @@
-"""Archives in the place of folders of images: a .zip or .tar, or a folder of such shards. Names,
-labels and fingerprint are those of the folder that unpacking would make."""
+"""Archives in the place of folders of images: .zip, .tar, .parquet, or a folder of such shards.
+Names, labels and, but for .parquet, fingerprint are those of the folder that unpacking makes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,23 @@ from utils.errors import DataError, one_line, show
 
 # A name with parts that are empty, `.` or `..`, or that systems read in ways of their own
 UNSAFE = re.compile(r"(^|/)\.{0,2}(/|$)|[\\\0]|^[A-Za-z]:").search
+# What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
+# images_val. The last of each are the Chinese words.
+SPLIT_WORDS = {
+    "train": "train|training|trn|\u8bad\u7ec3",
+    "test": "test|testing|tst|\u6d4b\u8bd5",
+    "val": "val|valid|validate|validation|dev|eval|evaluation|holdout|\u9a8c\u8bc1",
+}
+_AROUND = "(?:data|sets?|images?|imgs?|splits?|pictures|photos|files|samples|folder|\u96c6)*"
+_SPLIT_NAME = re.compile(
+    _AROUND + "(?:" + "|".join(f"(?P<{k}>{v})" for k, v in SPLIT_WORDS.items()) + ")" + _AROUND
+)
+
+
+def split_of(name: str) -> str | None:
+    """The split, a key of `SPLIT_WORDS`, that a folder of this name is; None if it is none."""
+    match = _SPLIT_NAME.fullmatch(re.sub(r"[\W\d_]+", "", name.casefold()))
+    return match and match.lastgroup
 
 
 @functools.lru_cache(maxsize=64)
@@ -38,7 +55,7 @@ def _opened(path: Path, state: tuple[int, int]) -> BinaryIO:
     return file
 
 
-def _zip_contents(path: Path) -> Iterator[tuple[Any, ...]]:
+def _zip_contents(path: Path, _: Archive) -> Iterator[tuple[Any, ...]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name, size, packed = info.orig_filename, info.file_size, info.compress_size
@@ -54,7 +71,7 @@ def _zip_contents(path: Path) -> Iterator[tuple[Any, ...]]:
                 yield name, size, offset, packed, method, info.CRC
 
 
-def _tar_contents(path: Path) -> Iterator[tuple[Any, ...]]:
+def _tar_contents(path: Path, _: Archive) -> Iterator[tuple[Any, ...]]:
     end, block = 0, tarfile.BLOCKSIZE
     with tarfile.open(path, "r:") as archive:
         for info in archive:
@@ -69,7 +86,49 @@ def _tar_contents(path: Path) -> Iterator[tuple[Any, ...]]:
             raise ValueError("cut off or damaged: no end is there")
 
 
-CONTENTS = {".zip": _zip_contents, ".tar": _tar_contents}
+def _parquet_contents(path: Path, archive: Archive) -> Iterator[tuple[Any, ...]]:
+    """Rows as Hugging Face has them, as files split/class/name: see docs/own_data.md."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        meta, kinds = file.metadata, {field.name: str(field.type) for field in file.schema_arrow}
+        images = [name for name, kind in kinds.items() if re.match("struct<.*bytes: ", kind)]
+        if len(images) != 1 or not re.match("u?int", kinds.get("label", "int")):
+            raise ValueError(f"needs one column {{bytes, path}}, label of integers; has {kinds}")
+        table = file.read(columns=[f"{images[0]}.path", "label"], use_threads=False).to_pydict()
+    places = [(k, i) for k in range(meta.num_row_groups) for i in range(meta.row_group(k).num_rows)]
+    about = json.loads((meta.metadata or {}).get(b"huggingface", "{}")).get("info", {})
+    classes = about.get("features", {}).get("label", {}).get("names")
+    split, labels = split_of(path.stem.split("-")[0]), table.get("label", [])
+    allowed = range(len(classes) if classes else 10**5)  # folders are called by five digits
+    if bad := [label for label in labels if label not in allowed]:
+        raise ValueError(f"label {bad[0]} is none of 0 to {allowed[-1]}: leave out its rows")
+    for label, name in enumerate(map(str, classes or range(max(labels, default=-1) + 1))):
+        if archive.class_names.setdefault(f"{label:05d}", name) != name:
+            raise ValueError(f"its class {label} is called {name}, that of another file otherwise")
+    top, cells = f"{split}/" if split else "", table.get(images[0], [None] * len(places))
+    folders = [f"{top}{label:05d}/" for label in labels] or [top] * len(places)
+    paths = [os.path.basename((cell or {}).get("path") or "") for cell in cells]
+    names = [folder + name for folder, name in zip(folders, paths, strict=True)]
+    is_odd = any(UNSAFE(n) or "/." in f"/{n}" or not has_image_suffix(n) for n in names)
+    if is_odd or len({*names}) < len(names) or not archive.row_of.keys().isdisjoint(names):
+        names = [f"{folder}{path.stem}-{row:07d}.png" for row, folder in enumerate(folders)]
+    column, total = [*kinds].index(images[0]), path.stat().st_size  # of all rows, for fingerprints
+    for row, (name, place) in enumerate(zip(names, places, strict=True)):
+        yield name, (total + row) // len(names), *place, -2, column
+
+
+@functools.lru_cache(maxsize=4)
+def _row_group(path: Path, state: tuple[int, int], group: int, column: int) -> Any:
+    """The images of a row group, from a file of its own: no reader is for several threads."""
+    from pyarrow.parquet import ParquetFile
+
+    with _opened.__wrapped__(path, state) as file, ParquetFile(file) as reader:
+        table = reader.read_row_group(group, [reader.schema_arrow.names[column]], use_threads=False)
+    return table.column(0).combine_chunks().field("bytes")
+
+
+CONTENTS = {".zip": _zip_contents, ".tar": _tar_contents, ".parquet": _parquet_contents}
 
 
 class Archive:
@@ -78,18 +137,23 @@ class Archive:
     def __init__(self, path: Path, shards: tuple[tuple[Path, tuple[int, int]], ...]) -> None:
         self.path, self.shards, rows = path, shards, array("q")
         self.row_of, self.folders = {}, {"": ([], [])}  # by path; folders and files in each folder
+        self.class_names: dict[str, str] = {}  # of class folders that are called otherwise
         for number, (shard, _) in enumerate(shards):
             try:
-                for name, *place in CONTENTS[shard.suffix.lower()](shard):
+                for name, *place in CONTENTS[shard.suffix.lower()](shard, self):
                     if name in self.row_of or UNSAFE(name):
                         raise ValueError(f"{name} is there twice, or no relative name with '/'")
                     folder, _, file = name.rpartition("/")
                     self._children(folder)[1].append(file)
                     self.row_of[name] = len(self.row_of)
                     rows.extend((number, *place))
-            except Exception as error:  # of zipfile and tarfile a dozen kinds
-                fault = f"cannot be read ({show(one_line(error))}); copy or pack it again"
+            except Exception as error:  # of zipfile, tarfile and pyarrow a dozen kinds
+                is_absent = isinstance(error, ImportError)
+                advice = "pip install pyarrow" if is_absent else "copy or pack it again"
+                fault = f"cannot be read ({show(one_line(error))}); {advice}"
                 raise DataError(f"{show(shard)}: {fault}") from error
+        for name in self.class_names:  # that of a class without images is empty
+            self._children(f"train/{name}" if "train" in self.folders else name)
         self.rows = np.array(rows, np.int64).reshape(-1, 6)
 
     def _children(self, folder: str) -> tuple[list[str], list[str]]:
@@ -102,6 +166,11 @@ class Archive:
     def read(self, name: str) -> bytes:
         """The content of a file in it. Raises a ValueError if it is damaged."""
         number, size, offset, packed, method, crc = self.rows[self.row_of[name]].tolist()
+        if method == -2:  # of a .parquet
+            content = _row_group(*self.shards[number], offset, crc)[packed].as_py()
+            if content is None:
+                raise ValueError("null in the place of its bytes")
+            return content
         file = _opened(*self.shards[number])  # this name keeps it open
         if method >= 0:  # a zip has the name, and more of its own, before the content
             head = os.pread(file.fileno(), 30 + len(os.fsencode(name)), offset)

@@ -80,7 +80,7 @@ def make_trainer(
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *SPEC[:3]), dtype=torch.uint8, generator=generator)
     dataset = InMemoryDataset(images, torch.arange(20) % NUM_CLASSES, ["a", "b", "c"])
-    dataset = make_resident(dataset, runtime.device)
+    dataset = make_resident(dataset, runtime)
     schedule, process = Schedule(len(dataset), BATCH_SIZE, 100), build_process(config)
     examples = partial(training_examples, config, process, dataset, runtime)
     model = model or tiny_unet().to(runtime.device)

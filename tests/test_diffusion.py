@@ -26,7 +26,7 @@ from training.objective import training_examples
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
-from utils.rng import Stream, torch_generator
+from utils.rng import NOISE_BLOCK, Stream, torch_generator
 
 T = 100
 
@@ -483,6 +483,34 @@ def test_examples_of_ranks_concatenate_to_the_global_batch():
     for one, (first, second) in zip(whole, halves, strict=True):
         for a, b, c in zip(one, first, second, strict=True):
             assert torch.equal(a, torch.cat([b, c]))
+
+
+@pytest.mark.parametrize("batch_size", [7, 128, 300, 2048])
+def test_the_noise_of_a_step_is_that_of_any_number_of_processes(batch_size, monkeypatch):
+    """And of a batch of one block, what it was when each process drew the whole batch."""
+    made, drawn, randn = {}, [], torch.randn
+
+    def counted(size, **settings):
+        drawn.append(size[0])
+        return randn(size, **settings)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    for world_size in (1, 2, 3, 8):
+        ranks, most = [replace(ALONE, rank=r, world_size=world_size) for r in range(world_size)], 0
+        parts = []
+        for runtime in ranks:
+            drawn.clear()
+            parts.append(examples(runtime, start_step=2, count=1, batch_size=batch_size)[0].noise)
+            most = max(most, sum(drawn))
+        assert [len(part) for part in parts] == [len(r.share(batch_size)) for r in ranks]
+        assert most <= len(ranks[0].share(batch_size)) + 2 * (NOISE_BLOCK - 1)
+        made[world_size] = torch.cat(parts)
+    assert all(torch.equal(noise, made[1]) for noise in made.values())
+    assert len(made[1].flatten(1).unique(dim=0)) == batch_size  # no two rows, or blocks, are equal
+    first = randn(min(batch_size, 128), 1, 4, 4, generator=torch_generator(1, Stream.NOISE, 2))
+    assert torch.equal(made[1][:128], first)
+    if batch_size == 2048:
+        assert most == batch_size / 8
 
 
 def test_examples_depend_on_the_step_alone():

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from datasets import build_dataset, loader, storage
 from tests.conftest import ROOT, asks_for_a_gpu
+from tests.image_files import custom, write_image
 from training.progress import LossStats
 from training.sharding import check_gpu_ids
 from utils.distributed import Runtime, agree_on_name, choose_device
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
 
@@ -87,12 +90,13 @@ def of_rank(rank: int, rendezvous: str) -> dict:
         timeout=timedelta(seconds=60),
     )
     runtime, mine = Runtime(CPU, rank, 2, rank), torch.full((2,), rank)
-    received = runtime.broadcast(mine)
+    received, of_last = runtime.broadcast(mine), runtime.broadcast(torch.tensor(rank), 1)
     results = {
         "gather_objects": runtime.gather_objects({"rank": rank}),
         "broadcast_object": runtime.broadcast_object({"rank": rank}),
         "broadcast": received.tolist(),
         "in place": received is mine,
+        "from rank 1": of_last.item(),
         "sum": runtime.all_reduce(torch.tensor(rank + 1)).item(),
         "max": runtime.all_reduce(torch.tensor(rank + 1), "max").item(),
         "any": [runtime.any(rank == 1), runtime.any(False)],
@@ -114,10 +118,54 @@ def test_every_rank_receives_what_is_exchanged(tmp_path):
         "broadcast_object": {"rank": 0},
         "broadcast": [0, 0],
         "in place": True,
+        "from rank 1": 1,
         "sum": 3,
         "max": 2,
         "any": [True, False],
     }
+
+
+def resident_of_rank(rank: int, world_size: int, folder: str) -> list:
+    """What a process of several has, and how many images it decoded itself; or an error's text."""
+    settings = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", **settings, timeout=timedelta(seconds=60))
+    loader.DECODE_BATCH_SIZE, runtime, results = 4, Runtime(CPU, rank, world_size, rank), []
+    dataset, decoded = build_dataset(custom(Path(folder) / "images", image_size=8)), []
+    decode = storage.decode_image
+    storage.decode_image = lambda *given: decoded.append(given) or decode(*given)
+    for broken in (None, 21, 9):
+        runtime.broadcast_object(None)  # all have read what is about to be damaged
+        if broken and rank == 0:
+            dataset.listing.path(broken).write_text("no image")
+        runtime.broadcast_object(None)
+        decoded.clear()
+        try:
+            images = loader.make_resident(dataset, runtime).images.tolist()
+            results.append((images, len(decoded)))
+        except DataError as error:
+            results.append(str(error))
+    dist.destroy_process_group()
+    return results
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_decode_resident_images_together(tmp_path, world_size):
+    """Each image once, in chunks of 4; all end with the line on the first broken one in order."""
+    for number in range(22):
+        write_image(tmp_path / "images" / "a" / f"{number:02d}.png", seed=number)
+    expected = loader.make_resident(
+        build_dataset(custom(tmp_path / "images", image_size=8)), Runtime(CPU)
+    )
+    ranks = [(rank, world_size, str(tmp_path)) for rank in range(world_size)]
+    with multiprocessing.get_context("fork").Pool(world_size) as pool:
+        results = pool.starmap_async(resident_of_rank, ranks, chunksize=1).get(timeout=120)
+    whole, late, early = zip(*results, strict=True)
+    assert all(images == expected.images.tolist() for images, _ in whole)
+    assert [count for _, count in whole] == {2: [12, 10], 3: [8, 8, 6]}[world_size]
+    for texts, name in ((late, "21.png"), (early, "09.png")):
+        assert len(set(texts)) == 1
+        assert f"a/{name}: not a readable" in texts[0]
 
 
 def test_a_single_process_exchanges_with_itself():

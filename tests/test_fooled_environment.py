@@ -623,7 +623,14 @@ def test_processes_of_one_run_read_one_config(tmp_path):
         def broadcast_object(self, value):
             return value | {"seed": 1} if isinstance(value, dict) else value
 
+    class OfAnotherDisk(Runtime):
+        """Its rank 0 has read other images."""
+
+        def broadcast_object(self, value):
+            return "other" if isinstance(value, str) else value
+
+    config = Config(save_dir=str(tmp_path), experiment_name="r", dataset="digits")
     with pytest.raises(UserError, match="different configs"):
-        prepare(
-            Config(save_dir=str(tmp_path), experiment_name="r"), SecondRank(torch.device("cpu"))
-        )
+        prepare(config, SecondRank(torch.device("cpu")))
+    with pytest.raises(UserError, match="different images; data_root"):
+        prepare(config, OfAnotherDisk(torch.device("cpu")))

@@ -22,10 +22,12 @@ from datasets.loader import batches, make_resident
 from tests.hostile_files import BAD, GOOD, KINDS, write_kind
 from tests.image_files import assert_data_error, custom, write_image
 from utils.checkpoint import load_checkpoint
+from utils.distributed import Runtime
 from utils.errors import EXIT_OK
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+ALONE = Runtime(CPU)
 # pytest undoes the filters of datasets/decoding.py.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
@@ -145,7 +147,7 @@ def test_all_kinds_in_thousands_of_files(tmp_path, caplog):
     assert len(dataset) == count
     assert len(set(dataset.names)) == count - len(BAD)
     assert not any(kind + " " in name for kind in BAD for name in dataset.names)
-    assert make_resident(dataset, CPU).images.shape == (count, 3, 8, 8)
+    assert make_resident(dataset, ALONE).images.shape == (count, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_the_fingerprint_follows_the_images_used(folder):
 def test_workers_and_resuming_change_nothing(folder, resident, num_workers, start_step):
     def take(count: int, *, resident: bool | None, **options: object) -> list[torch.Tensor]:
         stream = batches(
-            make_resident(skipping(folder), CPU, resident=resident),
+            make_resident(skipping(folder), ALONE, resident=resident),
             batch_size=3,
             seed=1,
             device=CPU,

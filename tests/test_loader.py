@@ -25,6 +25,7 @@ from utils.errors import DataError
 from utils.images import to_float
 
 CPU = torch.device("cpu")
+ALONE = Runtime(CPU)
 NUM_IMAGES = 22
 
 
@@ -55,7 +56,7 @@ def first(dataset, count: int, **options: Any) -> list[Batch]:
     options = {**defaults, **options}
     options.setdefault("rows", range(options["batch_size"]))
     resident, num_workers = options.pop("resident", None), options["num_workers"]
-    source = make_resident(dataset, CPU, resident=resident, num_workers=num_workers)
+    source = make_resident(dataset, ALONE, resident=resident, num_workers=num_workers)
     return list(islice(batches(source, **options), count))
 
 
@@ -160,13 +161,13 @@ def test_global_generators_do_not_matter(dataset):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_make_resident_decodes_once(dataset, num_workers):
-    resident = make_resident(dataset, CPU, num_workers=num_workers)
+    resident = make_resident(dataset, ALONE, num_workers=num_workers)
     assert isinstance(resident, InMemoryDataset)
     assert resident.fingerprint == dataset.fingerprint
     assert resident.spec == dataset.spec
     assert resident.class_names == dataset.class_names
     assert all(torch.equal(resident[i][0], dataset[i][0]) for i in range(len(dataset)))
-    again = make_resident(resident, CPU)
+    again = make_resident(resident, ALONE)
     assert again.images.data_ptr() == resident.images.data_ptr()
     assert_same(first(resident, 5), first(dataset, 5))
 
@@ -174,17 +175,17 @@ def test_make_resident_decodes_once(dataset, num_workers):
 def test_only_what_fits_becomes_resident(dataset, monkeypatch):
     size = NUM_IMAGES * 3 * 6 * 5
     monkeypatch.setattr("datasets.loader.RESIDENT_LIMIT", size)
-    assert make_resident(dataset, CPU) is not dataset
+    assert make_resident(dataset, ALONE) is not dataset
     monkeypatch.setattr("datasets.loader.RESIDENT_LIMIT", size - 1)
-    assert make_resident(dataset, CPU) is dataset
-    assert make_resident(dataset, CPU, resident=True) is not dataset
-    assert make_resident(dataset, CPU, resident=False) is dataset
+    assert make_resident(dataset, ALONE) is dataset
+    assert make_resident(dataset, ALONE, resident=True) is not dataset
+    assert make_resident(dataset, ALONE, resident=False) is dataset
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_image_batches_keep_the_order(dataset, num_workers):
     indices = [5, 1, 1, 20, 7]
-    for source in (dataset, make_resident(dataset, CPU)):
+    for source in (dataset, make_resident(dataset, ALONE)):
         parts = list(image_batches(source, indices, 2, num_workers=num_workers))
         assert [len(images) for images, _ in parts] == [2, 2, 1]
         images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -217,7 +218,7 @@ def test_resident_images_are_read_before_training(tmp_path):
     dataset = build_dataset(Config(dataset="custom", data_root=str(tmp_path), use_subdirs=False))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"0\.png"):
-        make_resident(dataset, CPU)
+        make_resident(dataset, ALONE)
 
 
 def test_workers_outlive_the_signals_that_stop_a_run_and_end_with_the_iterator(dataset):

@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,13 @@ def archive_of(folder: Path, kind: str) -> Path:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in reversed(names):
                 archive.write(folder / name, name)
+    elif kind == "parquet":
+        for split in ("train", "test"):
+            rows = rows_of(folder / split)
+            parts = [rows[:5], rows[5:]] if split == "train" else [rows]
+            for number, part in enumerate(parts):
+                name = f"{split}-{number:05d}-of-{len(parts):05d}.parquet"
+                parquet_of(path / name, part, row_group_size=3)
     elif kind == "tar":
         with tarfile.open(path, "w") as archive:
             archive.add(folder, ".")
@@ -59,6 +68,40 @@ def archive_of(folder: Path, kind: str) -> Path:
                 for name in names[part::3]:
                     archive.add(folder / name, name)
     return path
+
+
+CLASSES = {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}
+
+
+def parquet_of(
+    path: Path, rows: list[dict], features: Any = CLASSES, kinds: tuple = (), **settings: Any
+) -> Path:
+    """A file as `datasets` of Hugging Face writes it; each `path` is the name alone."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    about = {"huggingface": json.dumps({"info": {"features": features}})} if features else {}
+    fields = {"image": image, "caption": pa.string(), "label": pa.int64()} | dict(kinds)
+    schema = pa.schema([item for item in fields.items() if item[0] in rows[0]], about)
+    write_table(pa.Table.from_pylist(rows, schema), path, **settings)
+    return path
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The images of class folders, the last class first."""
+    return [
+        {
+            "image": {"bytes": path.read_bytes(), "path": path.name},
+            "caption": path.name,
+            "label": label,
+        }
+        for label, name in ((1, "b"), (0, "a"))
+        if (folder / name).is_dir()
+        for path in sorted((folder / name).iterdir())
+        if path.suffix != ".gif"
+    ]
 
 
 def images_of(dataset) -> torch.Tensor:
@@ -82,7 +125,7 @@ def test_an_archive_is_the_folder(folder, kind):
     assert some.names == build_dataset(custom(folder, classes=(1,))).names
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deflated zip"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "shards", "parquet"])
 def test_batches_are_those_of_the_folder_from_any_step(folder, kind):
     settings = dict(batch_size=5, seed=3, rows=slice(0, 5), device=torch.device("cpu"))
     roots, first = (folder, archive_of(folder, kind)), []
@@ -303,8 +346,103 @@ def test_files_stay_open_while_they_are_read(folder, monkeypatch):
     assert torch.equal(images_of(dataset), expected)
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz"])
+@pytest.mark.parametrize("name", ["x.arrow", "x.tar.gz"])
 def test_other_archives_are_one_line(tmp_path, name):
-    (tmp_path / name).write_bytes(b"PAR1")
+    (tmp_path / name).write_bytes(b"ARROW1")
     build = lambda: build_dataset(custom(tmp_path / name))  # noqa: E731
-    assert_data_error(build, name, "is a file, not a folder", "a .zip or .tar of it")
+    assert_data_error(build, name, "is a file, not a folder", "a .zip, .tar or .parquet of them")
+
+
+def test_parquet_shards_have_the_splits_and_classes_of_their_names(folder):
+    path = archive_of(folder, "parquet")
+    for split in ("train", "test"):
+        of_folder, of_parquet = (
+            build_dataset(custom(root, image_size=8), split) for root in (folder, path)
+        )
+        assert torch.equal(images_of(of_parquet), images_of(of_folder))
+        assert torch.equal(of_parquet.labels, of_folder.labels)
+        assert of_parquet.class_names == of_folder.class_names == ("a", "b")
+    assert build_dataset(custom(path)).spec == build_dataset(custom(folder)).spec
+    packed_again = folder.parent / "again.zip"
+    assert exit_code_of(lambda: pack.main([str(path), str(packed_again)])) == 0
+    again = build_dataset(custom(packed_again, image_size=8))
+    assert torch.equal(images_of(again), images_of(build_dataset(custom(folder, image_size=8))))
+    with zipfile.ZipFile(packed_again) as archive:
+        assert json.loads(archive.read("class_names.json")) == ["a", "b"]
+
+
+def test_a_parquet_whose_paths_are_no_names_has_those_of_its_rows(folder):
+    """Classes keep the order of the labels, whatever they are called, and rows theirs."""
+    rows, names = rows_of(folder / "train")[:4], {"label": {"names": ["z: /", "y"]}}
+    contents = [row["image"]["bytes"] for row in rows]
+    for number, spoil in enumerate((None, "", "a/1.png", ".1.png", "1.txt", "c:\\1.png")):
+        for row in rows:
+            row["image"]["path"] = spoil
+        rows[1]["label"] = 0
+        dataset = build_dataset(
+            custom(parquet_of(folder.parent / f"{number}.parquet", rows, names), image_size=8)
+        )
+        assert dataset.names == [
+            f"{place}/{number}-{row:07d}.png"
+            for place, row in (("00000", 1), ("00000", 2), ("00000", 3), ("00001", 0))
+        ]
+        assert dataset.class_names == ("z: /", "y")
+        files = [dataset.listing.path(i).open().read() for i in range(4)]
+        assert files == [contents[i] for i in (1, 2, 3, 0)]
+    unlabelled = [{"image": row["image"]} for row in rows]
+    path = parquet_of(folder.parent / "plain.parquet", unlabelled, None)
+    settings = dict(use_subdirs=False, conditional=False, image_size=8)
+    assert len(build_dataset(custom(path, **settings))) == 4
+    numbered = build_dataset(custom(parquet_of(path, rows, None), image_size=8))
+    assert numbered.class_names == ("0", "1")
+    assert_data_error(lambda: build_dataset(custom(path, **settings)), path, "use_subdirs=True")
+
+
+HOSTILE_PARQUET = {
+    "no bytes": (dict(image={"bytes": None, "path": "2.png"}), "null in the place"),
+    "no image": (dict(image=None), "null in the place"),
+    "text as images": (dict(image="2.png"), "needs one column {bytes, path}"),
+    "no label": (dict(label=None), "label None is none of 0 to 1"),
+    "below": (dict(label=-1), "label -1 is none of 0 to 1"),
+    "above": (dict(label=2), "label 2 is none of 0 to 1"),
+    "text as labels": (dict(label="b"), "label of integers"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_PARQUET)
+def test_hostile_rows_are_one_line(folder, case):
+    import pyarrow as pa
+
+    values, part = HOSTILE_PARQUET[case]
+    text = {key: pa.string() for key, value in values.items() if isinstance(value, str)}
+    rows = [row | {key: "" for key in text} for row in rows_of(folder / "train")]
+    rows[0] |= values
+    path = parquet_of(folder.parent / "x.parquet", rows, kinds=tuple(text.items()))
+    dataset = lambda: build_dataset(custom(path, image_size=8))  # noqa: E731
+    assert_data_error(lambda: images_of(dataset()), path, part)
+
+
+def test_a_class_of_a_parquet_without_images_is_one_line(folder):
+    rows = [row for row in rows_of(folder / "train") if row["label"] == 1]
+    path = parquet_of(folder.parent / "x.parquet", rows)
+    assert_data_error(lambda: build_dataset(custom(path)), path, "00000: a class folder with no")
+
+
+def test_damaged_parquet_is_one_line(folder, monkeypatch):
+    path = parquet_of(folder.parent / "x.parquet", rows_of(folder / "train"))
+    dataset = build_dataset(custom(path, image_size=8))
+    content = path.read_bytes()
+    packed._row_group.cache_clear()
+    os.utime(path, (0, 0))
+    assert_data_error(lambda: dataset[0], path, "has changed")
+    path.write_bytes(content[: len(content) // 2])
+    assert_data_error(lambda: build_dataset(custom(path)), path, "cannot be read", "again")
+    (folder.parent / "both").mkdir()
+    for number, classes in enumerate((["a", "b"], ["b", "a"])):
+        features = {"label": {"names": classes}}
+        shard = folder.parent / "both" / f"{number}.parquet"
+        parquet_of(shard, rows_of(folder / "train"), features)
+    assert_data_error(lambda: build_dataset(custom(shard.parent)), "1.parquet", "is called b")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    path.write_bytes(content)
+    assert_data_error(lambda: build_dataset(custom(path)), path, "pip install pyarrow")

@@ -36,7 +36,8 @@ def the_device_has_what_a_gpu_has(monkeypatch):
     adam = sys.modules["torch.optim.adam"]  # `torch.optim` deletes its name
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("training.objective.torch_generator", lambda *_, **__: Generator())
+    for module in ("training.objective", "utils.rng"):
+        monkeypatch.setattr(f"{module}.torch_generator", lambda *_, **__: Generator())
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
         held_out = datasets.build_dataset(config, "test") if config.val_interval else None
+    if runtime.any(runtime.broadcast_object(dataset.fingerprint) != dataset.fingerprint):
+        raise UserError("the processes have different images; data_root needs the same everywhere")
     if resume is not None:
         check_data(resume, dataset)
     schedule = plan_steps(config, len(dataset), resume)
@@ -88,7 +90,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
         add_adapters(model, config.lora_rank, config.lora_alpha)
     check_backend(resume, models.backend_of(model), runtime)
     process, workers = diffusion.build_process(config), config.num_workers
-    images = make_resident(dataset, runtime.device, resident=config.resident, num_workers=workers)
+    images = make_resident(dataset, runtime, resident=config.resident, num_workers=workers)
     examples = partial(training_examples, config, process, images, runtime)
     made = dict(schedule=schedule, model=model, process=process, examples=examples)
     start = dict(precision=precision, resume=resume, seen=seen, held_out=held_out)

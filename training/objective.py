@@ -15,7 +15,7 @@ from diffusion import DENSITIES, Process
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.labels import NULL_LABEL
-from utils.rng import Stream, torch_generator
+from utils.rng import Stream, batch_noise, torch_generator
 
 QUARTILES = tuple(f"train/loss_q{k}" for k in (1, 2, 3, 4))  # as their mean losses are logged
 
@@ -44,8 +44,9 @@ def training_examples(
 ) -> Iterator[Example]:
     """Yield this rank's training examples, one a step, from `start_step` on, without end.
 
-    Timesteps, noise and dropped labels are drawn for the whole global batch and cut to this rank's
-    rows, so that training does not depend on the number of processes.
+    Timesteps and dropped labels, a number a row, are drawn for the whole global batch and cut to
+    this rank's rows, noise in blocks of rows, see `batch_noise`. So training does not depend on the
+    number of processes.
     """
     batch_size, device, share = config.batch_size, runtime.device, runtime.share(config.batch_size)
     rows = slice(share.start, share.stop)
@@ -63,11 +64,10 @@ def training_examples(
     draw_timesteps = partial(DENSITIES[config.timestep_sampling], process, config)
     for step, (x_0, labels) in enumerate(images, start_step):
         t = draw_timesteps(batch_size, generator(Stream.TIMESTEP, step))
-        draws = generator(Stream.NOISE, step)
-        noise = torch.randn(batch_size, *x_0.shape[1:], generator=draws, device=device)
+        noise = batch_noise(x_0, share, batch_size=batch_size, seed=config.seed, step=step)
         y = labels if config.conditional else None
         if config.label_dropout > 0:
             draws = generator(Stream.LABEL_DROPOUT, step)
             chance = torch.rand(batch_size, generator=draws, device=device)
             y = labels.masked_fill(chance[rows] < config.label_dropout, NULL_LABEL)
-        yield Example(x_0, y, t[rows], noise[rows])
+        yield Example(x_0, y, t[rows], noise)

@@ -87,7 +87,7 @@ class Config(BaseModel):
     dataset: Name = key("digits", resume="warn", also="data")
     """name of a data set, or `custom`: a folder"""
     data_root: PathText = key("./data", also="data_dir data_path")
-    """folder that holds the data; of `custom` also a .zip or .tar"""
+    """folder that holds the data; of `custom` also a .zip, .tar or .parquet"""
     image_size: ImageSize | None = key(None, resume="warn", also="img_size resolution")
     """side, or (height, width), in pixels; default: the data set's own"""
     image_channels: Channels | None = key(None, also="channels")

@@ -78,10 +78,10 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Overwrite `tensor` in place with rank 0's values, and return it."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite `tensor` in place with the values of rank `source`, and return it."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=source)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:

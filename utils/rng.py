@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOISE_BLOCK = 128  # rows of a batch: one of no more, as by default, keeps the noise of older runs
+
 
 class Stream(IntEnum):
     """One number per purpose. Values are part of the reproducibility contract: append only."""
@@ -20,7 +22,7 @@ class Stream(IntEnum):
     PERMUTATION = 0  # index: epoch
     FLIP = 1  # index: step
     TIMESTEP = 2  # index: step
-    NOISE = 3  # index: step
+    NOISE = 3  # index: step; of rows from the 128th on, block of rows
     LABEL_DROPOUT = 4  # index: step
     MODEL_DROPOUT = 5  # index: step, micro-batch of the global batch
     SAMPLE = 6  # index: none; the seed is the sample's own
@@ -78,6 +80,23 @@ def fixed_subset(num_items: int, limit: int | None, *index: int) -> np.ndarray:
 def seed_everything(seed: int) -> None:
     """Seed the global torch generators (weight initialisation and dropout draw from them)."""
     torch.manual_seed(derive_seed(seed, Stream.MODEL_INIT))
+
+
+def batch_noise(like: Tensor, rows: range, *, batch_size: int, seed: int, step: int) -> Tensor:
+    """The noise of `rows` of a step's global batch: standard normals as `like`, (len(rows), ...).
+
+    Each `NOISE_BLOCK` rows of the batch, the last maybe fewer, have a generator of their own, which
+    draws where some of `rows` are among them. So the noise is that of any number of processes.
+    """
+    noise, device = like.new_empty(like.shape), like.device
+    for first in range(rows.start - rows.start % NOISE_BLOCK, rows.stop, NOISE_BLOCK):
+        index = (first // NOISE_BLOCK,) if first else ()  # of the first, the step alone is the key
+        draws = torch_generator(seed, Stream.NOISE, step, *index, device=device)
+        size = (min(NOISE_BLOCK, batch_size - first), *like.shape[1:])
+        block = torch.randn(size, generator=draws, device=device)
+        start, stop = max(first, rows.start), min(first + NOISE_BLOCK, rows.stop)
+        noise[start - rows.start : stop - rows.start] = block[start - first : stop - first]
+    return noise
 
 
 def sample_noise(seeds: list[int], device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
