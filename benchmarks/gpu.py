@@ -330,14 +330,14 @@ def images_per_second(
 # --- the tables
 
 
-def fill(page: Path, results: Path) -> None:
-    """Put what the results say between the two comments of the page."""
+def fill(page: Path, rows: Sequence[Row]) -> None:
+    """Put what the results say between the two comments of the page; without any, that."""
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"error: {page} has no lines {BEGIN} and {END}")
-    content = "\n\n".join(paragraphs(read_lines(results)))
+    content = "\n\n".join(paragraphs(rows))
     page.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{after}", encoding="utf-8")
 
 
@@ -374,7 +374,9 @@ def speed_table(lines: Sequence[Row]) -> Iterator[str]:
     columns = "training, images/s", "share of the peak", "guided steps, images/s", "warm-up, s"
     done = [line for line in lines if "skipped" not in line]
     yield table(["network", "compiled", "GFLOP", *columns], done)
-    yield from (f"{x['network']}, {x['compiled']}: {x['skipped']}" for x in lines if x not in done)
+    skipped = [f"{x['network']}, {x['compiled']} ({x['skipped']})" for x in lines if x not in done]
+    if skipped:
+        yield f"Left out: {'; '.join(skipped)}."
 
 
 def peers_table(lines: Sequence[Row]) -> Iterator[str]:
@@ -428,12 +430,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", type=shlex.split, default=[], help="other images: 'dataset=custom data_root=DIR'")
     add("--device", default="cuda", choices=["cpu", "cuda"])
     add("--tiny", action="store_true", help="tiny networks: to try out the command itself")
-    add("--fill", nargs="+", type=Path, metavar=("PAGE", "RESULTS"), help="fill in the tables")
+    add("--fill", nargs="+", type=Path, metavar=("PAGE", "RESULTS"), help="fill in tables")
     add("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.results = args.results.resolve()
     if args.fill:
-        fill(args.fill[0], args.fill[1] if len(args.fill) > 1 else args.results)
+        if missing := [path for path in args.fill if not path.is_file()]:
+            raise SystemExit(f"error: --fill: there is no file {missing[0]}")
+        fill(args.fill[0], [row for path in args.fill[1:] for row in read_lines(path)])
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device; --device cpu --tiny tries out the command itself")

@@ -83,8 +83,8 @@ def compile_model(model: nn.Module, how: str | None) -> None:
     """Compile a model in place by torch.compile: `model` the whole, `blocks` each of its blocks,
     `graphs` these too, each of them a CUDA graph.
 
-    A replayed graph writes where it wrote before, so what one pass leaves behind is lost at the
-    next one. That holds for what blocks return alone, as no output of a backbone is a block's.
+    A replayed graph writes where it wrote before, so what blocks returned in one pass is lost at
+    the next one; the model's own output is not.
     """
     if how is not None and hasattr(functorch, "backward_pass_autocast"):
         # As without compile: the backward of what is kept out of autocast stays out of it too.
@@ -95,6 +95,7 @@ def compile_model(model: nn.Module, how: str | None) -> None:
         is_graphed = how == "graphs"
         if is_graphed and _begin_pass not in model._forward_pre_hooks.values():  # as in a copy
             model.register_forward_pre_hook(_begin_pass)
+            model.register_forward_hook(lambda *given: given[2].clone())  # it may be a block's
         mode = "reduce-overhead" if is_graphed else None
         # blocks of one class share a limit of recompilations, and a UNet's differ in shape, also
         # between training, guided sampling and its last batch

@@ -96,6 +96,23 @@ def test_sampling_needs_nothing_that_a_later_pass_overwrites(pool, name: str, me
     assert pool.passes == 2 * forwards  # two batches; guidance is one pass of both halves
 
 
+def test_a_model_may_return_what_its_last_block_does(pool):
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](x))
+
+    model, x = Chain(), torch.randn(2, 4)
+    expected = model(x)
+    compile_model(model, "graphs")
+    first = model(x)
+    model(-x)
+    assert torch.equal(first, expected)
+
+
 def losses(trainer: Any, num_steps: int) -> list[float]:
     trainer.learner.network.train()
     examples, values, honest = trainer.job.examples(0), [], trainer.job.process.loss

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion import build_process
 from generation.run import Run
 from generation.sampling import generate, sampling_from
-from models import BACKBONES, build_model
+from models import build_model
 from tests.test_counts import SPEC, make_trainer
 from tests.test_models import DROPOUT, SMALL
 from utils.config import Config
@@ -77,8 +77,7 @@ def test_images_are_those_of_the_cpu(tiny, script, tmp_path):
     assert abs(pictures[0] - pictures[1]).mean() < 1  # grey levels of 256; TF32 may move a few
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("beside", [None, "blocks"])
+@pytest.mark.parametrize(("name", "beside"), [("unet", "blocks"), ("dit", None), ("dim", None)])
 def test_graphs_train_and_sample_as_without(name, beside, tmp_path):
     """Steps 1 and 2 warm up and record, the others replay. Beside `blocks` with dropout: a replay
     draws the masks of its own step."""

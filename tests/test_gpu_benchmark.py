@@ -70,16 +70,21 @@ def test_parts_are_chosen_and_share_the_time(run_parts):
 def filled(folder: Path, rows: list[dict] | None) -> str:
     page, results = folder / "page.md", folder / "gpu.jsonl"
     shutil.copy(PAGE, page)
+    paths = [str(page)]
     if rows is not None:
         results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths.append(str(results))
     for _ in range(2):  # filled once more it stays the same
-        assert gpu.main(["--fill", str(page), str(results)]) == 0
+        assert gpu.main(["--fill", *paths]) == 0
     return page.read_text(encoding="utf-8")
 
 
 def test_without_results_the_page_says_so_in_a_sentence(tmp_path):
     text = filled(tmp_path, None)
     assert f"{gpu.BEGIN}\n\n{gpu.NOT_RUN}\n\n{gpu.END}" in text
+    with pytest.raises(SystemExit, match=r"no file .*typo\.jsonl"):
+        gpu.main(["--fill", str(tmp_path / "page.md"), str(tmp_path / "typo.jsonl")])
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
 
 
 def test_the_page_shows_the_newest_results_and_what_is_missing(tmp_path):
@@ -105,7 +110,7 @@ def test_the_page_shows_the_newest_results_and_what_is_missing(tmp_path):
     assert shipped.endswith(end + after)
     assert "| UNet | graphs | - | 6543 |" in content
     assert "| 1 |" not in content  # of the older run
-    assert "DiM, eager: no kernel" in content
+    assert "Left out: DiM, eager (no kernel)." in content
     assert "**speed** (NVIDIA X, torch 2.14.1, commit abc); ended early: its time was up" in content
     assert "4 passed, 1 skipped, 1 failed: `tests/a.py::b`" in content
     assert "1.10 (1.00 to 1.20)" in content
