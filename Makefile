@@ -36,23 +36,23 @@ lint: .venv/.installed
 faults: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --json checkpoints/faults.json $(FAULTS)
 
-# What only an NVIDIA GPU can show: its tests, speed beside other packages, and a CIFAR-10 run of
-# 10 million images with its evaluation. DATA="dataset=custom data_root=FOLDER" trains on own images.
-GPU_RUN := checkpoints/gpu_cifar10
-gpu: .venv/.installed
-	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("error: no CUDA device")'
+# What only an NVIDIA GPU can show, in GPU_MINUTES; docs/performance.md says more. PARTS chooses some
+# of it, DATA="dataset=custom data_root=FOLDER" trains on own images. GPU_PYTHON=python3 takes that
+# Python as it is, without .venv; wheels of what it lacks may lie in the folder GPU_WHEELS.
+GPU_PYTHON := $(BIN)/python
+GPU_MINUTES ?= 14
+PARTS ?= tests speed peers cifar10
+GPU_RESULTS ?= checkpoints/gpu.jsonl
+.venv/.gpu: .venv/.installed benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt -c constraints.txt
-	$(BIN)/python -m pytest -m gpu
-	mkdir -p checkpoints
-	$(BIN)/python -m benchmarks.peers --device cuda --dtype bf16 --batch_size 128 --gflops 12 \
-	  --channels_last --compile blocks --json checkpoints/gpu_peers.jsonl
-	$(BIN)/python -m benchmarks.effects --device cuda --batch_size 128 \
-	  --json checkpoints/gpu_effects.jsonl
-	$(BIN)/python train.py --config configs/cifar10_unet.py experiment_name=gpu_cifar10 \
-	  epochs=200 channels_last=true compile=blocks resume_path=auto $(DATA)
-	$(BIN)/python sample.py --checkpoint $(GPU_RUN) --captions --output_dir $(GPU_RUN)/pictures
-	$(BIN)/python evaluate.py --checkpoint $(GPU_RUN) --num_samples 10000 --compile blocks
-	$(BIN)/python runs.py report $(GPU_RUN)
+	touch $@
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.gpu)
+	set -e; packages=$$(mktemp -d); trap 'rm -rf "$$packages"' EXIT; \
+	$(if $(GPU_WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
+	  --target "$$packages" $(GPU_WHEELS)/*.whl;) \
+	GPU_PACKAGES="$$packages" PYTHONPATH="$$packages" $(GPU_PYTHON) -m benchmarks.gpu \
+	  --minutes $(GPU_MINUTES) --parts $(PARTS) --results $(GPU_RESULTS) \
+	  $(if $(DATA),--data "$(DATA)") $(GPU_OPTIONS)
 
 # The environment and caches; never checkpoints.
 clean:

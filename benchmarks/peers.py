@@ -32,7 +32,7 @@ from benchmarks.networks import CANDIDATES, OUR_DIT, REFERENCES, choose_width, s
 from benchmarks.tasks import (
     COMPILED,
     LOOP_STEPS,
-    ROOF_SIDE,
+    ROOF_SIDES,
     Network,
     Setting,
     bare_passes,
@@ -62,6 +62,7 @@ from benchmarks.timing import (
     run_rounds,
     set_up,
 )
+from utils.cli import COMPILE_MODES
 from utils.distributed import keep_freed_memory
 from utils.precision import autocast
 
@@ -75,12 +76,16 @@ MIB = 2**20
 
 def make_networks(families: list[str], gflops: float) -> list[Network]:
     """The candidates of some families at the width nearest to `gflops`."""
-    dit = next(candidate for candidate in CANDIDATES if candidate.name == OUR_DIT)
-    return [
-        make_network(candidate, choose_width(candidate if candidate.widths else dit, 1e9 * gflops))
-        for candidate in CANDIDATES
-        if candidate.family in families
-    ]
+    dit, networks = next(c for c in CANDIDATES if c.name == OUR_DIT), []
+    for candidate in CANDIDATES:
+        if candidate.family not in families:
+            continue
+        sized = candidate if candidate.widths else dit
+        try:
+            networks.append(make_network(candidate, choose_width(sized, 1e9 * gflops)))
+        except ModuleNotFoundError as error:
+            print(f"{candidate.name}: left out, {error}", flush=True)
+    return networks
 
 
 # --- networks
@@ -106,7 +111,7 @@ def network_rows(
 ) -> Iterator[dict[str, Any]]:
     gflops = {network.name: network.gflops for network in networks}
     is_compiled = any(name.endswith(COMPILED) for name in gflops)
-    roof = 2e-9 * ROOF_SIDE**3 / median(times[ROOF])  # GFLOP/s
+    roof = 2e-9 * ROOF_SIDES[setting.device.type] ** 3 / median(times[ROOF])  # GFLOP/s
     for network in networks:
         ours = REFERENCES[network.family]
         row = {
@@ -226,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--gflops", type=float, default=0.8, help="of one image's forward pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--compile", choices=["model", "blocks"], help="each compiled, too")
+    parser.add_argument("--compile", choices=COMPILE_MODES, help="each compiled, too")
     parser.add_argument("--channels_last", action="store_true")
     return parser
 

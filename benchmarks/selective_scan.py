@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import set_up
 from models.selective_scan import chunked_scan, selective_scan
 
 HEAD_CHANNELS = 64
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory_of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    set_up(args)
     if args.memory_of:
         print(peak_growth(args.memory_of, args))
         return

@@ -46,7 +46,7 @@ LOOP_STEPS = 5  # optimizer steps of one turn
 SAMPLER_STEPS = 10
 CFG_SCALE = 2.0
 COMPILED = ", compiled"
-ROOF_SIDE = 1024  # of the matrices whose product is the roof
+ROOF_SIDES = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is the roof
 SPEC = ImageSpec(CHANNELS, SIDE, SIDE, NUM_CLASSES)
 
 
@@ -151,7 +151,8 @@ def matrix_product(setting: Setting) -> Task:
     """The roof: what the machine does when it does nothing but multiply."""
     low = setting.device.type == "cuda" and setting.precision == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
-    a, b = torch.randn(2, ROOF_SIDE, ROOF_SIDE, device=setting.device, dtype=dtype)
+    side = ROOF_SIDES[setting.device.type]
+    a, b = torch.randn(2, side, side, device=setting.device, dtype=dtype)
     return lambda: a @ b
 
 

@@ -118,7 +118,7 @@ def load_run(
     model = models.build_model(config, spec, device)
     model.load_state_dict(weights)
     model.eval().requires_grad_(False)
-    models.compile_model(model, compile)
+    models.compile_model(model, models.usable_mode(compile, device))
     names = tuple(state.get("class_names") or ())
     facts = path, state["step"], state["epoch"], ema, names
     return Run(model, diffusion.build_process(config), spec, config, *facts)

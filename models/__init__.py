@@ -6,12 +6,13 @@ import inspect
 import json
 import logging
 import typing
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
+from torch._functorch import config as functorch
 
 from models.dim import DiM
 from models.dit import DiT
@@ -74,21 +75,52 @@ def computing_params(model_type: str) -> tuple[str, ...]:
     return getattr(BACKBONES[model_type], "computing_params", ())
 
 
-def compile_model(model: nn.Module, how: Literal["model", "blocks"] | None) -> None:
-    """Compile a model in place by torch.compile: the whole, or each of its blocks by itself."""
-    if how is not None and hasattr(torch._functorch.config, "backward_pass_autocast"):
+def usable_mode(
+    how: str | None, device: torch.device, obstacles: Mapping[str, bool] = {}
+) -> str | None:
+    """How to compile on `device`, for `compile_model`: as asked for, but by blocks alone where
+    CUDA graphs cannot be, which a line of the log says. `obstacles` are the caller's own: each in
+    words, and whether it is there."""
+    # with those of ROCm training goes wrong in silence (pytorch#187715)
+    is_other = device.type != "cuda" or torch.version.hip is not None
+    present = [words for words, there in ({"no NVIDIA GPU": is_other} | obstacles).items() if there]
+    if how != "graphs" or not present:
+        return how
+    log.warning("compile=graphs: computes as compile=blocks, because of: %s", ", ".join(present))
+    return "blocks"
+
+
+def compile_model(model: nn.Module, how: str | None) -> None:
+    """Compile a model in place by torch.compile: `model` the whole, `blocks` each of its blocks,
+    `graphs` these too, each of them a CUDA graph.
+
+    A replayed graph writes where it wrote before, so what blocks returned in one pass is lost at
+    the next one; the model's own output is not.
+    """
+    if how is not None and hasattr(functorch, "backward_pass_autocast"):
         # As without compile: the backward of what is kept out of autocast stays out of it too.
-        torch._functorch.config.backward_pass_autocast = "off"
+        functorch.backward_pass_autocast = "off"
     if how == "model":
         model.compile()
-    elif how == "blocks":
+    elif how is not None:
+        is_graphed = how == "graphs"
+        if is_graphed and _begin_pass not in model._forward_pre_hooks.values():  # as in a copy
+            model.register_forward_pre_hook(_begin_pass)
+            model.register_forward_hook(lambda *given: given[2].clone())  # it may be a block's
+        mode = "reduce-overhead" if is_graphed else None
         # blocks of one class share a limit of recompilations, and a UNet's differ in shape, also
         # between training, guided sampling and its last batch
         torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for blocks in model.children():
             if isinstance(blocks, nn.ModuleList):
                 for block in blocks:
-                    block.compile(dynamic=False)
+                    block.compile(dynamic=False, mode=mode)
+
+
+def _begin_pass(*_: Any) -> None:
+    """Tell PyTorch that outputs of blocks may be overwritten from now on. By itself it would take
+    each call of a block for a new pass."""
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 def _construct(config: Config, spec: ImageSpec) -> nn.Module:

@@ -106,10 +106,11 @@ def start_script(script: str, *arguments: object, processes: int = 1, cwd: Path)
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    packages = os.environ.get("GPU_PACKAGES", "")  # what a Python without an environment lacks
     return Script(
         [*command, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_counts import make_trainer
+from diffusion import build_process
+from generation.run import Run
+from generation.sampling import generate, sampling_from
+from models import build_model
+from tests.test_counts import SPEC, make_trainer
+from tests.test_models import DROPOUT, SMALL
+from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK
 
@@ -44,10 +50,10 @@ def test_no_step_waits_for_the_device(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("settings", [["compile=blocks"], ["channels_last=true"]])
-def test_bf16_run_goes_on_where_it_stopped(settings, tiny, script, tmp_path):
+@pytest.mark.parametrize("setting", ["compile=blocks", "compile=graphs", "channels_last=true"])
+def test_bf16_run_goes_on_where_it_stopped(setting, tiny, script, tmp_path):
     def train(*more):
-        command = ["--config", tiny, "--device", "cuda", "log_interval=1", *settings, *more]
+        command = ["--config", tiny, "--device", "cuda", "log_interval=1", setting, *more]
         done = script("train.py", *command)
         assert done.returncode == EXIT_OK, done.output
         return done.output
@@ -69,6 +75,37 @@ def test_images_are_those_of_the_cpu(tiny, script, tmp_path):
         assert done.returncode == EXIT_OK, done.output
         pictures.append(np.asarray(Image.open(tmp_path / device / "samples.png"), dtype=int))
     assert abs(pictures[0] - pictures[1]).mean() < 1  # grey levels of 256; TF32 may move a few
+
+
+@pytest.mark.parametrize(("name", "beside"), [("unet", "blocks"), ("dit", None), ("dim", None)])
+def test_graphs_train_and_sample_as_without(name, beside, tmp_path):
+    """Steps 1 and 2 warm up and record, the others replay. Beside `blocks` with dropout: a replay
+    draws the masks of its own step."""
+    params = {**SMALL[name], **(DROPOUT[name][0] if beside else {})}
+    results = []
+    for mode in (beside, "graphs"):
+        folder = tmp_path / str(mode)
+        folder.mkdir()
+        config = Config(conditional=True, model_type=name, model_params=params)
+        torch.manual_seed(0)
+        trainer = make_trainer(folder, Runtime(CUDA), build_model(config, SPEC, CUDA), compile=mode)
+        trainer.learner.network.train()
+        examples, values = trainer.job.examples(0), []
+        for _ in range(6):
+            trainer._train_step(next(examples))
+            trainer.step += 1
+            values.append(trainer._grad_norm.item())
+        model, frames = trainer.learner.model.eval(), {0: [], 2: []}
+        more = dict(sampling_method="dpmpp_2m", num_inference_steps=4, cfg_scale=3.0)
+        config = config.model_copy(update={**more, "precision": "fp32"})
+        run, kept = Run(model, build_process(config), SPEC, config), dict(batch_size=4)
+        kept |= dict(sampling=sampling_from(config), runtime=Runtime(CUDA), frames=frames)
+        images = list(generate(run, range(10), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], **kept))
+        images += [image for step in frames.values() for image in step]
+        results.append((values, torch.cat(images).int()))
+    (norms, images), (graph_norms, graph_images) = results
+    np.testing.assert_allclose(graph_norms, norms, rtol=1e-5 if beside else 1e-2)
+    assert (graph_images - images).abs().float().mean() < 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import compile_model
+from models import compile_model, usable_mode
 from training.ema import EMA
 from training.job import Job
 from training.optim import build_lr_scheduler, build_optimizer
@@ -23,7 +23,16 @@ class Learner:
 
     def __init__(self, job: Job) -> None:
         config, self.precision = job.config, job.precision
-        compile_model(job.model, config.compile)
+        obstacles = {
+            # PyTorch has open faults with graphs under DDP (pytorch#140395)
+            "several processes": job.runtime.world_size > 1,
+            # gradients stay in the graphs' memory, which the next micro-batch overwrites
+            "gradient_accumulation_steps": config.gradient_accumulation_steps > 1,
+            # recomputed blocks free their inputs in another order than was recorded
+            "activation_checkpointing": getattr(job.model, "activation_checkpointing", False),
+        }
+        mode = usable_mode(config.compile, job.runtime.device, obstacles)
+        compile_model(job.model, mode)
         self.model, self.network = wrap_for_training(
             job.model, job.runtime, config.strategy, job.precision
         )
@@ -33,7 +42,7 @@ class Learner:
         self.ema = EMA(self.model, config.ema_decay) if config.use_ema else None
         if self.ema is not None and config.eval_interval:
             # A copy of a compiled model is not compiled; for previews alone it need not be.
-            compile_model(self.ema.model, config.compile)
+            compile_model(self.ema.model, mode)
         is_fp16 = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(job.runtime.device.type, enabled=is_fp16)
 

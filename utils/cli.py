@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from utils.errors import EXIT_USAGE, one_line, printable, shell_line
 from utils.files import expand_home
 
+COMPILE_MODES = ("model", "blocks", "graphs")
 MAX_IMAGES = 10**6  # of one command: the images, or their numbers, must fit into memory
 PLAIN_NUMBER = re.compile(
     r"[-+]?(?=[.]?[0-9])(0|[1-9][0-9]{0,2}(_[0-9]{3})+|[1-9][0-9]*)?([.][0-9]*)?([eE][-+]?[0-9]+)?"
@@ -130,7 +131,7 @@ def add_sampling_options(
         instead = "checkpoint of a weaker model that guides, instead of the model without labels"
         add("--guide", metavar="CHECKPOINT", help=instead)
     add("--seed", type=whole_number, help="image i uses seed + i; default: the config's seed")
-    add("--compile", choices=("model", "blocks"), help="torch.compile it: for many images on a GPU")
+    add("--compile", choices=COMPILE_MODES, help="torch.compile it: for many images on a GPU")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from utils.cli import read_compile, read_sequence
+from utils.cli import COMPILE_MODES, read_compile, read_sequence
 from utils.config_types import (
     BelowOne,
     Beta,
@@ -230,9 +230,9 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", resume="warn", also="amp")
     """auto: bf16 on GPUs that have it, else fp32, whose matrix products and convolutions are TF32
     on NVIDIA GPUs"""
-    compile: Annotated[Literal["model", "blocks"] | None, BeforeValidator(read_compile)] = None
-    """torch.compile the backbone: `model` as one, or each of its `blocks`, which compiles sooner;
-    True means `model`"""
+    compile: Annotated[Literal[COMPILE_MODES] | None, BeforeValidator(read_compile)] = None
+    """torch.compile the backbone: `model` as one, each of its `blocks`, which compiles sooner, or
+    `graphs`: blocks that a GPU replays as CUDA graphs; True means `model`"""
     channels_last: Bool = False
     """lay out images and convolutions as (B, H, W, C) in memory; on a GPU only together with
     compile"""

@@ -42,8 +42,8 @@ def sampling_autocast(
 ) -> Iterator[None]:
     """`autocast` without gradients, for many passes of frozen `models`: what it casts of their
     weights it keeps until the end, as by itself it does only of weights that are trained."""
-    if precision == "fp32":
-        with torch.inference_mode():
+    if precision == "fp32" and device.type != "cuda":
+        with torch.inference_mode():  # where CUDA graphs may not begin (pytorch#135892)
             yield
         return
     frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
