@@ -22,7 +22,7 @@ from utils.errors import CheckpointError, ConfigError, one_line, show
 
 WIDTHS = 0.05, 0.10  # of the averages in snapshots, those of EDM2
 NARROWEST, WIDEST = 0.001, 12**-0.5  # the widest weighs all steps alike
-MAX_DISTANCE = 0.05  # between the profile asked for and the one solved for, as a share of its norm
+MAX_DISTANCE = 0.03  # between the profile asked for and the one solved for, as a share of its norm
 
 log = logging.getLogger("diffusion")
 
