@@ -129,7 +129,7 @@ def test_snapshots_that_are_damaged_or_of_another_run_are_refused(walk, tmp_path
 
 
 def test_resume_is_exact_and_the_usual_average_is_as_without_snapshots(tiny):
-    few = "classes=0"  # 142 images, so that an epoch has 2.2 steps
+    few = "classes=0"  # 143 images: an epoch has 2.2 steps
     assert run(tiny, "plain", few, "max_steps=5") == EXIT_OK
     assert run(tiny, "whole", few, *SETTINGS, "max_steps=5") == EXIT_OK
     for steps in (4, 5):
@@ -158,7 +158,7 @@ def test_only_runs_with_snapshots_and_checkpoints_have_widths(tiny, capsys):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_sample_evaluate_and_export_take_a_width(tiny, capsys):
-    assert run(tiny, "many", *SETTINGS, "epochs=10") == EXIT_OK
+    assert run(tiny, "many", *SETTINGS, "classes=0", "epochs=10") == EXIT_OK
     folder = ["--checkpoint", "checkpoints/many"]
     options = [*folder, "--n", "4", "--ema_width"]
     assert sample.main([*options, "0.08"]) == EXIT_OK
@@ -168,7 +168,7 @@ def test_sample_evaluate_and_export_take_a_width(tiny, capsys):
         assert exit_code_of(lambda arguments=arguments: sample.main(arguments)) != EXIT_OK
         assert "--no_ema takes raw weights" in capsys.readouterr().err
 
-    widths = ("0.05", "0.08", "0.2")
+    widths = ("0.05", "0.08", "0.15")
     images = ["--metrics", "sanity", "--save_images_dir", "drawn"]
     assert evaluate.main([*options, ",".join(widths), *images, "--cfg_scale", "1,2"]) == EXIT_OK
     rows = json.loads(Path("checkpoints/many/eval/report.json").read_text())["sweep"]
@@ -179,16 +179,16 @@ def test_sample_evaluate_and_export_take_a_width(tiny, capsys):
     assert {chart.x_label for chart in charts if chart} == {"ema_width"}
     assert list(legend) == ["1 cfg_scale, 3 steps", "2 cfg_scale, 3 steps"]
     # each set is drawn with its own weights
-    assert evaluate.main([*options, "0.2", *images[:-1], "alone", "--cfg_scale", "2"]) == EXIT_OK
-    drawn = [Path(d, "000003.png").read_bytes() for d in ("drawn/width0.2_cfg2_steps3", "alone")]
+    assert evaluate.main([*options, "0.15", *images[:-1], "alone", "--cfg_scale", "2"]) == EXIT_OK
+    drawn = [Path(d, "000003.png").read_bytes() for d in ("drawn/width0.15_cfg2_steps3", "alone")]
     assert drawn[0] == drawn[1]
     assert drawn[0] != Path("drawn/width0.05_cfg2_steps3/000003.png").read_bytes()
 
     export.main(
-        [*folder, "--format", "safetensors", "--output", "w.safetensors", *options[-1:], "0.2"]
+        [*folder, "--format", "safetensors", "--output", "w.safetensors", *options[-1:], "0.15"]
     )
     exported = load_run("w.safetensors", CPU).model.state_dict()
-    averaged = load_run("checkpoints/many", CPU, ema_width=0.2).model.state_dict()
+    averaged = load_run("checkpoints/many", CPU, ema_width=0.15).model.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in exported.items())
 
 
@@ -197,7 +197,7 @@ def test_sample_evaluate_and_export_take_a_width(tiny, capsys):
 def test_adapters_alone_are_averaged_beside_frozen_weights(tiny):
     pytest.importorskip("peft")
     assert run(tiny, "base", "max_steps=5") == EXIT_OK
-    lora = ("init_from=checkpoints/base", "lora_rank=2")
+    lora = ("classes=0", "init_from=checkpoints/base", "lora_rank=2")
     assert run(tiny, "lora", *SETTINGS, *lora, "epochs=3") == EXIT_OK
     state = state_of("lora")
     names, weights = state["ema_averages"][0.1].keys(), state["model_state_dict"]
@@ -220,15 +220,16 @@ def test_adapters_alone_are_averaged_beside_frozen_weights(tiny):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_keep_the_averages_of_one(tiny, script, strategy):
     """Also where they go on from the file."""
-    options = ["log_interval=50", *SETTINGS]
-    assert run(tiny, "one", *options, "max_steps=50") == EXIT_OK
-    for steps in (30, 50):
+    # the masks of dropout are drawn anew for each process
+    options = [*SETTINGS, "classes=0", "model_params.dropout=0"]
+    assert run(tiny, "one", *options, "max_steps=5") == EXIT_OK
+    for steps in (4, 5):
         plan = [f"max_steps={steps}", f"strategy={strategy}", "resume_path=auto"]
         done = script(
             "train.py", "--config", tiny, "experiment_name=two", *options, *plan, processes=2
         )
         assert done.returncode == EXIT_OK, done.output
-    for name in ("current_model.pth", "ema_step_00000046.pth"):
+    for name in ("current_model.pth", "ema_step_00000005.pth"):
         one, two = (torch.load(f"checkpoints/{run}/{name}") for run in ("one", "two"))
         key = "averages" if name.startswith("ema") else "ema_averages"
         for width in WIDTHS:
