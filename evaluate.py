@@ -31,7 +31,7 @@ from utils.logs import setup_logging
 TIMEOUT_MINUTES = 240.0  # the others wait while the main process downloads, trains, or is slower
 ONLY_CHECKPOINT = (
     "use_ema", "sampling_method", "num_inference_steps", "ddim_eta", "cfg_scale", "seed",
-    "repeats", "preset", "save_images_dir", "label_mode", "guide",
+    "repeats", "preset", "save_images_dir", "label_mode", "guide", "ema_width",
 )  # fmt: skip
 log = logging.getLogger("diffusion")
 
@@ -121,7 +121,8 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     count, processes = images.generated.num_images, runtime.world_size
     log.info("%s on %s, %d process(es)", images.name, device, processes)
     for setting in images.settings:
-        how = setting and f"from seed {setting.seed}: {setting.sampling.describe()}"
+        width = f", EMA width {setting.ema_width}" if setting and setting.ema_width else ""
+        how = setting and f"from seed {setting.seed}{width}: {setting.sampling.describe()}"
         log.info("%d images %s", count, how or "as they are")
     for line in evaluation.plan.lines():
         log.info("%s", line)

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__ or "")
     add_checkpoint_options(parser)
     add = parser.add_argument
+    add("--ema_width", type=float, help="average over this share of the training, from snapshots")
     add("--format", required=True, choices=("safetensors", "diffusers"), help="what to write")
     add("--output", required=True, help="the file or folder to write; it must not exist")
     return parser

@@ -46,15 +46,19 @@ class Setting(NamedTuple):
     sampling: Sampling
     seed: int
     is_repeat: bool = False
+    ema_width: float | None = None  # of the weights; None: those that the model has
 
     def name(self) -> str:
         """The part of a file name that tells this setting from others."""
         scale, steps = self.sampling.cfg_scale, self.sampling.num_inference_steps
-        return f"cfg{scale:.12g}_steps{steps}" + (f"_seed{self.seed}" if self.is_repeat else "")
+        width = "" if self.ema_width is None else f"width{self.ema_width:.12g}_"
+        seed = f"_seed{self.seed}" if self.is_repeat else ""
+        return f"{width}cfg{scale:.12g}_steps{steps}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """How to draw it, for a report, as plain types."""
-        return {
+        width = {} if self.ema_width is None else {"ema_width": self.ema_width}
+        return width | {
             "sampler": self.sampling.method,
             "steps": self.sampling.num_inference_steps,
             "eta": self.sampling.eta,
@@ -105,11 +109,11 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     first_seed = config.seed if args.seed is None else args.seed
     settings = []
     values = (dict.fromkeys(v or [None]) for v in (args.cfg_scale, args.num_inference_steps))
-    for scale, steps in product(*values):
+    for width, scale, steps in product(run.averages or (None,), *values):
         asked = args.sampling_method, steps, args.ddim_eta, scale
         sampling = sampling_from(config, *asked, has_guide=run.guide is not None)
         seeds = (first_seed + i * count for i in range(repeats))  # no image shares another's
-        settings += [Setting(sampling, seed, repeats > 1) for seed in seeds]
+        settings += [Setting(sampling, seed, repeats > 1, width) for seed in seeds]
     facts = {
         "checkpoint": str(run.checkpoint),
         "sha256": file_sha256(run.checkpoint),
@@ -123,6 +127,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         facts |= {"guide": str(file), "guide_sha256": file_sha256(file), "guide_ema": run.guide.ema}
 
     def draw(setting: Setting, indices: range) -> Iterator[Tensor]:
+        if setting.ema_width is not None:
+            run.model.load_state_dict(run.averages[setting.ema_width])
         return generate(
             run,
             range(setting.seed + indices.start, setting.seed + indices.stop),

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import datasets
 import diffusion
 import metrics
 import models
 from diffusion import Process
+from training.ema import states_of_widths
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
+from utils.cli import read_sequence
 from utils.config import (
     Config,
     RawConfig,
@@ -55,6 +57,7 @@ class Run:
     epoch: int = 0
     ema: bool = False
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
+    averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)  # by ema_width
     guide: Run | None = None  # a weaker model of the same images, for autoguidance
 
     @property
@@ -64,6 +67,8 @@ class Run:
 
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"
+        if self.averages:
+            weights += f" of width {', '.join(map(str, self.averages))}"
         guide = "" if self.guide is None else f", guided by {self.guide.describe()}"
         return f"{self.checkpoint} (step {self.step}, {weights}){guide}"
 
@@ -83,6 +88,7 @@ def load_run(
     device: torch.device,
     *,
     use_ema: bool | None = None,
+    ema_width: float | Sequence[float] | None = None,
     config_path: str | None = None,
     overrides: Sequence[str] = (),
     compile: str | None = None,
@@ -93,6 +99,7 @@ def load_run(
 
     Args:
         use_ema: averaged or raw weights; None takes the averaged ones if there are any.
+        ema_width: of the average, see `states_of_widths`; of several, `Run.averages` has them all.
         config_path, overrides: settings laid over those stored in the checkpoint.
         compile: how, see `compile_model`. (The `compile` of the config is for training.)
     """
@@ -112,6 +119,13 @@ def load_run(
     if (native := datasets.native_spec(config)) not in (None, spec):
         belong = "the data set and its size belong to the checkpoint"
         raise ConfigError(f"{path} draws images of {spec}, the config describes {native}; {belong}")
+    averages = {}
+    if ema_width is not None:
+        if use_ema is False:
+            raise ConfigError("--no_ema takes raw weights, --ema_width averages; give one of them")
+        states = states_of_widths(path, state, read_sequence(ema_width))
+        averages = {w: weights_of(path, each, use_ema=True)[0] for w, each in states.items()}
+        state, use_ema = next(iter(states.values())), True
     weights, ema = weights_of(path, state, use_ema=use_ema, prefer_ema=config.use_ema)
     if problem := misfit(weights, models.skeleton(config, spec).state_dict()):
         raise CheckpointError(f"{show(path)}: does not fit the config: {problem}")
@@ -120,7 +134,7 @@ def load_run(
     model.eval().requires_grad_(False)
     models.compile_model(model, models.usable_mode(compile, device))
     names = tuple(state.get("class_names") or ())
-    facts = path, state["step"], state["epoch"], ema, names
+    facts = path, state["step"], state["epoch"], ema, names, averages
     return Run(model, diffusion.build_process(config), spec, config, *facts)
 
 
@@ -128,6 +142,7 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
     """`load_run` of what the command line says, see `cli.add_checkpoint_options`. Keys on it that
     have no effect are warned of."""
     given = dict(use_ema=args.use_ema, config_path=args.config, overrides=args.overrides)
+    given["ema_width"] = getattr(args, "ema_width", None)
     run = load_run(args.checkpoint, device, compile=compile, **given)
     method = getattr(args, "sampling_method", None) or run.config.sampling_method
     sampled = run.config.model_copy(update={"sampling_method": method})

@@ -15,7 +15,7 @@ from typing import Any
 
 from metrics import METRICS
 from metrics.base import Entry, Row
-from reporting.evaluation import render_html
+from reporting.evaluation import SWEPT, render_html
 from reporting.pages import Picture
 from utils.errors import ConfigError, one_line, show
 from utils.files import write_text
@@ -87,7 +87,8 @@ def save_sweep(
     Takes (setting, its own report's path, that report) of each, and the provenance they share.
     """
     rows = [
-        {
+        ({} if setting.ema_width is None else {"ema_width": setting.ema_width})
+        | {
             "cfg_scale": setting.sampling.cfg_scale,
             "num_inference_steps": setting.sampling.num_inference_steps,
             "seed": setting.seed,
@@ -164,12 +165,12 @@ def repeats_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean, deviation and minimum of every metric, for each setting that ran with several seeds."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["cfg_scale"], row["num_inference_steps"]), []).append(row)
+        groups.setdefault(tuple(row.get(key) for key in SWEPT), []).append(row)
     repeats = []
-    for (scale, steps), group in groups.items():
+    for group in groups.values():
         if len(group) == 1:
             continue
-        spreads, setting = {}, {"cfg_scale": scale, "num_inference_steps": steps}
+        spreads, setting = {}, {key: group[0][key] for key in SWEPT if key in group[0]}
         for name in group[0]["metrics"]:
             values = [row["metrics"][name] for row in group]
             if None not in values:

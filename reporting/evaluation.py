@@ -13,6 +13,8 @@ from reporting.pages import Pictures, Table, render_page, to_number, to_text
 
 MAX_BYTES = 2_000_000  # the largest page
 MAX_CLASSES, WORST = 100, 20  # with more classes than that, only the worst are shown
+# What a sweep goes over, and how the name of a line says it
+SWEPT = {"ema_width": "ema_width", "cfg_scale": "cfg_scale", "num_inference_steps": "steps"}
 SCHEMA = json.loads(Path(__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 
 Report = Mapping[str, Any]
@@ -60,13 +62,12 @@ def classes_to_show(confusion: Sequence[Sequence[int]]) -> list[int]:
 def sweep_charts(rows: Sequence[Report]) -> tuple[list[Chart | None], Legend]:
     """A chart for each metric with its legend: a line for each number of steps.
 
-    The lines run over the guidance scale; where one scale alone was tried, it names the line, which
-    runs over the number of steps. Runs that differ in their seeds alone are one point: their mean.
+    The lines run over the first of `SWEPT` of which several were tried; the others name the line.
+    Runs that differ in their seeds alone are one point: their mean.
     """
-    line, axis, unit = "num_inference_steps", "cfg_scale", "steps"
-    if len({row.get(axis) for row in rows}) == 1:
-        line, axis, unit = axis, line, axis
-    labels = [f"{to_text(row[line])} {unit}" if row.get(line) is not None else "" for row in rows]
+    axis = next((k for k in SWEPT if len({row.get(k) for row in rows}) > 1), "num_inference_steps")
+    parts = [[(row.get(k), unit) for k, unit in SWEPT.items() if k != axis] for row in rows]
+    labels = [", ".join(f"{to_text(x)} {unit}" for x, unit in p if x is not None) for p in parts]
     charts = []
     for metric in dict.fromkeys(name for row in rows for name in row.get("metrics") or {}):
         lines: dict[str, dict[float, list[float]]] = {label: {} for label in labels}

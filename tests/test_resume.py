@@ -46,6 +46,7 @@ REFUSED = {
     "seed": 7,
     "optimizer": "adam",
     "use_ema": False,
+    "ema_snapshots": 2,
 }
 # Key -> another value that a run may go on with, but not silently.
 WARNED = {

@@ -216,7 +216,7 @@ from training.sharding import no_gradient_sync, wrap_for_training
 from utils.distributed import distributed_runtime
 from training.ema import EMA
 from training.sharding import (
-    full_model, snapshot, full_tensor, load_model_state, load_optimizer_state, local_parameters
+    full_model, snapshot, full_tensor, load_model_state, load_optimizer_state, local_parts
 )
 
 SIZES = dict(in_channels=1, num_classes=10)
@@ -285,10 +285,12 @@ def check(build, arguments, precision, runtime):
     count = held(whole.parameters())
     moments = [m.to_local() for s in optimizer.state.values() for m in s.values() if m.ndim]
     for tensors, copies in (
-        (local_parameters(model), 1), (local_parameters(ema.model), 1), (moments, 2)
+        (local_parts(model.parameters()), 1), (local_parts(ema.model.parameters()), 1), (moments, 2)
     ):
         assert 0.45 < held(tensors) / (count * copies) < 0.55, held(tensors) / count
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in local_parameters(ema.model))
+    assert all(
+        p.untyped_storage().nbytes() == p.nbytes for p in local_parts(ema.model.parameters())
+    )
 
     # out and in again: the same slices, and nothing in common with them
     state = snapshot({"model": model.state_dict(), "ema": ema.model.state_dict(),
@@ -296,18 +298,19 @@ def check(build, arguments, precision, runtime):
     kept = snapshot(model.state_dict(), keep=False)
     assert list(kept) == list(state["model"]) and set(kept.values()) == {None}
     assert not any(isinstance(v, DTensor) for v in state["model"].values())
-    before = [p.clone() for p in local_parameters(model)]
+    before = [p.clone() for p in local_parts(model.parameters())]
     norm = train(network, parameters, optimizer, ema, 2, seed=5)
-    after = [p.clone() for p in local_parameters(model) + local_parameters(ema.model)]
+    after = [p.clone() for p in local_parts([*model.parameters(), *ema.model.parameters()])]
     load_model_state(model, state["model"])
     load_model_state(ema.model, state["ema"])
     load_optimizer_state(optimizer, state["optimizer"])
     ema.num_updates = 2
-    for a, b in zip(before, local_parameters(model), strict=True):
+    for a, b in zip(before, local_parts(model.parameters()), strict=True):
         assert torch.equal(a, b)
     again = train(network, parameters, optimizer, ema, 2, seed=5)
     assert torch.equal(norm, again)
-    for a, b in zip(after, local_parameters(model) + local_parameters(ema.model), strict=True):
+    now = local_parts([*model.parameters(), *ema.model.parameters()])
+    for a, b in zip(after, now, strict=True):
         assert torch.equal(a, b)
 
     # what is whole computes what the slices compute together, on one rank alone

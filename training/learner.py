@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from models import compile_model, usable_mode
-from training.ema import EMA
+from training.ema import EMA, WIDTHS
 from training.job import Job
 from training.optim import build_lr_scheduler, build_optimizer
-from training.sharding import load_model_state, load_optimizer_state, wrap_for_training
+from training.sharding import load_model_state, load_optimizer_state, slice_as, wrap_for_training
 
 
 class Learner:
@@ -39,7 +39,8 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config, job.schedule)
-        self.ema = EMA(self.model, config.ema_decay) if config.use_ema else None
+        widths = WIDTHS if config.ema_snapshots else ()
+        self.ema = EMA(self.model, config.ema_decay, widths) if config.use_ema else None
         if self.ema is not None and config.eval_interval:
             # A copy of a compiled model is not compiled; for previews alone it need not be.
             compile_model(self.ema.model, mode)
@@ -75,3 +76,7 @@ class Learner:
         if self.ema is not None:
             load_model_state(self.ema.model, state["ema_model_state_dict"])
             self.ema.num_updates = state["ema_num_updates"]
+            self.ema.snapshots = dict(state.get("ema_snapshots", {}))
+            for width, average in self.ema.averages.items():
+                for name, own in average.items():
+                    own.copy_(slice_as(own, state["ema_averages"][width][name]))

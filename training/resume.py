@@ -14,6 +14,7 @@ import torch
 from datasets import ImageDataset
 from models import computing_params, skeleton
 from models.lora import add_adapters
+from training.ema import WIDTHS, trained_parameters
 from training.optim import parameter_groups
 from training.progress import Schedule
 from utils import checkpoint as files
@@ -147,6 +148,9 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         moments = {i: form for i, form in moments.items() if i in saved}
     averages = {"ema_model_state_dict": model.state_dict()}
     averages["ema_num_updates"] = lambda number: files.is_count(number, most=step)
+    if config.ema_snapshots:
+        averages["ema_averages"] = dict.fromkeys(WIDTHS, trained_parameters(model))
+        averages["ema_snapshots"] = lambda losses: all(t <= step for t in losses)
     needed = {
         "model_state_dict": model.state_dict(),
         **(averages if config.use_ema else {}),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.ema import snapshot_name
 from training.run_dir import Status
 from training.sharding import snapshot
 from utils import checkpoint as files
@@ -100,7 +101,7 @@ class Saver:
         """Begin to write `state`; the checkpoint before must be settled. On every rank.
 
         Rank 0 writes current_model.pth, which gets best_model.pth as a second name if it `is_best`,
-        and model_epoch_*.pth if an `epoch` is given.
+        and model_epoch_*.pth if an `epoch` is given; at the step of a snapshot also that.
         """
         assert self._step is None
         self._step = state["step"]
@@ -146,6 +147,9 @@ class Saver:
             return f"{self.folder} is not the folder of this run any more"
         current = self.folder / files.CURRENT
         try:
+            if (step := state["step"]) in (snapshots := state.get("ema_snapshots", {})):
+                parts = {"step": step, "loss": snapshots[step], "averages": state["ema_averages"]}
+                files.save_checkpoint(self.folder / snapshot_name(step), parts)
             files.save_checkpoint(current, state)
             if is_best:
                 files.link_checkpoint(current, self.folder / files.BEST)

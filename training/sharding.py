@@ -150,9 +150,9 @@ def copy_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module
     return copy.deepcopy(model, memo)
 
 
-def local_parameters(model: nn.Module) -> list[Tensor]:
-    """List what this rank holds of each parameter: all of it, or its slice."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """List what this rank holds of each tensor: all of it, or its slice."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """`load_state_dict` of whole tensors, of which a sharded model takes this rank's slices."""
     own, slices = model.state_dict(), copy.copy(state)
     for name, value in state.items():
-        slices[name] = _slice_as(own.get(name), value)
+        slices[name] = slice_as(own.get(name), value)
     model.load_state_dict(slices)
 
 
@@ -205,13 +205,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=False))  # load_state_dict tells of a mismatch
     slices = {
-        number: {name: _slice_as(owners.get(number), value) for name, value in moments.items()}
+        number: {name: slice_as(owners.get(number), value) for name, value in moments.items()}
         for number, moments in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": slices})
 
 
-def _slice_as(owner: Tensor | None, value: Any) -> Any:
+def slice_as(owner: Tensor | None, value: Any) -> Any:
     """Bring `value` into the layout of its owner, if they are of the same shape (a step count is
     not), and cut this rank's slice of it, if the owner is sharded. There is no communication: every
     rank has the whole."""

@@ -60,6 +60,7 @@ class Trainer:
         self._grad_norm = torch.zeros((), device=self.runtime.device)
         self._vote: tuple[int, float] | None = None  # step and time of the last one
         self._next_vote = self.step
+        self._snapshots = [(self.config.use_ema and self.config.ema_snapshots) or math.inf] * 2
         self._scores: dict[str, float] = {}  # the newest values of validation and evaluation
 
     def train(self) -> int:
@@ -186,7 +187,7 @@ class Trainer:
         epoch, best = self.schedule.epochs_done(self.step), self.saver.best
         score = self._score(epoch)
         to_save = is_due(config.save_interval, config.save_interval)
-        if to_save or best.is_beaten_by(score):
+        if to_save or is_due(*self._snapshots) or best.is_beaten_by(score):
             self.save(epoch if to_save else None, score=score)
         if self.preview and is_due(config.sample_interval, config.sample_start_epoch):
             picture = self._attempt("preview", epoch, self.preview)
@@ -245,6 +246,8 @@ class Trainer:
         self._loss.share(self.runtime)
         smoothed, *_ = self._loss.read(self.runtime)
         is_best = self.saver.best.take(smoothed, score)
+        if self.schedule.is_due(self.step, *self._snapshots):
+            self.learner.ema.snapshots[self.step] = smoothed
         self.saver.start(self.state_dict(), epoch=epoch, is_best=is_best)
 
     def _save_now(self) -> bool:

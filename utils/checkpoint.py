@@ -248,6 +248,8 @@ STATE = {"format_version": lambda value: is_count(value, 1), "model_state_dict":
 STATE |= {"epoch": is_count, "step": is_count, "config": _is_config, "spec": _is_spec}
 OPTIONAL_STATE = {
     "ema_model_state_dict": _is_weights,
+    "ema_averages": lambda widths: all(0.001 <= w < 0.3 and _is_weights(widths[w]) for w in widths),
+    "ema_snapshots": lambda losses: all(is_count(t, 1) and losses[t] == losses[t] for t in losses),
     "class_names": lambda names: not names or all(type(name) is str for name in names),
 }
 

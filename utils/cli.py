@@ -130,6 +130,8 @@ def add_sampling_options(
     if takes_guide:
         instead = "checkpoint of a weaker model that guides, instead of the model without labels"
         add("--guide", metavar="CHECKPOINT", help=instead)
+        width = "average over this share of the training, from snapshots"
+        add("--ema_width", type=scale, help=width + several % "0.05,0.1")
     add("--seed", type=whole_number, help="image i uses seed + i; default: the config's seed")
     add("--compile", choices=COMPILE_MODES, help="torch.compile it: for many images on a GPU")
 

@@ -248,6 +248,8 @@ class Config(BaseModel):
     """keep an exponential moving average of the weights"""
     ema_decay: BelowOne = key(0.9999, resume="warn", needs=having(use_ema=True))
     """its decay, after a warm-up"""
+    ema_snapshots: NonNegativeInt = key(0, resume="run", needs=having(use_ema=True))
+    """epochs between two snapshots, from which `--ema_width` solves for other averages; 0: none"""
     use_scheduler: Bool = key(False, resume="warn")
     """change the learning rate during training"""
     scheduler_type: Literal["cosine", "linear", "step", "warmup_cosine"] = key(
