@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from models import build_model, mamba, mamba_backend
 from models.mamba import TORCH, Mamba, Mamba2
 from models.mamba_backend import choose_backend
+from models.selective_scan import chunked_scan, selective_scan
 from tests.test_selective_scan import LENGTHS, TOLERANCE, walk, walk_heads, worst_error
 from utils.config import Config
 from utils.errors import ConfigError
@@ -210,19 +212,28 @@ def plant(monkeypatch):
     mamba_backend._probe.cache_clear()
 
 
-def fake_scan(u, delta, A, B, C, D, *, z, delta_bias, delta_softplus, off=0.0):
+def first_of(scan):
+    return lambda *inputs: scan(*inputs)[0]
+
+
+SCANS = {"mamba1": first_of(selective_scan), "mamba2": first_of(chunked_scan)}
+
+
+def fake_scan(
+    u, delta, A, B, C, D, *, z, delta_bias, delta_softplus, scan=SCANS["mamba1"], off=0.0
+):
     """selective_scan_fn's interface, with L last."""
     assert delta_softplus
     u, delta, B, C, z = (tensor.transpose(1, 2) for tensor in (u, delta, B, C, z))
-    zero = u.new_zeros(len(u), *A.T.shape)
-    y, _ = walk(u, F.softplus(delta + delta_bias), A, B, C, D, zero)
-    return (y * F.silu(z)).transpose(1, 2) + off
+    y = scan(u, F.softplus(delta.float() + delta_bias), A, B, C, D)
+    return (y * F.silu(z)).transpose(1, 2).to(z.dtype) + off
 
 
-def fake_chunk_scan(x, dt, A, B, C, *, chunk_size, D, dt_bias, dt_softplus):
+def fake_chunk_scan(
+    x, dt, A, B, C, *, chunk_size, D, dt_bias, dt_softplus, scan=SCANS["mamba2"]
+):
     assert dt_softplus
-    zero = x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3])
-    return walk_heads(x, F.softplus(dt + dt_bias), A, B, C, D, zero)[0]
+    return scan(x, F.softplus(dt.float() + dt_bias), A, B, C, D).to(x.dtype)
 
 
 INTERFACE = "mamba_ssm.ops.selective_scan_interface"
@@ -261,6 +272,76 @@ BROKEN = {
         }
     },
 }
+
+
+# --- kernels that are wrong, as functions (u, dt, A, B, C, D) -> y
+
+
+def without_state(scan):
+    def skip_only(u, dt, A, B, C, D):
+        return 0 * scan(u, dt, A, B, C, D) + D.view(-1, *[1] * (u.dim() - 3)) * u
+
+    return skip_only
+
+
+def forgetting(scan, every):
+    """Starts from a zero state again after `every` tokens."""
+
+    def forget(u, dt, A, B, C, D):
+        parts = zip(*(tensor.split(every, 1) for tensor in (u, dt, B, C)), strict=True)
+        return torch.cat([scan(u, dt, A, B, C, D) for u, dt, B, C in parts], 1)
+
+    return forget
+
+
+def tilted(scan, which, factor=1.05):
+    """The gradient of one input is too large."""
+
+    def tilt(*inputs):
+        inputs = list(inputs)
+        inputs[which] = factor * inputs[which] + (1 - factor) * inputs[which].detach()
+        return scan(*inputs)
+
+    return tilt
+
+
+def last_token_wrong(scan):
+    def wrong(*inputs):
+        y = scan(*inputs)
+        return torch.cat([y[:, :-1], y[:, -2:-1]], 1)
+
+    return wrong
+
+
+FAULTS = {
+    "y": without_state,
+    "y ": last_token_wrong,
+    "y  ": functools.partial(forgetting, every=256),
+    "y   ": functools.partial(forgetting, every=16),
+    **{
+        f"the gradient of {name}": functools.partial(tilted, which=i)
+        for i, name in enumerate(("u", "dt", "A", "B", "C", "D"))
+    },
+}
+
+
+def plant_scan(plant, mixer, scan):
+    """A kernel of mamba-ssm that computes `scan`."""
+    if mixer == "mamba1":
+        kernel = functools.partial(fake_scan, scan=scan)
+        plant({INTERFACE: {"selective_scan_cuda": object(), "selective_scan_fn": kernel}})
+    else:
+        kernel = functools.partial(fake_chunk_scan, scan=scan)
+        plant({TRITON: {"mamba_chunk_scan_combined": kernel}})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_wrong_kernels_are_found_out(plant, mixer, fault):
+    plant_scan(plant, mixer, FAULTS[fault](SCANS[mixer]))
+    place = re.escape(fault.strip())
+    with pytest.raises(ConfigError, match=rf"results differ from PyTorch's by \S+ in {place};"):
+        choose_backend("mamba_ssm", mixer, CPU, d_state=16)
 
 
 def tiny_dim(**params):
