@@ -110,9 +110,7 @@ def _probe_inputs(
     }
 
 
-def _try_out(
-    mixer: str, kernel: Kernel, inputs: dict[str, Tensor], tolerance: float
-) -> None:
+def _try_out(mixer: str, kernel: Kernel, inputs: dict[str, Tensor], tolerance: float) -> None:
     """Compare the kernel's output and the gradients of all its inputs with PyTorch's. Raises a
     RuntimeError that names the first which differs.
 
