@@ -133,8 +133,7 @@ MIXERS: dict[str, type[nn.Module]] = {"mamba1": Mamba, "mamba2": Mamba2}
 def gated_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
-    """`selective_scan` with step sizes softplus(dt + bias), times silu(z): what a kernel for
-    Mamba-1 computes. Here dt and z are (B, L, E), bias is (E,)."""
+    """What a kernel for Mamba-1 computes: `selective_scan` of softplus(dt + bias) by silu(z)."""
     y, _ = selective_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)
     return y * F.silu(z)
 
@@ -142,8 +141,7 @@ def gated_scan(
 def heads_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor
 ) -> Tensor:
-    """`chunked_scan` with step sizes softplus(dt + bias): what a kernel for Mamba-2 computes.
-    Here dt is (B, L, H), bias is (H,)."""
+    """What a kernel for Mamba-2 computes: `chunked_scan` of softplus(dt + bias)."""
     return chunked_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)[0]
 
 

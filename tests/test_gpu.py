@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from models import mamba
 from tests.test_counts import make_trainer
+from tests.test_selective_scan import worst_error
+from tests.test_triton_scan import inputs_of, results
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK
 
@@ -81,3 +84,19 @@ def test_two_gpus_train_as_one(strategy, tiny, script, tmp_path):
         assert done.returncode == EXIT_OK, done.output
     one, two = (losses(tmp_path / "checkpoints" / name) for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("length", "d_state", "width"), [(1, 16, 64), (366, 16, 768), (300, 12, 33)]
+)
+def test_the_triton_scan_is_ours_and_repeats_itself(length, d_state, width, bf16: bool):
+    from models.triton_scan import gated_scan
+
+    inputs = [t.cuda() for t in inputs_of(length, d_state, 1, width, batch=2)]
+    if bf16:  # as autocast leaves them
+        inputs = [t.bfloat16() if i in (1, 3, 4, 6) else t for i, t in enumerate(inputs)]
+    once, again = (results(gated_scan, inputs) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    expected = results(mamba.gated_scan, [t.double() for t in inputs])
+    assert worst_error(once, expected) < (3e-2 if bf16 else 1e-4)
