@@ -117,7 +117,8 @@ class TestInterpreted:
         from models import triton_scan
 
         u, dt, A, B, C, D, z, _ = inputs_of(5, 4, 1, 5)
-        inputs = [t.requires_grad_() for t in (u, dt, A.t().contiguous(), B, C, D, z)]
+        tensors = (u, F.softplus(dt), A.t().contiguous(), B, C, D, z)
+        inputs = [t.requires_grad_() for t in tensors]
         torch.library.opcheck(triton_scan._scan, inputs)
         mixed = [t.detach().bfloat16() if i in (3, 4, 6) else t for i, t in enumerate(inputs)]
         torch.library.opcheck(triton_scan._scan, [t.detach().requires_grad_() for t in mixed])
