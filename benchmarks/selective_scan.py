@@ -64,7 +64,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def triton_scan(*inputs: Tensor) -> Tensor:
+    """Our Triton kernel, with the step sizes before softplus and a gate; on CUDA alone."""
+    from models.triton_scan import gated_scan
+
+    return gated_scan(*inputs)
+
+
 OURS = "selective_scan (Mamba-1)"
+TRITON = "Triton kernel (Mamba-1, gated)"
 VARIANTS: dict[str, Callable[..., Tensor]] = {
     OURS: lambda *inputs: selective_scan(*inputs)[0],
     "loop over tokens": loop,
@@ -72,6 +80,7 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
     "loop, discretised up front": loop_upfront,
     "chunked_scan (Mamba-2)": lambda *inputs: chunked_scan(*inputs)[0],
     "attention": attention,
+    TRITON: triton_scan,
 }
 
 
@@ -98,6 +107,9 @@ def draw(variant: str, args: argparse.Namespace) -> list[Tensor]:
         A = -torch.arange(1.0, n + 1).repeat(e, 1)
         B, C = (normal(b, length, n) for _ in range(2))
         inputs = [normal(b, length, e), steps(b, length, e), A, B, C, torch.ones(e)]
+        if variant == TRITON:
+            inputs[1] = inputs[1].expm1().log()  # before softplus
+            inputs += [normal(b, length, e), torch.zeros(e)]
     return [tensor.to(args.device).requires_grad_() for tensor in inputs]
 
 
@@ -164,6 +176,8 @@ def main() -> None:
         print(peak_growth(args.memory_of, args))
         return
 
+    if args.device == "cpu":
+        del VARIANTS[TRITON]
     inputs = {variant: draw(variant, args) for variant in VARIANTS}
     weights = {
         variant: torch.randn_like(VARIANTS[variant](*inputs[variant])) for variant in VARIANTS

@@ -1,6 +1,6 @@
 """Class-conditional CIFAR-10 with a Diffusion Mamba of 28 M parameters: otherwise cifar10_unet.py.
 
-Sized for GPUs; docs/dim.md says how to install the CUDA kernels of mamba-ssm.
+Sized for GPUs, where Mamba's scan is a Triton kernel unless mamba-ssm is installed: docs/dim.md.
 
 torchrun --standalone --nproc_per_node=8 train.py --config configs/cifar10_dim.py
 

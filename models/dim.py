@@ -114,7 +114,7 @@ class DiM(nn.Module):
         pad_tokens: learned tokens at the end of every row and column, 0 to 3; default: 3 (the
             paper's), 0 for `row` and `zigzag8`.
         conditioning: `adaln_single` (the paper's) or `adaln_zero` (as DiT).
-        mamba_backend: `auto`, `torch` or `mamba_ssm`; who computes, not what.
+        mamba_backend: `auto`, `torch`, `triton` or `mamba_ssm`; who computes, not what.
         activation_checkpointing: recompute blocks in backward: less memory for one more forward.
     """
 

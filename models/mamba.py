@@ -2,8 +2,8 @@
 those before it.
 
 The modules own their parameters, under the names and shapes of `mamba_ssm.Mamba` and `Mamba2`. Who
-computes the recurrence, PyTorch or a CUDA kernel of mamba-ssm, is chosen in `models.mamba_backend`;
-it changes neither the function nor the checkpoint.
+computes the recurrence, PyTorch or a CUDA kernel, is chosen in `models.mamba_backend`; it changes
+neither the function nor the checkpoint.
 
 Letters: D model width, E = expand * D inner width, N state size, H heads, P channels of a head.
 """
@@ -23,7 +23,6 @@ from models.selective_scan import chunked_scan, selective_scan
 
 DT_RANGE = (1e-3, 1e-1)  # step sizes at initialisation, drawn log-uniformly
 A_RANGE = (1.0, 16.0)  # Mamba-2: -A at initialisation, drawn uniformly
-KERNEL_CHUNK = 256  # the chunk length mamba-ssm's Triton kernels are tuned for
 NUM_GROUPS = 1  # Mamba-2: heads that share B and C
 KERNEL_DEVICES = ("cuda",)
 
@@ -32,9 +31,9 @@ KERNEL_DEVICES = ("cuda",)
 class Backend:
     """Who computes the recurrence, and why."""
 
-    name: str  # `torch`, or `mamba_ssm` with its version and function
+    name: str  # `torch`, `triton` with its version, or `mamba_ssm` with version and function
     reason: str = ""  # why this one
-    kernel: Callable[..., Tensor] | None = None  # mamba-ssm's function; None for PyTorch
+    kernel: Callable[..., Tensor] | None = None  # in the place of PyTorch's function
     slow: bool = False  # the device could use kernels and does not
 
     def runs_on(self, x: Tensor) -> bool:
@@ -76,16 +75,8 @@ class Mamba(nn.Module):
         dt = F.linear(dt, self.dt_proj.weight)
         A = -torch.exp(at_least_fp32(self.A_log))
         bias = at_least_fp32(self.dt_proj.bias)  # added after the product, which may be in bf16
-        if self.backend.runs_on(x):
-            u, dt, B, C = (tensor.to(z.dtype).transpose(1, 2) for tensor in (u, dt, B, C))
-            options = dict(z=z.transpose(1, 2), delta_bias=bias, delta_softplus=True)
-            D = at_least_fp32(self.D)
-            y = self.backend.kernel(u, dt, A, B, C, D, **options).transpose(1, 2)
-        else:
-            dt = F.softplus(at_least_fp32(dt) + bias)
-            y, _ = selective_scan(u, dt, A, B, C, self.D)
-            y = y * F.silu(z)
-        return self.out_proj(y)
+        scan = self.backend.kernel if self.backend.runs_on(x) else gated_scan
+        return self.out_proj(scan(u, dt, A, B, C, at_least_fp32(self.D), z, bias))
 
 
 class Mamba2(nn.Module):
@@ -131,18 +122,27 @@ class Mamba2(nn.Module):
         B, C = (tensor.unflatten(-1, (NUM_GROUPS, -1)) for tensor in (B, C))
         A = -torch.exp(at_least_fp32(self.A_log))
         bias = at_least_fp32(self.dt_bias)
-        if self.backend.runs_on(x):
-            u, B, C = (tensor.to(z.dtype) for tensor in (u, B, C))
-            options = dict(D=at_least_fp32(self.D), dt_bias=bias, dt_softplus=True)
-            y = self.backend.kernel(u, dt, A, B, C, chunk_size=KERNEL_CHUNK, **options)
-        else:
-            dt = F.softplus(at_least_fp32(dt) + bias)
-            y, _ = chunked_scan(u, dt, A, B, C, self.D)
-        y = y.flatten(2)
+        scan = self.backend.kernel if self.backend.runs_on(x) else heads_scan
+        y = scan(u, dt, A, B, C, at_least_fp32(self.D), bias).flatten(2)
         return self.out_proj(self.norm(at_least_fp32(y * F.silu(z))))
 
 
 MIXERS: dict[str, type[nn.Module]] = {"mamba1": Mamba, "mamba2": Mamba2}
+
+
+def gated_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
+    """What a kernel for Mamba-1 computes: `selective_scan` of softplus(dt + bias) by silu(z)."""
+    y, _ = selective_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)
+    return y * F.silu(z)
+
+
+def heads_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor
+) -> Tensor:
+    """What a kernel for Mamba-2 computes: `chunked_scan` of softplus(dt + bias)."""
+    return chunked_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)[0]
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:

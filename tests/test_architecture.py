@@ -29,7 +29,7 @@ FLOORS = (
 ROOMS = tuple(room for floor in FLOORS[:-1] for room in floor)
 OURS = (*SCRIPTS, *ROOMS, "benchmarks", "tests")
 OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")
-OPTIONAL += ("diffusers", "safetensors")
+OPTIONAL += ("diffusers", "safetensors", "models.triton_scan")
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
 MAY_LEAVE_THE_DEVICE = ("generation/sampling.py",)
 
@@ -171,7 +171,8 @@ def test_everything_stays_small(path):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, where
             arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             named = [a for a in arguments if a.arg not in ("self", "cls")]
-            assert len(named) <= MAX_PARAMETERS, where
+            is_kernel = "triton.jit" in map(ast.unparse, node.decorator_list)  # pointers, sizes
+            assert len(named) <= MAX_PARAMETERS or is_kernel, where
 
 
 def test_utils_is_a_closed_list():

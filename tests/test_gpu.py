@@ -12,9 +12,11 @@ from PIL import Image
 from diffusion import build_process
 from generation.run import Run
 from generation.sampling import generate, sampling_from
-from models import build_model
+from models import build_model, mamba
 from tests.test_counts import SPEC, make_trainer
 from tests.test_models import DROPOUT, SMALL
+from tests.test_selective_scan import worst_error
+from tests.test_triton_scan import inputs_of, results
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_OK
@@ -118,3 +120,17 @@ def test_two_gpus_train_as_one(strategy, tiny, script, tmp_path):
         assert done.returncode == EXIT_OK, done.output
     one, two = (losses(tmp_path / "checkpoints" / name) for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (366, 16, 1, 768), (300, 12, 30, 33)])
+def test_the_triton_scan_is_ours_and_repeats_itself(sizes, bf16: bool):
+    from models.triton_scan import gated_scan
+
+    inputs = [t.cuda() for t in inputs_of(*sizes, batch=2)]
+    if bf16:  # as autocast leaves them
+        inputs = [t.bfloat16() if i in (1, 3, 4, 6) else t for i, t in enumerate(inputs)]
+    once, again = (results(gated_scan, inputs) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    expected = results(mamba.gated_scan, [t.double() for t in inputs])
+    assert worst_error(once, expected) < (3e-2 if bf16 else 1e-4)

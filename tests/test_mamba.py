@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import models
 from models import build_model, mamba, mamba_backend
 from models.mamba import TORCH, Mamba, Mamba2
-from models.mamba_backend import choose_backend
+from models.mamba_backend import SOURCES, choose_backend
+from models.selective_scan import chunked_scan, selective_scan
 from tests.test_selective_scan import LENGTHS, TOLERANCE, walk, walk_heads, worst_error
 from utils.config import Config
 from utils.errors import ConfigError
@@ -210,19 +212,26 @@ def plant(monkeypatch):
     mamba_backend._probe.cache_clear()
 
 
-def fake_scan(u, delta, A, B, C, D, *, z, delta_bias, delta_softplus, off=0.0):
+def first_of(scan):
+    return lambda *inputs: scan(*inputs)[0]
+
+
+SCANS = {"mamba1": first_of(selective_scan), "mamba2": first_of(chunked_scan)}
+
+
+def fake_scan(
+    u, delta, A, B, C, D, *, z, delta_bias, delta_softplus, scan=SCANS["mamba1"], off=0.0
+):
     """selective_scan_fn's interface, with L last."""
     assert delta_softplus
     u, delta, B, C, z = (tensor.transpose(1, 2) for tensor in (u, delta, B, C, z))
-    zero = u.new_zeros(len(u), *A.T.shape)
-    y, _ = walk(u, F.softplus(delta + delta_bias), A, B, C, D, zero)
-    return (y * F.silu(z)).transpose(1, 2) + off
+    y = scan(u, F.softplus(delta.float() + delta_bias), A, B, C, D)
+    return (y * F.silu(z)).transpose(1, 2).to(z.dtype) + off
 
 
-def fake_chunk_scan(x, dt, A, B, C, *, chunk_size, D, dt_bias, dt_softplus):
+def fake_chunk_scan(x, dt, A, B, C, *, chunk_size, D, dt_bias, dt_softplus, scan=SCANS["mamba2"]):
     assert dt_softplus
-    zero = x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3])
-    return walk_heads(x, F.softplus(dt + dt_bias), A, B, C, D, zero)[0]
+    return scan(x, F.softplus(dt.float() + dt_bias), A, B, C, D).to(x.dtype)
 
 
 INTERFACE = "mamba_ssm.ops.selective_scan_interface"
@@ -261,6 +270,92 @@ BROKEN = {
         }
     },
 }
+
+
+# --- kernels that are wrong, as functions (u, dt, A, B, C, D) -> y
+
+
+def without_state(scan):
+    def skip_only(u, dt, A, B, C, D):
+        return 0 * scan(u, dt, A, B, C, D) + D.view(-1, *[1] * (u.dim() - 3)) * u
+
+    return skip_only
+
+
+def forgetting(scan, every):
+    """Starts from a zero state again after `every` tokens."""
+
+    def forget(u, dt, A, B, C, D):
+        parts = zip(*(tensor.split(every, 1) for tensor in (u, dt, B, C)), strict=True)
+        return torch.cat([scan(u, dt, A, B, C, D) for u, dt, B, C in parts], 1)
+
+    return forget
+
+
+def tilted(scan, which, factor=1.05):
+    """The gradient of one input is too large."""
+
+    def tilt(*inputs):
+        inputs = list(inputs)
+        inputs[which] = factor * inputs[which] + (1 - factor) * inputs[which].detach()
+        return scan(*inputs)
+
+    return tilt
+
+
+def last_token_wrong(scan):
+    def wrong(*inputs):
+        y = scan(*inputs)
+        return torch.cat([y[:, :-1], y[:, -2:-1]], 1)
+
+    return wrong
+
+
+INPUTS = ("u", "dt", "A", "B", "C", "D")
+# name: where it shows first, and what makes the right scan wrong
+FAULTS = {
+    "no scan": ("y", without_state),
+    "last token": ("y", last_token_wrong),
+    "state lost every 16 tokens": ("y", functools.partial(forgetting, every=16)),
+    "state lost at token 256": ("y", functools.partial(forgetting, every=256)),
+    **{
+        name: (f"the gradient of {name}", functools.partial(tilted, which=i))
+        for i, name in enumerate(INPUTS)
+    },
+}
+
+
+def plant_scan(plant, mixer, scan):
+    """A kernel of mamba-ssm that computes `scan`."""
+    if mixer == "mamba1":
+        kernel = functools.partial(fake_scan, scan=scan)
+        plant({INTERFACE: {"selective_scan_cuda": object(), "selective_scan_fn": kernel}})
+    else:
+        kernel = functools.partial(fake_chunk_scan, scan=scan)
+        plant({TRITON: {"mamba_chunk_scan_combined": kernel}})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_wrong_kernels_are_found_out(plant, mixer, fault):
+    place, spoil = FAULTS[fault]
+    plant_scan(plant, mixer, spoil(SCANS[mixer]))
+    with pytest.raises(ConfigError, match=rf"results differ from PyTorch's by \S+ in {place};"):
+        choose_backend("mamba_ssm", mixer, CPU, d_state=16)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_right_kernels_are_taken(plant, mixer):
+    """Here the walk over the tokens, which rounds what the kernels round."""
+
+    def walked(u, dt, A, B, C, D):
+        u, dt, B, C = (tensor.float() for tensor in (u, dt, B, C))
+        function = walk if mixer == "mamba1" else walk_heads
+        shape = A.t().shape if mixer == "mamba1" else (u.shape[2], B.shape[3], u.shape[3])
+        return function(u, dt, A, B, C, D, u.new_zeros(len(u), *shape))[0]
+
+    plant_scan(plant, mixer, walked)
+    assert choose_backend("mamba_ssm", mixer, CPU, d_state=16).kernel is not None
 
 
 def tiny_dim(**params):
@@ -330,7 +425,7 @@ def test_broken_kernels_are_found_out(plant, fault, caplog):
     assert caplog.records[0].levelno == logging.WARNING
     assert list(model.state_dict()) == list(expected.state_dict())
     assert not any("ttention" in kind for kind in kinds_of(model))
-    with pytest.raises(ConfigError, match=r"mamba_backend='torch'.*docs/dim.md.*mixer='mamba2'"):
+    with pytest.raises(ConfigError, match=r"mamba_backend='auto'.*docs/dim.md"):
         tiny_dim(mamba_backend="mamba_ssm")
 
 
@@ -359,19 +454,49 @@ def test_the_probe_runs_once_and_draws_no_numbers(plant):
 def test_a_cpu_needs_no_kernels(caplog):
     with caplog.at_level(logging.INFO):
         tiny_dim()
-    expected = "mixer=mamba1 backend=torch (mamba-ssm needs a CUDA GPU, this is cpu)"
+    expected = "mixer=mamba1 backend=torch (kernels need a CUDA GPU, this is cpu)"
     assert [expected in message for message in caplog.messages] == [True]
     assert caplog.records[0].levelno == logging.INFO
-    with pytest.raises(ConfigError, match="needs a CUDA GPU"):
-        choose_backend("mamba_ssm", "mamba2", CPU, d_state=64)
+    for name, mixer in (("mamba_ssm", "mamba2"), ("triton", "mamba1")):
+        with pytest.raises(ConfigError, match=rf"'{name}': kernels need a CUDA GPU, .*='auto'"):
+            choose_backend(name, mixer, CPU, d_state=64)
+
+
+def test_auto_takes_our_kernel_where_mamba_ssm_does_not_work(plant, monkeypatch, caplog):
+    plant(BROKEN["without its extension"])
+    load, ours = mamba_backend._load, ("triton 3.8.0", mamba.gated_scan)
+    monkeypatch.setattr(
+        mamba_backend, "_load", lambda name, mixer: ours if name == "triton" else load(name, mixer)
+    )
+    with caplog.at_level(logging.INFO):
+        model = tiny_dim()
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "backend=triton 3.8.0 (mamba-ssm is unusable: " in record.getMessage()
+    assert record.getMessage().endswith("; its kernels work here)")
+    assert model.blocks[0].mixer.backend.kernel is mamba.gated_scan
+    assert choose_backend("triton", "mamba1", CPU, d_state=16).reason == "its kernels work here"
+
+
+def test_triton_where_there_is_none(plant, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "models.triton_scan", raising=False)
+    monkeypatch.delattr(models, "triton_scan", raising=False)
+    with pytest.raises(ConfigError, match=r"'triton': triton is unusable: \S+Error: .*triton"):
+        choose_backend("triton", "mamba1", CPU, d_state=16)
+
+
+def test_triton_is_not_for_mamba2(plant):
+    with pytest.raises(ConfigError, match=r"'triton': its kernel is not for mixer='mamba2'; use"):
+        tiny_dim(mixer="mamba2", mamba_backend="triton")
 
 
 @pytest.fixture
 def kernels():
-    """-> mixer name -> its backend on this machine's GPU, or the test is skipped."""
+    """-> (mixer, source): its backend on this machine's GPU, or the test is skipped."""
 
-    def find(name):
-        backend = choose_backend("auto", name, torch.device("cuda"), d_state=16)
+    def find(name, source):
+        backend = mamba_backend._probe(source, name, torch.device("cuda"), 16)
         if backend.kernel is None:
             pytest.skip(backend.reason)
         return backend
@@ -381,23 +506,28 @@ def kernels():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MIXERS)
+def test_pytorch_equals_the_definition_on_a_gpu(name):
+    for length in LENGTHS:
+        mixer = make_mixer(name, 1.0, torch.float32).cuda()
+        x = torch.randn(2, length, 16, device="cuda", requires_grad=True)
+        found = outputs_and_gradients(mixer, list(mixer.parameters()), x)
+        wide = {k: p.detach().double().requires_grad_() for k, p in mixer.named_parameters()}
+        x = x.detach().double().requires_grad_()
+        by_definition = functools.partial(MIXERS[name], wide)
+        expected = outputs_and_gradients(by_definition, list(wide.values()), x)
+        assert worst_error(found, expected) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "source"), [(name, source) for name in MIXERS for source in SOURCES[name]]
+)
 class TestOnAGpu:
     """Tolerances are those of mamba-ssm's own tests."""
 
-    def test_pytorch_equals_the_definition(self, name):
-        for length in LENGTHS:
-            mixer = make_mixer(name, 1.0, torch.float32).cuda()
-            x = torch.randn(2, length, 16, device="cuda", requires_grad=True)
-            found = outputs_and_gradients(mixer, list(mixer.parameters()), x)
-            wide = {k: p.detach().double().requires_grad_() for k, p in mixer.named_parameters()}
-            x = x.detach().double().requires_grad_()
-            by_definition = functools.partial(MIXERS[name], wide)
-            expected = outputs_and_gradients(by_definition, list(wide.values()), x)
-            assert worst_error(found, expected) < 1e-4
-
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    def test_kernels_equal_pytorch(self, name, precision, kernels):
-        backend = kernels(name)
+    def test_kernels_equal_pytorch(self, name, source, precision, kernels):
+        backend = kernels(name, source)
         tolerance = (
             dict(rtol=3e-2, atol=5e-2) if precision == "bf16" else dict(rtol=1e-2, atol=3e-3)
         )
@@ -415,10 +545,10 @@ class TestOnAGpu:
             limit = 3e-2 if precision == "bf16" else 1e-2
             assert (ours - theirs).norm() < limit * ours.norm()
 
-    def test_a_run_goes_on_under_the_other(self, name, kernels):
+    def test_a_run_goes_on_under_the_other(self, name, source, kernels):
         """100 optimizer steps with one, 100 with the other: the loss neither jumps nor differs
         from that of a run that stays."""
-        backend = kernels(name)
+        backend = kernels(name, source)
 
         def train(first, second):
             model = tiny_dim(mixer=name, mamba_backend="torch").cuda()
