@@ -497,7 +497,7 @@ def test_what_a_continued_run_may_change_stands_at_the_keys():
         "lora_rank",
         "lora_alpha",
     )
-    assert keys_by_resume("run") == ("seed", "batch_size", "optimizer", "use_ema")
+    assert keys_by_resume("run") == ("seed", "batch_size", "optimizer", "use_ema", "ema_snapshots")
     assert "learning_rate" in keys_by_resume("warn")
     kinds = [set(keys_by_resume(kind)) for kind in ("architecture", "meaning", "run", "warn")]
     assert len(set().union(*kinds)) == sum(map(len, kinds)) < len(Config.model_fields)
