@@ -25,7 +25,7 @@ from utils.cli import add_sampling_options, image_count, new_parser, parse_args,
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
-from utils.labels import save_images
+from utils.labels import save_images, tell_clipped
 from utils.logs import setup_logging
 
 MAX_GIF_FRAMES = 60
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")
-        check_outputs(args, len(seeds))
+        check_outputs(args, run, len(seeds))
         if args.dry_run:
             return EXIT_OK
         files.make_output_dir(args.output_dir, "--output_dir")
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
         place = len(seeds), run.spec.shape, runtime
-        images = gather_images(bar, *place)
+        images = gather_images(bar, *place, pictures.image_dtype(run.values))
         frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def check_outputs(args: argparse.Namespace, num_images: int) -> None:
+def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
     """Raise a UserError before sampling if the files asked for cannot be written."""
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
@@ -113,7 +113,8 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
-        files.check_picture_folder(Path(args.output_dir) / "images", num_images)
+        suffix = pictures.image_suffix(run.spec.channels, run.values)
+        files.check_picture_folder(Path(args.output_dir) / "images", num_images, suffix)
 
 
 def write_outputs(
@@ -121,17 +122,24 @@ def write_outputs(
 ) -> Iterator[Path]:
     """Write all that was asked for, and yield where.
 
-    What was `drawn` are the images, uint8 (N, C, H, W), and then the same after some of the steps.
+    What was `drawn` are the images (N, C, H, W), and then the same after some of the steps, uint8.
     """
     folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
-    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in drawn)
+    channels = run.config.preview_channels
+    seen = [pictures.as_pictures(batch[shown], channels) for batch in drawn]
+    sheet, *grids = (pictures.make_grid(batch, rows) for batch in seen)
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
-        sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
+        sheet = contact_sheet(seen[0], rows, above=[[names[i] for i in row] for row in rows])
 
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
+    arrays, in_rows = {}, images.permute(0, 2, 3, 1)
+    if args.npz:
+        arrays["arr_0"], clipped = (
+            run.values.to_file(in_rows) if run.values else (in_rows.numpy(), 0)
+        )
+        tell_clipped(0 if args.save_images else clipped, run.values)
     if labels is not None:
         arrays["arr_1"] = np.array(labels)
 
@@ -146,7 +154,8 @@ def write_outputs(
         f"{name}.png": partial(pictures.save_image, image=sheet),
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
-        "images": args.save_images and partial(save_images, images=images, labels=labels),
+        "images": args.save_images
+        and partial(save_images, images=images, labels=labels, values=run.values),
         f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
         and partial(files.write_npz, **arrays),
     }

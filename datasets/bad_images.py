@@ -19,7 +19,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, read_size
+from datasets.arrays import is_array
+from datasets.decoding import BadImageError, array_file, decode_image, read_size
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -61,13 +62,14 @@ def map_images(
         yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
-def read_sizes(listing: Listing) -> list[tuple[int, int]]:
+def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:
     """(height, width) of every image, from the files' headers.
 
     Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
-    results = list(map_images(lambda index: read_size(listing.path(index)), count, "reading sizes"))
+    sizes = map_images(lambda i: read_size(listing.path(i), channels), count, "reading sizes")
+    results = list(sizes)
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
         raise DataError(_summary(listing, errors))
@@ -79,10 +81,14 @@ def decoding_error(config: Config, listing: Listing, index: int) -> BadImageErro
 
     Raises a DataError if the file cannot be read at all.
     """
-    path = listing.path(index)
+    path, channels = listing.path(index), config.image_channels or 3
     try:
-        size = config.image_size or read_size(path)
-        decode_image(path, ImageSpec(config.image_channels or 3, *size, 0))
+        if is_array(path):
+            with array_file(path, channels) as header:
+                header.read()
+            return None
+        size = config.image_size or read_size(path, channels)
+        decode_image(path, ImageSpec(channels, *size, 0))
     except BadImageError as error:
         return error
     return None

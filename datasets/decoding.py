@@ -1,4 +1,4 @@
-"""From image files and arrays of any kind to uint8 (C, H, W)."""
+"""From image files and arrays of any kind to tensors (C, H, W)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from utils.errors import DataError, one_line, show
-from utils.files import IMAGE_EXTENSIONS, looks_like
-from utils.images import ImageSpec
+from datasets.arrays import Header, fit_array, is_array, opened_array
+from utils.errors import DataError, UserError, one_line, show
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like
+from utils.images import ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
 SIZE_LIMIT = f"at most {MAX_PIXELS // 10**6} million pixels and {MAX_FILE_BYTES // 2**20} MiB"
+ARRAYS = " ".join(ARRAY_EXTENSIONS)
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -49,11 +51,14 @@ def has_image_suffix(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, channels: int) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
+    if is_array(path):
+        with array_file(path, channels) as header:
+            return header.shape[1:]
     with _opened(path) as image:
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
         in_header = image.format != "PNG" or "exif" in image.info
@@ -61,12 +66,29 @@ def read_size(path: Path) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decode_image(path: Path, spec: ImageSpec) -> Tensor:
-    """The image as uint8 (C, H, W) of the shape in `spec`; see `fit_image`.
+def value_type(path: Path, channels: int) -> str:
+    """The type of the values in an image file, "uint8" of all pictures, from its header. Raises
+    what `decode_image` does, and a DataError for another number of channels than it can have."""
+    if is_array(path):
+        with array_file(path, channels) as header:
+            return header.dtype
+    if channels not in (1, 3):
+        fault = f"is a picture, which image_channels={channels} is not for"
+        raise DataError(f"{show(path)}: {fault}; use 1 or 3, or array files ({ARRAYS})")
+    return "uint8"
+
+
+def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
+    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or with `values` the
+    floats in [-1, 1] that its own become; these must be of that type.
 
     Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
-    truncated, too large or no PNG, JPEG, WebP or BMP image, a DataError if it cannot be read.
+    truncated, too large or no image, a DataError if it cannot be read, or is of another kind.
     """
+    if is_array(path):
+        with array_file(path, spec.channels, values.dtype if values else "uint8") as header:
+            return _decode_array(header.read(), spec, values)
+    value_type(path, spec.channels)
     with _opened(path) as image:
         image.load()
         return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
@@ -74,14 +96,53 @@ def decode_image(path: Path, spec: ImageSpec) -> Tensor:
 
 def bit_depth(path: Path) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
+    if is_array(path):
+        return 8  # or more, of which all are used
     with _opened(path) as image:
         wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
         return 16 if wide else 8
 
 
+def _decode_array(array: np.ndarray, spec: ImageSpec, values: Values | None) -> Tensor:
+    _, *size, _ = spec
+    if values is not None:
+        return values.to_float(fit_array(array, *size))
+    if spec.channels in (1, 3):
+        pixels = array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
+        return torch.from_numpy(fit_image(Image.fromarray(pixels), *size, spec.channels))
+    return torch.from_numpy(fit_array(array, *size).round().astype(np.uint8))
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its pixels not. What the body raises is explained too."""
+    with (
+        _explained(path),
+        path.open("rb") as file,
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
+        _check_pixels(image.height, image.width)
+        yield image
+
+
+@contextlib.contextmanager
+def array_file(path: Path, channels: int, dtype: str | None = None) -> Iterator[Header]:
+    """`opened_array`, of this type if one is given. What it and the body raise is explained."""
+    with _explained(path), opened_array(path, channels) as header:
+        _check_pixels(*header.shape[1:])
+        if dtype not in (None, header.dtype):
+            raise DataError(f"{show(path)}: holds {header.dtype}, the others {dtype}; convert it")
+        yield header
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{width} x {height}")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the body raises as it reads this image file into a DataError."""
     kind, size = BadImageError, ""
     try:
         status = path.stat()
@@ -90,11 +151,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         size = f"{status.st_size} bytes"
         if status.st_size > MAX_FILE_BYTES:
             raise Image.DecompressionBombError(size)
-        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            yield image
-    except DataError:
+        yield
+    except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
         reason = one_line(error)

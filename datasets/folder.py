@@ -20,10 +20,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.arrays import is_array
 from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
 from datasets.decoding import has_image_suffix, read_size
 from datasets.label_file import how_to_complete, read_label_file
 from datasets.packed import ImagePath, Member, open_root
+from datasets.ranges import values_of
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -70,14 +72,23 @@ class Children(NamedTuple):
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
-    """The images under `data_root`. No file is opened with `image_size`, else their headers are.
+    """The images under `data_root`. No file is opened with `image_size`, else their headers are;
+    all are read to measure the range of arrays, see `values_of`.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
     listing = replace_bad_images(config, list_images(config, split))
-    size = config.image_size or _common_size(config, split, listing)
-    return ImageFileDataset(listing, config.image_channels or 3, *size)
+    train, first = listing, 0
+    if split != "train" and (config.image_size is None or is_array(listing.names[0])):
+        train = list_images(config, "train")
+        if config.on_bad_image == "skip":
+            count = len(train.names)
+            first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
+            train = train.take(range(first, count))
+    values = values_of(config, train.path(0), train)
+    size = config.image_size or _common_size(config, train.path(0), listing)
+    return ImageFileDataset(listing, config.image_channels or 3, *size, values)
 
 
 def has_test_folder(config: Config) -> bool:
@@ -132,6 +143,10 @@ def list_images(config: Config, split: str) -> Listing:
         listing = _list_labelled(config, root)
     else:
         listing = _list_folder(config, folders, split)
+    kinds = {is_array(name): show(name) for name in reversed(listing.names)}
+    if len(kinds) > 1:
+        fault = f"{kinds[True]} is an array, {kinds[False]} a picture; keep one kind of files"
+        raise DataError(f"{show(root)}: {fault} in a data set")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
@@ -303,24 +318,18 @@ def _list_labelled(config: Config, root: ImagePath) -> Listing:
     return Listing(root, names, in_order, class_names, children.others)
 
 
-def _common_size(config: Config, split: str, listing: Listing) -> tuple[int, int]:
-    """(height, width) of the first train image that is used.
+def _common_size(config: Config, first: ImagePath, listing: Listing) -> tuple[int, int]:
+    """(height, width) of `first`, the first train image that is used.
 
     Raises a DataError that names the first image of another size.
     """
-    sizes = read_sizes(listing)
-    train, first = listing, 0
-    if split != "train":
-        train = list_images(config, "train")
-        if config.on_bad_image == "skip":
-            count = len(train.names)
-            first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
-    size = read_size(train.path(first))
+    channels = config.image_channels or 3
+    sizes, size = read_sizes(listing, channels), read_size(first, channels)
     for name, other in zip(listing.names, sizes, strict=True):
         if other != size:
             raise DataError(
                 f"{show(listing.root / name)}: is {other[0]} x {other[1]} (height x width), but "
-                f"{show(train.path(first))} is {size[0]} x {size[1]}; set image_size to bring all "
+                f"{show(first)} is {size[0]} x {size[1]}; set image_size to bring all "
                 "images to one size"
             )
     return size

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.storage import ImageDataset, InMemoryDataset
 from utils.errors import DataError
-from utils.images import to_float
+from utils.images import image_dtype, to_float
 from utils.rng import Stream, numpy_generator
 
-RESIDENT_LIMIT = 2**30  # bytes of uint8 images
+RESIDENT_LIMIT = 2**30  # bytes of images
 DECODE_BATCH_SIZE = 256
 
 
@@ -77,7 +77,7 @@ def make_resident(
     resident: bool | None = None,
     num_workers: int = 0,
 ) -> ImageDataset:
-    """The data set with all its images decoded, as uint8 on `device`.
+    """The data set with all its images decoded, on `device`.
 
     Raises a DataError if an image cannot be read.
 
@@ -86,25 +86,27 @@ def make_resident(
             Where they are not to be resident the data set is returned as it is.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    if resident is False or (resident is None and math.prod(shape) > RESIDENT_LIMIT):
+    size = math.prod(shape) * image_dtype(dataset.values).itemsize
+    if resident is False or (resident is None and size > RESIDENT_LIMIT):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
     else:
-        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        images = torch.empty(shape, dtype=image_dtype(dataset.values), device=device)
         parts = image_batches(
             dataset, range(len(dataset)), DECODE_BATCH_SIZE, num_workers=num_workers
         )
         for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
             place.copy_(part)
     labels, class_names = dataset.labels, dataset.class_names
-    return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    kept = dict(fingerprint=dataset.fingerprint, values=dataset.values)
+    return InMemoryDataset(images, labels, class_names, **kept)
 
 
 def image_batches(
     dataset: ImageDataset, indices: Sequence[int] | Tensor, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order.
+    """Yield (images (b, C, H, W), labels (b,) int64) of `indices`, in order.
 
     The last batch may be short. The tensors are on the CPU, or on the device of a resident data
     set. Raises a DataError when an image cannot be read.
@@ -135,7 +137,7 @@ def global_indices(
 def _load(
     dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the uint8 images and the labels of each index array, in order."""
+    """Yield the images and the labels of each index array, in order."""
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images
         labels = dataset.labels.to(images.device)
@@ -183,7 +185,8 @@ class _Rows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor] | str:
-        images = torch.empty((len(index), *self.dataset.spec.shape), dtype=torch.uint8)
+        shape = len(index), *self.dataset.spec.shape
+        images = torch.empty(shape, dtype=image_dtype(self.dataset.values))
         try:
             for row, i in enumerate(index.tolist()):
                 images[row] = self.dataset[i][0]

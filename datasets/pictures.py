@@ -14,12 +14,13 @@ from torch import Tensor
 from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of, has_test_folder
 from datasets.packed import ImagePath, open_root
+from datasets.ranges import with_range
 from datasets.remarks import passed_over
 from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
 from utils.errors import DataError, show
 from utils.files import looks_like, read_npz
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images, a .zip of it, or an .npz with arr_0, uint8 (N, H, W, C)"
@@ -64,6 +65,7 @@ def read_pictures(
     *,
     image_size: tuple[int, int] | None = None,
     image_channels: int | None = None,
+    values: Values | None = None,
 ) -> Pictures:
     """The pictures at `path` and their classes.
 
@@ -75,7 +77,8 @@ def read_pictures(
     Args:
         class_names: those of the data set that the pictures imitate; empty if it has none.
         image_size: (height, width) to bring them to; None: they have one size.
-        image_channels: 1 or 3; None: 3 for files, those of the array in an .npz.
+        image_channels: None: 3 for files, those of the array in an .npz.
+        values: whose range floats have; None: their own.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
@@ -84,6 +87,7 @@ def read_pictures(
     else:
         settings = folder_settings(path) | {"label_file": None}
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
+        config = with_range(config, values)
         if has_test_folder(config):
             raise DataError(f"{show(path)}: holds splits; name the folder of one of them")
         images = build_custom(config, "train")
@@ -105,7 +109,10 @@ def read_pictures(
 
 
 def fitted_pictures(
-    path: str | Path, spec: ImageSpec, class_names: tuple[str, ...] = ()
+    path: str | Path,
+    spec: ImageSpec,
+    class_names: tuple[str, ...] = (),
+    values: Values | None = None,
 ) -> Pictures:
     """`read_pictures`, or a single image file, in the shape that a model of `spec` draws.
 
@@ -113,10 +120,12 @@ def fitted_pictures(
     """
     path, size = Path(path), (spec.height, spec.width)
     if open_root(path).is_dir() or path.suffix.lower() == ".npz":
-        return read_pictures(path, class_names, image_size=size, image_channels=spec.channels)
+        shape = dict(image_size=size, image_channels=spec.channels)
+        return read_pictures(path, class_names, **shape, values=values)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-    return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
+    images = decode_image(path, spec, values)[None]
+    return Pictures(_in_memory(images, values), None, f"{path} is one file")
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:
@@ -127,7 +136,7 @@ def read_mask(path: str | Path, height: int, width: int) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file; give a black and white image")
-    size = read_size(path)
+    size = read_size(path, 1)
     if size != (height, width):
         raise DataError(
             f"{show(path)}: the mask is {size[1]}x{size[0]} pixels, but the model draws "
@@ -179,5 +188,5 @@ def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:
     return images[..., 0] if grey else images, None if labels is None else labels.tolist()
 
 
-def _in_memory(images: Tensor) -> InMemoryDataset:
-    return InMemoryDataset(images, torch.zeros(len(images)), ())
+def _in_memory(images: Tensor, values: Values | None = None) -> InMemoryDataset:
+    return InMemoryDataset(images, torch.zeros(len(images)), (), values=values)

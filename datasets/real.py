@@ -13,11 +13,12 @@ from torch import Tensor
 
 from datasets import build_dataset, has_test_split
 from datasets.loader import image_batches
+from datasets.ranges import with_range
 from datasets.remarks import passed_over
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.rng import EvaluationDraw, fixed_subset
 
 log = logging.getLogger("diffusion")
@@ -29,13 +30,14 @@ class RealImages:
 
     labels: Tensor  # (N,) int64; all 0 when unlabelled
     indices: Sequence[int]  # those to compare with, sorted; normally all N
-    # Indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
+    # Indices -> images (b, C, H, W) and labels (b,), batch by batch, in the given order.
     fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
     spec: ImageSpec
     fingerprint: str
     split: str = "train"
     class_names: tuple[str, ...] = ()
     passed_over: Sequence[str] = ()  # a line about what lies there too, or none
+    values: Values | None = None  # of images that are floats; None: they are uint8
 
     @property
     def num_classes(self) -> int:
@@ -47,7 +49,7 @@ class RealImages:
         return self.indices[part.start : part.stop]
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (len(indices), C, H, W), all in memory."""
+        """Images (len(indices), C, H, W), all in memory."""
         return torch.cat([images for images, _ in self.fetch(indices)])
 
 
@@ -83,7 +85,7 @@ def real_sets(
         limit: how many of them, drawn with a fixed seed; None: all.
     """
 
-    def images_of(name: str) -> RealImages:
+    def images_of(name: str, config: Config) -> RealImages:
         with runtime.main_first():  # it may download
             dataset = build_dataset(config, name)
         listing = getattr(dataset, "listing", None)
@@ -98,12 +100,13 @@ def real_sets(
             split=name,
             class_names=tuple(dataset.class_names),
             passed_over=passed_over(listing),
+            values=dataset.values,
         )
 
-    train, test = images_of("train"), None
+    train, test = images_of("train", config), None
     try:
         if split == "test" or has_test_split(config):
-            test = images_of("test")
+            test = images_of("test", with_range(config, train.values))
     except DataError as error:
         if split == "test":
             raise

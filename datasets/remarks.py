@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from datasets.bad_images import map_images
 from datasets.decoding import bit_depth
@@ -12,6 +15,7 @@ from utils.errors import show
 from utils.files import IMAGE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
+ROUNDING = 1e-6
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
 
 
@@ -27,15 +31,41 @@ def passed_over(listing: Listing | None) -> list[str]:
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []
 
 
-def remarks(listing: Listing, brightest: Mapping[int, int]) -> list[str]:
-    """All lines on a listing; `brightest` is the largest 8-bit value of any file, by bit depth."""
+class FileRange(NamedTuple):
+    """The least and the largest value in files; how many are outside a range, in how many files."""
+
+    low: float
+    high: float
+    num_outside: int
+    num_files: int
+
+    def merged(self, other: FileRange | None) -> FileRange:
+        if other is None:
+            return self
+        pairs = list(zip(self, other, strict=True))
+        return FileRange(min(pairs[0]), max(pairs[1]), sum(pairs[2]), sum(pairs[3]))
+
+
+def range_of(array: np.ndarray, given: Sequence[float] | None = None) -> FileRange:
+    """That of an array, and what lies outside of a given range."""
+    low, high = given or (-np.inf, np.inf)
+    outside = int(((array < low) | (array > high)).sum())
+    return FileRange(float(array.min()), float(array.max()), outside, int(outside > 0))
+
+
+def remarks(listing: Listing, ranges: Mapping[int | str, FileRange]) -> list[str]:
+    """All lines on a listing; `ranges` are those of the files by bit depth, or of others than 8-bit
+    images by type."""
     folded = Counter(name.casefold() for name in listing.class_names)
     twins = [name for name in listing.class_names if folded[name.casefold()] > 1]
     lines = passed_over(listing)
     if twins:
         lines.append(f"classes that differ in case alone: {show(', '.join(twins[:4]))}")
-    for depth, value in sorted(brightest.items()):
-        unused = 8 - value.bit_length()
+    for depth, part in sorted(ranges.items(), key=str):
+        unused = 0 if isinstance(depth, str) else 8 - int(part.high).bit_length()
+        if part.num_outside:
+            count = f"{part.num_outside} values of {part.num_files} images"
+            lines.append(f"{count} looked at lie outside value_range, so outside of -1 to 1")
         if unused:
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
@@ -50,12 +80,15 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     if listing is None:
         return []
     tried = range(0, len(listing.names), -(-len(listing.names) // NUM_TRIED))
-    brightest: dict[int, int] = {}
+    ranges: dict[int | str, FileRange] = {}
 
-    def measure(i: int) -> tuple[int, int]:
-        return bit_depth(listing.path(tried[i])), int(dataset[tried[i]][0].max())
+    def measure(i: int) -> tuple[int | str, FileRange]:
+        image, values = dataset[tried[i]][0].numpy(), dataset.values
+        if values is not None:
+            return values.dtype, range_of(image, (-1 - ROUNDING, 1 + ROUNDING))
+        return bit_depth(listing.path(tried[i])), range_of(image)
 
     for result in map_images(measure, len(tried), "trying images"):
         if isinstance(result, tuple):  # a broken image stops training in its own time
-            brightest[result[0]] = max(brightest.get(result[0], 0), result[1])
-    return remarks(listing, brightest)
+            ranges[result[0]] = result[1].merged(ranges.get(result[0]))
+    return remarks(listing, ranges)

@@ -31,6 +31,7 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
+from utils.images import image_dtype, image_suffix
 from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
 
@@ -72,7 +73,7 @@ class ImageSets(NamedTuple):
         home: the folder for reports, and for what serves later evaluations.
         facts: where the images come from, for the report.
         settings: how a model draws each set; a single None for pictures that exist.
-        draw: makes the images of a set with these global indices: uint8 (b, C, H, W), by batches.
+        draw: makes the images of a set with these global indices, (b, C, H, W), by batches.
         labels_from: what the first labels follow from, however many there are, as plain types.
     """
 
@@ -133,7 +134,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         )
 
     unlabelled = "the model was trained without class labels"
-    generated, home = Generated(run.spec, count, labels, unlabelled), run.checkpoint.parent / "eval"
+    shown, home = config.preview_channels, run.checkpoint.parent / "eval"
+    generated = Generated(run.spec, count, labels, unlabelled, run.values, shown)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
@@ -149,6 +151,7 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         train.class_names if train else (),
         image_size=config.image_size if has_size else None,
         image_channels=train.spec.channels if train else config.image_channels,
+        values=train and train.values,
     )
     dataset, labels, asked = pictures.data, pictures.labels, args.num_samples
     if asked is not None and asked > len(dataset):
@@ -164,6 +167,8 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         len(chosen),
         labels and [labels[i] for i in chosen],
         pictures.unlabelled or "",
+        dataset.values,
+        config.preview_channels,
     )
     facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
     home = Path(os.path.abspath(path))  # of `.` and `..`, too
@@ -230,15 +235,18 @@ def score_sets(
             decisive = {"precision": precision, "labels_from": images.labels_from}
             key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
-            batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
+            form = generated.spec.shape, image_dtype(generated.values)
+            batches = resumed(store, *form, share, draw, show_progress=is_main)
         to_save, written = args.save_images_dir is not None, []
         if to_save:
-            batches = saved(batches, Path(args.save_images_dir, name), share.start, written)
+            folder = Path(args.save_images_dir, name)
+            batches = saved(batches, folder, share.start, written, generated.values)
         report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
-                save_labels(Path(args.save_images_dir, name), generated.labels)
+                suffix = image_suffix(generated.spec.channels, generated.values)
+                save_labels(folder, generated.labels, suffix)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

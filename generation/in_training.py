@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from datasets import default_flip
+from datasets.ranges import with_range
 from datasets.real import real_sets
 from generation.evaluated import Setting
 from generation.run import Run
@@ -22,7 +23,16 @@ from training.sharding import full_model
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.images import ImageSpec, block_labels, grid_rows, make_grid, save_image
+from utils.images import (
+    ImageSpec,
+    Values,
+    as_pictures,
+    block_labels,
+    grid_rows,
+    image_dtype,
+    make_grid,
+    save_image,
+)
 from utils.labels import requested_labels
 
 PREVIEW_BATCH_SIZE, EVAL_BATCH_SIZE = 64, 128
@@ -57,17 +67,19 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     labels = block_labels(count, run.classes) if config.conditional else None
     with runtime.all_or_none("sampling failed on another process"):
         parts = list(draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime))
-    images = gather_images(parts, count, run.spec.shape, runtime)
+    images = gather_images(parts, count, run.spec.shape, runtime, image_dtype(run.values))
     if images is None:
         return None
-    grid = make_grid(images, grid_rows(count, labels))
+    grid = make_grid(as_pictures(images, config.preview_channels), grid_rows(count, labels))
     path = config.preview_dir / f"epoch_{epoch:04d}.png"
     save_image(path, grid)
     log.info("preview: %s", path)
     return grid
 
 
-def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Evaluation | None:
+def training_evaluation(
+    config: Config, spec: ImageSpec, values: Values | None, runtime: Runtime
+) -> Evaluation | None:
     """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
 
     Raises a ConfigError if the metric that is to choose the best model cannot run here.
@@ -77,10 +89,10 @@ def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Ev
     count, labels = config.eval_num_samples, None
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
-    sets = real_sets(config, runtime, EVAL_BATCH_SIZE)
+    sets = real_sets(with_range(config, values), runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
-        Generated(spec, count, labels),
+        Generated(spec, count, labels, values=values, shown=config.preview_channels),
         Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
         cache_dir=config.run_dir / "eval",

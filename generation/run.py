@@ -29,7 +29,7 @@ from utils.config import (
     warnings_of,
 )
 from utils.errors import CheckpointError, ConfigError, show
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
@@ -56,6 +56,7 @@ class Run:
     ema: bool = False
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
     guide: Run | None = None  # a weaker model of the same images, for autoguidance
+    values: Values | None = None  # of images that are floats; None: they are uint8
 
     @property
     def classes(self) -> Sequence[int]:
@@ -98,6 +99,9 @@ def load_run(
     """
     path = resolve_checkpoint(checkpoint)
     state = load_any(path)
+    values = Values(*state["values"]) if "values" in state else None
+    if values is not None:  # real images get the range that was measured for training
+        state["config"] |= {"value_range": list(values[1:])}
     raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))
@@ -121,7 +125,7 @@ def load_run(
     models.compile_model(model, compile)
     names = tuple(state.get("class_names") or ())
     facts = path, state["step"], state["epoch"], ema, names
-    return Run(model, diffusion.build_process(config), spec, config, *facts)
+    return Run(model, diffusion.build_process(config), spec, config, *facts, values=values)
 
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:

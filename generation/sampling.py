@@ -176,8 +176,9 @@ def run_steps(
 ) -> Tensor:
     """Take the steps of one batch of `count` images in the config's precision.
 
-    Returns the images, uint8 (count, C, H, W) on the CPU; those after the steps whose numbers
-    `frames` has are appended there. Raises a UserError if the device's memory is too small.
+    Returns the images (count, C, H, W) on the CPU: uint8, or of a run with `values` float32, in
+    [-1, 1] or a little outside; those after the steps whose numbers `frames` has are appended
+    there, uint8. Raises a UserError if the device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]
@@ -191,11 +192,14 @@ def run_steps(
             f"out of memory on {device} while sampling {count} images at a time; draw fewer: lower "
             "--batch_size (of previews: num_samples)"
         ) from error
-    if black := count - int(torch.isfinite(step.x).flatten(1).all(1).sum()):
+    finite = torch.isfinite(step.x).flatten(1).all(1)
+    if black := count - int(finite.sum()):
         log.warning(
             f"{black} of {count} images are not finite and come out black: the network overflows "
             f"in {precision}; try precision=fp32, or an earlier checkpoint"
         )
+    if run.values is not None:
+        return torch.where(finite[:, None, None, None], step.x.float(), -1.0).cpu()
     return to_uint8(step.x).cpu()
 
 
@@ -209,7 +213,7 @@ def generate(
     runtime: Runtime,
     frames: Frames | None = None,
 ) -> Iterator[Tensor]:
-    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU.
+    """Sample this rank's share of one image per seed: batches (b, C, H, W), see `run_steps`.
 
     Images on the way are kept in `frames`, see `run_steps`.
     """
@@ -220,13 +224,17 @@ def generate(
 
 
 def gather_images(
-    parts: Iterable[Tensor], num_images: int, shape: tuple[int, ...], runtime: Runtime
+    parts: Iterable[Tensor],
+    num_images: int,
+    shape: tuple[int, ...],
+    runtime: Runtime,
+    dtype: torch.dtype = torch.uint8,
 ) -> Tensor | None:
     """All images, (num_images, *shape) on the CPU of the main process; None on the others.
 
     `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
     """
-    none = torch.zeros((0, *shape), dtype=torch.uint8)
+    none = torch.zeros((0, *shape), dtype=dtype)
     return runtime.gather(torch.cat([none, *parts]), num_images)
 
 

@@ -22,6 +22,7 @@ from metrics.scoring import Part, Scoring
 from metrics.weights import Network, Weights, find_weights
 from utils.distributed import Runtime
 from utils.errors import MissingWeightsError
+from utils.images import image_suffix
 
 log = logging.getLogger("diffusion")
 
@@ -51,6 +52,10 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
+        if image_suffix(generated.spec.channels, generated.values) != ".png":
+            kind = f"{generated.spec.channels} channel(s) of {generated.values or '8 bits'}"
+            of_network = [name for name in names if METRICS[name].network is not None]
+            self.skip(of_network, f"its network sees 8-bit pictures of 1 or 3 channels, not {kind}")
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:
@@ -148,6 +153,10 @@ class Evaluation:
             shapes = generated.spec.shape, real.sets.train.spec.shape
             ours, theirs = (" x ".join(map(str, shape)) for shape in shapes)
             missing = f"these images are {ours}, the real ones {theirs}"
+            real = real._replace(sets=None, missing=missing)
+        elif real.sets is not None and real.sets.train.values != generated.values:
+            kinds = generated.values or "8 bits", real.sets.train.values or "8 bits"
+            missing = "the values of these images are {}, of the real ones {}".format(*kinds)
             real = real._replace(sets=None, missing=missing)
         self.context = Context(runtime, generated, real, cache_dir=cache_dir)
         self.generated, self.runtime = generated, runtime

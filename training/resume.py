@@ -199,6 +199,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 def _check_matches(resume: Resume, config: Config) -> None:
     old, new = {**Config().to_dict(), **resume.state["config"]}, config.to_dict()
+    if new["value_range"] is not None and "values" in resume.state:  # given, or measured before
+        old["value_range"] = resume.state["values"][1:]
     # Another value of a "run" key would not continue the run, but silently begin another one.
     if changed := changed_settings(old, new, (*SAME_MODEL, *keys_by_resume("run"))):
         raise CheckpointError(
@@ -223,6 +225,12 @@ def check_data(resume: Resume, dataset: ImageDataset) -> None:
         raise CheckpointError(
             f"{resume.path} was trained on images of (channels, height, width, classes) = {old}, "
             f"the data set has {new}"
+        )
+    old, new = resume.state.get("values"), dataset.values and list(dataset.values)
+    if old != new:
+        raise CheckpointError(
+            f"{resume.path} was trained on values (type, -1, 1) = {old or 'uint8'}, the data set "
+            f"has {new or 'uint8'}" + (f"; value_range={old[1]},{old[2]} keeps them" if old else "")
         )
     if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")

@@ -10,6 +10,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from torch import Tensor
 from utils.config_schema import Config
 from utils.errors import CheckpointError, one_line, require, show
 from utils.files import atomic_path, looks_like
+from utils.images import VALUE_TYPES
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
 READ_BYTES = 2**20  # read at a time
@@ -39,6 +41,7 @@ CONFIG_KEYS |= {"num_timesteps", "beta_schedule", "prediction_type"}
 WEIGHTS_SUFFIX = ".safetensors"
 # What the metadata of such a file says, as JSON, and under which name it has the checksum.
 WEIGHTS_FACTS = ("format_version", "config", "spec", "step", "epoch", "ema")
+OPTIONAL_FACTS = ("values",)
 WEIGHTS_CHECKSUM = "crc32"
 
 
@@ -201,7 +204,8 @@ def load_weights(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = {name: metadata[name] for name in WEIGHTS_FACTS if name in metadata}
+        names = (*WEIGHTS_FACTS, *OPTIONAL_FACTS)
+        facts = {name: metadata[name] for name in names if name in metadata}
         state = {name: json.loads(text) for name, text in facts.items()}
     except Exception as error:
         reason = one_line(error)
@@ -249,6 +253,7 @@ STATE |= {"epoch": is_count, "step": is_count, "config": _is_config, "spec": _is
 OPTIONAL_STATE = {
     "ema_model_state_dict": _is_weights,
     "class_names": lambda names: not names or all(type(name) is str for name in names),
+    "values": lambda x: x[0] in VALUE_TYPES and -inf < float(x[1]) < float(x[2]) < inf,
 }
 
 

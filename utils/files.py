@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.errors import ConfigError, UserError, one_line, show
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
 
 KEY_DIGITS = 12
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+ARRAY_EXTENSIONS = (".npy", ".npz", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", *ARRAY_EXTENSIONS)
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
@@ -151,9 +152,9 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
             raise ConfigError(f"{message}; write to another place")
 
 
-def check_picture_folder(folder: Path, num_images: int) -> None:
+def check_picture_folder(folder: Path, num_images: int, suffix: str) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
-    replaced = {f"{i:06d}.png" for i in range(num_images)}
+    replaced = {f"{i:06d}{suffix}" for i in range(num_images)}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
@@ -231,7 +232,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
-    from numpy.lib import format as npy
+    import numpy as np
 
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -241,13 +242,22 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
         sizes = f"{packed:,} bytes would become {info.file_size:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
-        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
-        is_first = npy.read_magic(head) == (1, 0)
-        read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
-        shape, _, dtype = read_header(head)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, which could run code")
-        if head.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
+        read_npy_header(file, name, info.file_size)
         file.seek(0)
-        return npy.read_array(file, allow_pickle=False)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def read_npy_header(file: BinaryIO, name: str, size: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array in an .npy of `size` bytes, from its header alone. Raises a
+    ValueError for Python objects, and unless so many bytes follow."""
+    from numpy.lib import format as npy
+
+    head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    is_first = npy.read_magic(head) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which could run code")
+    if head.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} says {shape} {dtype}, but has {size} bytes")
+    return shape, dtype

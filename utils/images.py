@@ -1,4 +1,4 @@
-"""The shape of an image, the one conversion between [-1, 1] and 8 bits, and grids and GIFs."""
+"""The shape of an image, the conversions between [-1, 1] and files, and grids and GIFs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from utils.errors import ConfigError
 from utils.files import atomic_path
 
+VALUE_TYPES = ("uint16", "int16", "float16", "float32", "float64")
 GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
 MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
@@ -46,6 +47,37 @@ class ImageSpec(NamedTuple):
         return self.channels, self.height, self.width
 
 
+class Values(NamedTuple):
+    """What the floats in [-1, 1] stand for that images are which are not of 8 bits."""
+
+    dtype: str  # of the files, one of `VALUE_TYPES`
+    low: float  # the value that is -1
+    high: float  # the value that is 1
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.low:.6g} to {self.high:.6g}"
+
+    def to_float(self, array: np.ndarray) -> Tensor:
+        """Values of a file, of any shape, as float32; those of `low`..`high` in [-1, 1]."""
+        scaled = (array.astype(np.float64) - self.low) / (self.high - self.low)
+        return torch.from_numpy((scaled * 2 - 1).astype(np.float32))
+
+    def to_file(self, images: Tensor) -> tuple[np.ndarray, int]:
+        """The inverse of `to_float`, integers rounded, and how many values the type cannot hold:
+        they become the nearest that it can."""
+        kind = np.dtype(self.dtype)
+        limits = np.iinfo(kind) if kind.kind in "iu" else np.finfo(kind)
+        array = (images.double().numpy() + 1) / 2 * (self.high - self.low) + self.low
+        array = array.round() if kind.kind in "iu" else array
+        clipped = array.clip(limits.min, limits.max)
+        return clipped.astype(kind), int((clipped != array).sum())
+
+
+def image_dtype(values: Values | None) -> torch.dtype:
+    """The type of images whose files have these values; None: 8-bit ones."""
+    return torch.uint8 if values is None else torch.float32
+
+
 def to_float(images: Tensor) -> Tensor:
     """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]. Those that are
     floats are in this range already."""
@@ -60,6 +92,13 @@ def to_uint8(images: Tensor) -> Tensor:
     It inverts `to_float`: `to_uint8(to_float(u)) == u` for every u.
     """
     return images.float().mul(127.5).add_(128.0).clamp_(0, 255).to(torch.uint8)
+
+
+def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
+    """What a viewer can show of images (B, C, H, W) of any kind: uint8 (B, 1 or 3, H, W), these
+    `channels` of them; None: the first three, or the first if there are fewer."""
+    images = to_uint8(images) if images.is_floating_point() else images
+    return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
 
 def to_rgb(images: Tensor) -> Tensor:
@@ -117,15 +156,27 @@ def make_grid(
     return grid
 
 
-def save_image(path: Path, image: Tensor) -> None:
-    """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder. An error
-    leaves an older one as it was, and so does a link to one that lies elsewhere."""
+def image_suffix(channels: int, values: Values | None) -> str:
+    """The suffix of the files that images are written to: a PNG cannot hold all of them."""
+    return ".png" if values is None and channels in (1, 3) else ".npy"
+
+
+def save_image(path: Path, image: Tensor, values: Values | None = None) -> int:
+    """Write an image (C, H, W) as PNG, or what the suffix says, making the folder: uint8, or with
+    `values` floats, to .npy alone. An error leaves an older file as it was, and so does a link to
+    one that lies elsewhere. Returns how many values were clipped, see `Values.to_file`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        array, clipped = (image.numpy(), 0) if values is None else values.to_file(image)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+        return clipped
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"unknown file extension: {path.suffix}")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         Image.fromarray(to_array(image)).save(file, kind)
+    return 0
 
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:

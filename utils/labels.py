@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import write_text
-from utils.images import save_image
+from utils.images import Values, image_suffix, save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
 LABELS_FILE = "labels.json"  # in a flat folder of pictures: {"000000.png": 3, ...}
 LABEL_MODES = ("balanced", "train", "uniform")
+
+log = logging.getLogger("diffusion")
 
 
 def requested_labels(
@@ -57,11 +60,11 @@ def requested_labels(
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 
 
-def save_labels(folder: Path, labels: Sequence[int] | None) -> None:
+def save_labels(folder: Path, labels: Sequence[int] | None, suffix: str = ".png") -> None:
     """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated. After
     the pictures: until then, and with None, `forget_labels` sees to it that they have none."""
     if labels is not None:
-        named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
+        named = {f"{i:06d}{suffix}": label for i, label in enumerate(labels)}
         write_text(folder / LABELS_FILE, json.dumps(named))
 
 
@@ -70,9 +73,21 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(folder: Path, images: Iterable[Tensor], labels: Sequence[int] | None) -> None:
-    """Write images, uint8 (C, H, W), as 000000.png ... to `folder`, and then their classes."""
+def save_images(
+    folder: Path, images: Tensor, labels: Sequence[int] | None, values: Values | None
+) -> None:
+    """Write images (B, C, H, W) as 000000.png ... to `folder`, see `utils.images.save_image`, and
+    then their classes. How many values were clipped is told in a line."""
     forget_labels(folder)
-    for i, image in enumerate(images):
-        save_image(folder / f"{i:06d}.png", image)
-    save_labels(folder, labels)
+    suffix = image_suffix(images.shape[1], values)
+    paths = [folder / f"{i:06d}{suffix}" for i in range(len(images))]
+    clipped = [save_image(*pair, values) for pair in zip(paths, images, strict=True)]
+    tell_clipped(sum(clipped), values)
+    save_labels(folder, labels, suffix)
+
+
+def tell_clipped(count: int, values: Values | None) -> None:
+    """Log how many values of images did not fit into the type of their files, if some did not."""
+    if count:
+        held = "what this type cannot hold is written as the nearest value that it can"
+        log.warning(f"{count} values of the images are clipped to {values.dtype}: {held}")
