@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
+from generation.sample_store import for_files
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import files
 from utils import images as pictures
@@ -25,7 +27,7 @@ from utils.cli import add_sampling_options, image_count, new_parser, parse_args,
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
 from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
-from utils.labels import save_images, tell_clipped
+from utils.labels import save_images
 from utils.logs import setup_logging
 
 MAX_GIF_FRAMES = 60
@@ -96,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        place = len(seeds), run.spec.shape, runtime
-        images = gather_images(bar, *place, pictures.image_dtype(run.values))
-        frames = [gather_images(parts, *place) for parts in steps.values()]
+        images = gather_images(bar, len(seeds), run, runtime)
+        seen = replace(run, values=None)  # of 8 bits
+        frames = [gather_images(parts, len(seeds), seen, runtime) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
                 tell(f"wrote {path}")
@@ -113,8 +115,7 @@ def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
-        suffix = pictures.image_suffix(run.spec.channels, run.values)
-        files.check_picture_folder(Path(args.output_dir) / "images", num_images, suffix)
+        files.check_picture_folder(Path(args.output_dir) / "images", num_images, run.suffix)
 
 
 def write_outputs(
@@ -128,18 +129,16 @@ def write_outputs(
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
     channels = run.config.preview_channels
-    seen = [pictures.as_pictures(batch[shown], channels) for batch in drawn]
-    sheet, *grids = (pictures.make_grid(batch, rows) for batch in seen)
+    views = [pictures.as_pictures(batch[shown], channels) for batch in drawn]
+    sheet, *grids = (pictures.make_grid(view, rows) for view in views)
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
-        sheet = contact_sheet(seen[0], rows, above=[[names[i] for i in row] for row in rows])
+        sheet = contact_sheet(views[0], rows, above=[[names[i] for i in row] for row in rows])
+    if args.save_images or args.npz:
+        images = for_files(images, run.values)
 
-    arrays, in_rows = {}, images.permute(0, 2, 3, 1)
-    if args.npz:
-        arrays["arr_0"], clipped = (
-            run.values.to_file(in_rows) if run.values else (in_rows.numpy(), 0)
-        )
-        tell_clipped(0 if args.save_images else clipped, run.values)
+    kind = dict(labels=labels, suffix=run.suffix)
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["arr_1"] = np.array(labels)
 
@@ -154,8 +153,7 @@ def write_outputs(
         f"{name}.png": partial(pictures.save_image, image=sheet),
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
-        "images": args.save_images
-        and partial(save_images, images=images, labels=labels, values=run.values),
+        "images": args.save_images and partial(save_images, images=images, **kind),
         f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
         and partial(files.write_npz, **arrays),
     }

@@ -78,8 +78,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             mark_complete(config.run_dir)
         return EXIT_OK
     config, spec = job.config, job.dataset.spec
-    values = job.dataset.values
-    evaluation = training_evaluation(config, spec, values, runtime)
+    evaluation = training_evaluation(config, job.dataset, runtime)
     if dry_run:
         build.log_start(job)
         build.try_batch(job, sheet)
@@ -88,7 +87,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
         build.log_start(job)
         status.update(total_steps=job.schedule.total_steps)
         learner = Learner(job)
-        facts = dict(ema=config.use_ema, values=values)
+        facts = dict(ema=config.use_ema, values=job.dataset.values)
         run = Run(learner.sampled_model, job.process, spec, config, **facts)
         trainer = build.build_trainer(
             job,

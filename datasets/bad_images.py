@@ -19,12 +19,11 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.arrays import is_array
-from datasets.decoding import BadImageError, array_file, decode_image, read_size
+from datasets.decoding import BadImageError, decode_image, decode_own, read_size, value_type
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
 NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
@@ -62,6 +61,35 @@ def map_images(
         yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
+def with_range(config: Config, values: Values | None) -> Config:
+    """The config with the `value_range` of these values, which then are not measured again."""
+    return config.model_copy(update={"value_range": values and values[1:]})
+
+
+def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
+    """What -1 and 1 stand for: `value_range`, or the least and the largest value of the `train`
+    images, which are read for it once; None for 8-bit images. Raises a DataError for a broken one,
+    for values that are all equal, and for a range of 8-bit images."""
+    first, given = train.path(0), config.value_range
+    if (dtype := value_type(first, spec.channels)) == "uint8":
+        if given is not None:
+            raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
+        return None
+    if given is not None:
+        return Values(dtype, *given)
+    low, high = np.inf, -np.inf
+    own, count = Values(dtype, -1, 1), len(train.names)
+    decode = partial(decode_image, spec=spec, values=own)
+    for image in map_images(lambda i: decode(train.path(i)), count, "measuring values"):
+        if isinstance(image, DataError):
+            raise image
+        low, high = min(low, image.min().item()), max(high, image.max().item())
+    if not low < high < np.inf:
+        raise DataError(f"{show(train.root)}: values from {low:g} to {high:g}; set value_range")
+    log.info("value_range=%r,%r: measured on %d train images, %s", low, high, count, dtype)
+    return Values(dtype, low, high)
+
+
 def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:
     """(height, width) of every image, from the files' headers.
 
@@ -83,12 +111,8 @@ def decoding_error(config: Config, listing: Listing, index: int) -> BadImageErro
     """
     path, channels = listing.path(index), config.image_channels or 3
     try:
-        if is_array(path):
-            with array_file(path, channels) as header:
-                header.read()
-            return None
         size = config.image_size or read_size(path, channels)
-        decode_image(path, ImageSpec(channels, *size, 0))
+        decode_own(path, ImageSpec(channels, *size, 0))
     except BadImageError as error:
         return error
     return None

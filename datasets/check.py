@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
-from datasets.bad_images import map_images
-from datasets.decoding import bit_depth, decode_image, read_size, value_type
-from datasets.ranges import read_range, with_range
-from datasets.remarks import FileRange, range_of, remarks
+from datasets.bad_images import map_images, with_range
+from datasets.decoding import bit_depth, decode_own, read_size
+from datasets.remarks import Extent, extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
@@ -60,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         train: dict[bytes, str] = {}
         for split in SPLITS if has_test_split(config) else ("train",):
             splits[split] = examine_split(config, split, train)
-            for dtype, part in splits[split]["values"].items():  # the test split has that of train
-                config = with_range(config, Values(dtype, *(config.value_range or part[:2])))
+            for dtype, extremes in splits[split]["values"].items():  # of train, for test as well
+                config = with_range(config, Values(dtype, *(config.value_range or extremes)))
             say("\n".join(split_lines(split, splits[split])))
         num_bad = sum(len(facts["bad"]) for facts in splits.values())
         if num_bad and config.on_bad_image == "error":
@@ -103,7 +102,7 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
     else:
         source = listing = entry.in_files(config, split)
     names, labels = [show(name) for name in listing.names], listing.labels
-    sizes, ranges, first, bad = Counter(), {}, {}, {}
+    sizes, extents, first, bad = Counter(), {}, {}, {}
     duplicates, in_train, num_conflicts = [], [], 0
     results = map_images(partial(examine, config, source), len(names), "decoding all images")
     for index, result in enumerate(results):
@@ -112,7 +111,7 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
             continue
         size, digest, kind, part = result
         sizes[size] += 1
-        ranges[kind] = part.merged(ranges.get(kind))
+        extents.setdefault(kind, []).append(part)
         earlier = first.setdefault(digest, index)
         if earlier != index:
             duplicates.append([names[earlier], names[index]])
@@ -138,32 +137,32 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "conflicting_labels": num_conflicts,
         "in_train": in_train,
         "passed_over": dict(listing.passed_over),
-        "remarks": remarks(listing, ranges),
-        "values": {kind: part for kind, part in ranges.items() if isinstance(kind, str)},
+        "remarks": remarks(listing, extents),
+        "values": {
+            kind: (min(parts)[0], max(high for _, high, _ in parts))
+            for kind, parts in extents.items()
+            if isinstance(kind, str)
+        },
     }
 
 
 def examine(
     config: Config, source: Listing | ImageDataset, index: int
-) -> tuple[tuple[int, ...], bytes, int | str, FileRange]:
+) -> tuple[tuple[int, ...], bytes, int | str, Extent]:
     """(height, width) of an image before it is fitted, a digest of its pixels as training gets
-    them, the bits of a value in the file, or of others than 8-bit images the type, and the range
-    of the values."""
+    them, the bits of a value in the file, or the type of arrays, and the extent of the values."""
     if isinstance(source, Listing):
         path, native = source.path(index), DATASETS[config.dataset].native
         channels = config.image_channels or 3
-        kind, size, values, part = value_type(path, channels), read_size(path, channels), None, None
-        if kind == "uint8":
-            kind = bit_depth(path)
-        else:
-            values, part = Values(kind, -1, 1), read_range(path, channels, kind, config.value_range)
+        size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
-        image = decode_image(path, ImageSpec(channels, *wanted, 0), values)
+        kind, image = decode_own(path, ImageSpec(channels, *wanted, 0))
+        kind = bit_depth(path) if kind == "uint8" else kind
     else:
-        size, kind, image, part = source.spec.shape[1:], 8, source[index][0], None
+        size, kind, image = source.spec.shape[1:], 8, source[index][0]
     pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
     digest = hashlib.blake2b(pixels, digest_size=16).digest()
-    return size, digest, kind, part or range_of(image.numpy())
+    return size, digest, kind, extent(image, config.value_range)
 
 
 def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
@@ -175,8 +174,8 @@ def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
         sizes.append("from {} x {} to {} x {}".format(*facts["smallest"], *facts["largest"]))
     lines = [_line(split, f"{facts['num_images']} images {kind}")]
     lines.append(_line("  height x width", ", ".join(sizes)))
-    for dtype, part in facts["values"].items():
-        lines.append(_line("  values", f"{dtype}, {part.low:g} to {part.high:g}"))
+    for dtype, (low, high) in facts["values"].items():
+        lines.append(_line("  values", f"{dtype} from {low:g} to {high:g}"))
     if classes:
         balance = f"largest / smallest = {ratio:.2f}" if ratio else "some are empty"
         ranked = sorted(classes.items(), key=lambda item: -item[1])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import stat
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -15,16 +18,14 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from datasets.arrays import Header, fit_array, is_array, opened_array
-from utils.errors import DataError, UserError, one_line, show
-from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like
-from utils.images import ImageSpec, Values
+from utils.errors import DataError, UserError, one_line, require, show
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_npy
+from utils.images import VALUE_TYPES, ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
 MAX_FILE_BYTES = 2**29  # the WebP reader takes a whole file into memory to learn its size
 SIZE_LIMIT = f"at most {MAX_PIXELS // 10**6} million pixels and {MAX_FILE_BYTES // 2**20} MiB"
-ARRAYS = " ".join(ARRAY_EXTENSIONS)
 # Pillow's warnings about sizes and EXIF blocks: both are decided here, and an error is one line.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -51,45 +52,58 @@ def has_image_suffix(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
+def is_array(path: Path | str) -> bool:
+    """Whether a file of this name is taken for an array of numbers."""
+    return str(path).lower().endswith(ARRAY_EXTENSIONS)
+
+
+def value_type(path: Path, channels: int) -> str:
+    """The type of the values of an image: "uint8" of pictures, which are not opened, or what the
+    header of an array says. Raises what `decode_image` does."""
+    if is_array(path):
+        with _opened(path, channels, header_only=True) as image:
+            return image.dtype.name if isinstance(image, np.ndarray) else "uint8"
+    if channels not in (1, 3):
+        arrays = f"{channels} are for {' '.join(ARRAY_EXTENSIONS)}"
+        raise DataError(f"{show(path)}: a picture; set image_channels to 1 or 3, {arrays}")
+    return "uint8"
+
+
 def read_size(path: Path, channels: int) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
-    if is_array(path):
-        with array_file(path, channels) as header:
-            return header.shape[1:]
-    with _opened(path) as image:
+    with _opened(path, channels, header_only=True) as image:
+        if isinstance(image, np.ndarray):
+            return image.shape[1:]
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
         in_header = image.format != "PNG" or "exif" in image.info
         turned = in_header and _orientation(image) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def value_type(path: Path, channels: int) -> str:
-    """The type of the values in an image file, "uint8" of all pictures, from its header. Raises
-    what `decode_image` does, and a DataError for another number of channels than it can have."""
-    if is_array(path):
-        with array_file(path, channels) as header:
-            return header.dtype
-    if channels not in (1, 3):
-        fault = f"is a picture, which image_channels={channels} is not for"
-        raise DataError(f"{show(path)}: {fault}; use 1 or 3, or array files ({ARRAYS})")
-    return "uint8"
+def decode_own(path: Path, spec: ImageSpec) -> tuple[str, Tensor]:
+    """The type of an image, and the image with the values of its file; see `decode_image`."""
+    dtype = value_type(path, spec.channels)
+    return dtype, decode_image(path, spec, None if dtype == "uint8" else Values(dtype, -1, 1))
 
 
 def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
-    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or with `values` the
-    floats in [-1, 1] that its own become; these must be of that type.
+    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or from an array of
+    these `values` float32.
 
     Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
-    truncated, too large or no image, a DataError if it cannot be read, or is of another kind.
+    truncated, too large or no image, a DataError if it cannot be read, or holds other values.
     """
-    if is_array(path):
-        with array_file(path, spec.channels, values.dtype if values else "uint8") as header:
-            return _decode_array(header.read(), spec, values)
-    value_type(path, spec.channels)
-    with _opened(path) as image:
+    with _opened(path, spec.channels) as image:
+        is_picture, expected = isinstance(image, Image.Image), values.dtype if values else "uint8"
+        dtype = value_type(path, spec.channels) if is_picture else image.dtype.name
+        if dtype != expected:
+            raise DataError(f"{show(path)}: holds {dtype}, but the data set {expected}; convert it")
+        if not is_picture:
+            fitted = fit_array(image, spec.height, spec.width)
+            return values.to_float(fitted) if values else torch.from_numpy(np.uint8(fitted.round()))
         image.load()
         return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
 
@@ -97,52 +111,18 @@ def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> T
 def bit_depth(path: Path) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
     if is_array(path):
-        return 8  # or more, of which all are used
+        return 8
     with _opened(path) as image:
         wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
         return 16 if wide else 8
 
 
-def _decode_array(array: np.ndarray, spec: ImageSpec, values: Values | None) -> Tensor:
-    _, *size, _ = spec
-    if values is not None:
-        return values.to_float(fit_array(array, *size))
-    if spec.channels in (1, 3):
-        pixels = array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
-        return torch.from_numpy(fit_image(Image.fromarray(pixels), *size, spec.channels))
-    return torch.from_numpy(fit_array(array, *size).round().astype(np.uint8))
-
-
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image with its header read and its pixels not. What the body raises is explained too."""
-    with (
-        _explained(path),
-        path.open("rb") as file,
-        Image.open(file, formats=IMAGE_FORMATS) as image,
-    ):
-        _check_pixels(image.height, image.width)
-        yield image
-
-
-@contextlib.contextmanager
-def array_file(path: Path, channels: int, dtype: str | None = None) -> Iterator[Header]:
-    """`opened_array`, of this type if one is given. What it and the body raise is explained."""
-    with _explained(path), opened_array(path, channels) as header:
-        _check_pixels(*header.shape[1:])
-        if dtype not in (None, header.dtype):
-            raise DataError(f"{show(path)}: holds {header.dtype}, the others {dtype}; convert it")
-        yield header
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{width} x {height}")
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what the body raises as it reads this image file into a DataError."""
+def _opened(
+    path: Path, channels: int = 3, *, header_only: bool = False
+) -> Iterator[Image.Image | np.ndarray]:
+    """The image with its header read and its pixels not; of an array file the array (C, H, W), or
+    one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
     try:
         status = path.stat()
@@ -151,7 +131,15 @@ def _explained(path: Path) -> Iterator[None]:
         size = f"{status.st_size} bytes"
         if status.st_size > MAX_FILE_BYTES:
             raise Image.DecompressionBombError(size)
-        yield
+        if is_array(path):
+            with path.open("rb") as file:
+                array = _array_in(file, path, header_only)
+            yield _channels_first(path, array, channels)
+            return
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+            yield image
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
@@ -168,6 +156,63 @@ def _explained(path: Path) -> Iterator[None]:
         else:
             fault = f"broken image ({reason}); replace or remove it"
         raise kind(f"{show(path)}: {fault}") from error
+
+
+def _array_in(file: IO, path: Path, header_only: bool) -> np.ndarray:
+    """The one array in a file, as it is; see `read_npy`."""
+    suffix = str(path).lower().rpartition(".")[2]
+    if suffix == "npy":
+        return read_npy(file, "it", path.stat().st_size, header_only=header_only)
+    if suffix == "npz":
+        with zipfile.ZipFile(file) as archive:
+            if len(members := archive.infolist()) != 1:
+                raise ValueError(f"{len(members)} arrays in it, not one")
+            with archive.open(members[0]) as member:
+                return read_npy(member, "it", members[0].file_size, header_only=header_only)
+    require("tifffile")
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds is an error here
+    with tifffile.TiffFile(file) as tiff:
+        images, colours = tiff.series, tiff.pages[0].photometric.name
+        if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
+            raise ValueError(f"{len(images)} image(s) of {colours}, not one of MINISBLACK or RGB")
+        none = np.broadcast_to(np.zeros((), images[0].dtype), images[0].shape)
+        return none if header_only else images[0].asarray()
+
+
+def _channels_first(path: Path, array: np.ndarray, channels: int) -> np.ndarray | Image.Image:
+    """An array as (C, H, W), or where 8-bit ones are to be grey or RGB, either as a picture."""
+    shape, dtype = array.shape, array.dtype.name
+    is_picture = dtype == "uint8" and channels in (1, 3)
+    array = array[None] if len(shape) == 2 else array
+    counts = (1, 3) if is_picture else (channels,)
+    axes = [axis for axis in (0, 2)[: len(shape) - 1] if array.shape[axis] in counts]
+    if len(shape) not in (2, 3) or len(axes) != 1:
+        forms = "(H, W), (C, H, W) or (H, W, C), C = image_channels on one side alone"
+        advice = f"here image_channels={channels}, {min(array.shape[0], array.shape[-1])} would fit"
+        raise DataError(f"{show(path)}: its shape is {shape}; use {forms} ({advice})")
+    if dtype not in ("uint8", *VALUE_TYPES):
+        raise DataError(f"{show(path)}: holds {dtype}; use uint8, {', '.join(VALUE_TYPES)}")
+    array = np.moveaxis(array, axes[0], 0)
+    if array[0].size > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{array.shape[2]} x {array.shape[1]}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{(~np.isfinite(array)).sum()} values are NaN or infinite")
+    if is_picture:
+        return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0).copy())
+    return array
+
+
+def fit_array(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest centred part of an array (C, H, W) of the right aspect ratio, resized by
+    antialiased bilinear interpolation, which keeps to the range of the values, as float64."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    scale = min(array.shape[1] / height, array.shape[2] / width)
+    part = [max(1, round(height * scale)), max(1, round(width * scale))]
+    x = transforms.center_crop(torch.from_numpy(array.astype(np.float64)), part)
+    return transforms.resize(x, [height, width], antialias=True).numpy()
 
 
 def _orientation(image: Image.Image) -> int:

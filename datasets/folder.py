@@ -20,16 +20,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.arrays import is_array
-from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
-from datasets.decoding import has_image_suffix, read_size
+from datasets.bad_images import decoding_error, read_sizes, replace_bad_images, values_of
+from datasets.decoding import has_image_suffix, is_array, read_size
 from datasets.label_file import how_to_complete, read_label_file
 from datasets.packed import ImagePath, Member, open_root
-from datasets.ranges import values_of
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
 from utils.files import IMAGE_EXTENSIONS
+from utils.images import ImageSpec
 
 # What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
 # images_val. The last of each are the Chinese words.
@@ -73,22 +72,23 @@ class Children(NamedTuple):
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
     """The images under `data_root`. No file is opened with `image_size`, else their headers are;
-    all are read to measure the range of arrays, see `values_of`.
+    for the range of arrays see `values_of`.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
     listing = replace_bad_images(config, list_images(config, split))
-    train, first = listing, 0
+    train = listing
     if split != "train" and (config.image_size is None or is_array(listing.names[0])):
-        train = list_images(config, "train")
+        train, first = list_images(config, "train"), 0
         if config.on_bad_image == "skip":
             count = len(train.names)
             first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
-            train = train.take(range(first, count))
-    values = values_of(config, train.path(0), train)
-    size = config.image_size or _common_size(config, train.path(0), listing)
-    return ImageFileDataset(listing, config.image_channels or 3, *size, values)
+        train = train.take(range(first, len(train.names)))
+    channels = config.image_channels or 3
+    size = config.image_size or _common_size(channels, train.path(0), listing)
+    values = values_of(config, ImageSpec(channels, *size, 0), train)
+    return ImageFileDataset(listing, channels, *size, values=values)
 
 
 def has_test_folder(config: Config) -> bool:
@@ -145,8 +145,8 @@ def list_images(config: Config, split: str) -> Listing:
         listing = _list_folder(config, folders, split)
     kinds = {is_array(name): show(name) for name in reversed(listing.names)}
     if len(kinds) > 1:
-        fault = f"{kinds[True]} is an array, {kinds[False]} a picture; keep one kind of files"
-        raise DataError(f"{show(root)}: {fault} in a data set")
+        fault = f"{kinds[True]} is an array, {kinds[False]} a picture"
+        raise DataError(f"{show(root)}: {fault}; keep one kind of image files there")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
@@ -318,13 +318,12 @@ def _list_labelled(config: Config, root: ImagePath) -> Listing:
     return Listing(root, names, in_order, class_names, children.others)
 
 
-def _common_size(config: Config, first: ImagePath, listing: Listing) -> tuple[int, int]:
+def _common_size(channels: int, first: ImagePath, listing: Listing) -> tuple[int, int]:
     """(height, width) of `first`, the first train image that is used.
 
     Raises a DataError that names the first image of another size.
     """
-    channels = config.image_channels or 3
-    sizes, size = read_sizes(listing, channels), read_size(first, channels)
+    size, sizes = read_size(first, channels), read_sizes(listing, channels)
     for name, other in zip(listing.names, sizes, strict=True):
         if other != size:
             raise DataError(

@@ -86,21 +86,23 @@ def make_resident(
             Where they are not to be resident the data set is returned as it is.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    size = math.prod(shape) * image_dtype(dataset.values).itemsize
+    dtype = image_dtype(dataset.values)
+    size = math.prod(shape) * dtype.itemsize
     if resident is False or (resident is None and size > RESIDENT_LIMIT):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
     else:
-        images = torch.empty(shape, dtype=image_dtype(dataset.values), device=device)
+        images = torch.empty(shape, dtype=dtype, device=device)
         parts = image_batches(
             dataset, range(len(dataset)), DECODE_BATCH_SIZE, num_workers=num_workers
         )
         for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
             place.copy_(part)
     labels, class_names = dataset.labels, dataset.class_names
-    kept = dict(fingerprint=dataset.fingerprint, values=dataset.values)
-    return InMemoryDataset(images, labels, class_names, **kept)
+    made = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    made.values = dataset.values
+    return made
 
 
 def image_batches(
@@ -185,8 +187,8 @@ class _Rows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor] | str:
-        shape = len(index), *self.dataset.spec.shape
-        images = torch.empty(shape, dtype=image_dtype(self.dataset.values))
+        dtype = image_dtype(self.dataset.values)
+        images = torch.empty((len(index), *self.dataset.spec.shape), dtype=dtype)
         try:
             for row, i in enumerate(index.tolist()):
                 images[row] = self.dataset[i][0]

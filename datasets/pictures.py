@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.bad_images import with_range
 from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of, has_test_folder
 from datasets.packed import ImagePath, open_root
-from datasets.ranges import with_range
 from datasets.remarks import passed_over
 from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
@@ -78,7 +78,7 @@ def read_pictures(
         class_names: those of the data set that the pictures imitate; empty if it has none.
         image_size: (height, width) to bring them to; None: they have one size.
         image_channels: None: 3 for files, those of the array in an .npz.
-        values: whose range floats have; None: their own.
+        values: those of the data set that the pictures imitate, whose range they have, too.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
@@ -109,10 +109,7 @@ def read_pictures(
 
 
 def fitted_pictures(
-    path: str | Path,
-    spec: ImageSpec,
-    class_names: tuple[str, ...] = (),
-    values: Values | None = None,
+    path: str | Path, spec: ImageSpec, class_names: tuple[str, ...], values: Values | None
 ) -> Pictures:
     """`read_pictures`, or a single image file, in the shape that a model of `spec` draws.
 
@@ -124,8 +121,9 @@ def fitted_pictures(
         return read_pictures(path, class_names, **shape, values=values)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-    images = decode_image(path, spec, values)[None]
-    return Pictures(_in_memory(images, values), None, f"{path} is one file")
+    one = _in_memory(decode_image(path, spec, values)[None])
+    one.values = values
+    return Pictures(one, None, f"{path} is one file")
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:
@@ -188,5 +186,5 @@ def _read_npz(path: Path) -> tuple[np.ndarray, list[int] | None]:
     return images[..., 0] if grey else images, None if labels is None else labels.tolist()
 
 
-def _in_memory(images: Tensor, values: Values | None = None) -> InMemoryDataset:
-    return InMemoryDataset(images, torch.zeros(len(images)), (), values=values)
+def _in_memory(images: Tensor) -> InMemoryDataset:
+    return InMemoryDataset(images, torch.zeros(len(images)), ())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, has_test_split
+from datasets.bad_images import with_range
 from datasets.loader import image_batches
-from datasets.ranges import with_range
 from datasets.remarks import passed_over
 from utils.config import Config
 from utils.distributed import Runtime

@@ -25,12 +25,12 @@ class ImageDataset(Protocol):
     labels: Tensor  # (N,) int64 in [0, K); all 0 when unlabelled
     class_names: tuple[str, ...]  # K names; empty when unlabelled
     fingerprint: str  # changes when the images, labels or their order change
-    values: Values | None  # of images that are floats; None: they are uint8
+    values: Values | None  # of the files of images that are floats; None: they are uint8
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """image (C, H, W), uint8 in [0, 255] or float32 in [-1, 1]; label in [0, K)."""
+        """image (C, H, W), uint8 or float32 in [-1, 1], label in [0, K)."""
         ...
 
 
@@ -41,16 +41,12 @@ class InMemoryDataset:
     fingerprint is a hash of the images and labels unless one is given.
     """
 
+    values: Values | None = None
+
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        class_names: Sequence[str],
-        *,
-        fingerprint: str = "",
-        values: Values | None = None,
+        self, images: Tensor, labels: Tensor, class_names: Sequence[str], *, fingerprint: str = ""
     ) -> None:
-        self.images, self.values = images, values
+        self.images = images
         self.labels = labels.to("cpu", torch.int64)
         self.class_names = tuple(class_names)
         self.spec = ImageSpec(*images.shape[1:], len(self.class_names))
@@ -101,18 +97,11 @@ class ImageFileDataset:
     files' contents. The constructor raises a DataError if a file does not exist.
     """
 
-    def __init__(
-        self,
-        listing: Listing,
-        channels: int,
-        height: int,
-        width: int,
-        values: Values | None = None,
-    ) -> None:
+    def __init__(self, listing: Listing, *shape: int, values: Values | None = None) -> None:
         self.values = values
         self.listing, self.names, self.class_names = listing, listing.names, listing.class_names
         self.labels = torch.tensor(listing.labels, dtype=torch.int64)
-        self.spec = ImageSpec(channels, height, width, len(self.class_names))
+        self.spec = ImageSpec(*shape, len(self.class_names))
         facts = len(self.names), self.spec, *filter(None, [values])
         digest = hashlib.sha256(repr(facts).encode())
         for name, label in zip(self.names, listing.labels, strict=True):
@@ -139,8 +128,7 @@ class ClassSubset(Subset):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[int]) -> None:
-        self.spec, self.class_names = dataset.spec, dataset.class_names
-        self.values = dataset.values
+        self.spec, self.class_names, self.values = dataset.spec, dataset.class_names, dataset.values
         num_classes = self.spec.num_classes
         require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
         wanted = torch.tensor(sorted(set(classes)))

@@ -18,7 +18,7 @@ from generation.sampling import Sampling, batch_rows, gather_images, run_steps, 
 from utils.captions import class_captions
 from utils.distributed import Runtime
 from utils.errors import ConfigError, shell_line
-from utils.images import as_pictures, image_dtype, to_float
+from utils.images import as_pictures, to_float
 
 
 class Pictures(NamedTuple):
@@ -93,10 +93,10 @@ class Job(NamedTuple):
         rows = batch_rows(num_images, self.args.batch_size, runtime)
         bar = tqdm(rows, unit="batch", disable=not runtime.is_main)
         parts = (run_steps(run, steps_of(r), r.stop - r.start, runtime.device) for r in bar)
-        return gather_images(parts, num_images, run.spec.shape, runtime, image_dtype(run.values))
+        return gather_images(parts, num_images, run, runtime)
 
     def shown(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) as pictures of the channels that the config names."""
+        """Images (N, C, H, W) as pictures, of the channels that the config names."""
         return as_pictures(images, self.run.config.preview_channels)
 
 

@@ -16,11 +16,12 @@ from datasets.real import chosen_images
 from diffusion import SAMPLERS
 from editing.command import Job, Pictures, spread, wrote
 from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_steps, last_timesteps
+from generation.sample_store import for_files
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
-from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, image_suffix, save_image
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
 from utils.labels import save_images
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
@@ -45,10 +46,9 @@ def inputs_of(job: Job) -> Pictures:
         names = () if args.labels or not run.config.conditional else run.class_names or numbers
         name = args.input
         dataset, own, missing = fitted_pictures(args.input, run.spec, names, run.values)
-    kinds = [(of.spec.shape, of.values or "8 bits") for of in (dataset, run)]
-    if kinds[0] != kinds[1]:
-        theirs, ours = ("{}, values {}".format(*kind) for kind in kinds)
-        raise DataError(f"{name}: images are {theirs}, but the model draws {ours}")
+    if (dataset.spec.shape, dataset.values) != (run.spec.shape, run.values):
+        theirs, ours = (f"{x.spec}, {x.values or '8 bits'}" for x in (dataset, run))
+        raise DataError(f"{name}: images of {theirs}, but the model draws {ours}")
     asked_for = len(dataset) if args.num_samples is None else args.num_samples
     if not 1 <= asked_for <= min(len(dataset), MAX_GRID_IMAGES):
         how = f"--num_samples says how many of them to take, at most {MAX_GRID_IMAGES}"
@@ -63,8 +63,7 @@ def inputs_of(job: Job) -> Pictures:
     outputs = [job.path(kind) for kind, is_written in kinds.items() if is_written]
     check_inputs_stay(outputs, args.input, getattr(args, "mask", None))
     if args.save_images:
-        suffix = image_suffix(run.spec.channels, run.values)
-        check_picture_folder(job.path("_images"), count, suffix)
+        check_picture_folder(job.path("_images"), count, run.suffix)
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
     seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
     return Pictures(images.expand(count, -1, -1, -1), labels, seeds)
@@ -90,7 +89,8 @@ def write_pictures(
     sheet = contact_sheet(every, rows, above=above, left=left)
     outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
     if job.args.save_images:
-        facts = dict(labels=inputs.labels, values=job.run.values)
+        facts = dict(labels=inputs.labels, suffix=job.run.suffix)
+        results = for_files(results, job.run.values)
         outputs[job.path("_images")] = partial(save_images, images=results, **facts)
     return list(write_each(outputs))
 
@@ -149,8 +149,7 @@ def inpaint(job: Job) -> Iterator[str]:
         count, lambda r: inpaint_steps(run, inputs.batch(r, device), unknown, times, sampling)
     )
     if images is not None:
-        hole = HOLE_LEVEL if run.values is None else 0.0
-        holes = inputs.images.masked_fill(unknown, hole)
+        holes = inputs.images.masked_fill(unknown, 0.0 if run.values else HOLE_LEVEL)
         kinds = {"input": inputs.images, "known": holes, "output": images}
         following = "the same with other --seeds, for other ways to fill the hole"
         if times == 1:
@@ -174,12 +173,12 @@ def invert(job: Job) -> Iterator[str]:
     count, iterations = len(inputs.images), f"{times} iterations a step"
     yield f"{count} pictures to noise, {iterations}, and back: {sampling.describe()}"
 
-    noise = []
+    noise = [torch.zeros(0, *run.spec.shape)]  # makes it float32 where there are no pictures, too
     images = job.draw(
         count, lambda r: invert_steps(run, inputs.batch(r, device), times, sampling, noise)
     )
     parts = [part.float().cpu() for part in noise]
-    x_T = gather_images(parts, count, run.spec.shape, job.runtime, torch.float32)
+    x_T = gather_images(parts, count, run, job.runtime)
     if images is None:
         return
     yield from errors_of(images, inputs)
@@ -194,8 +193,8 @@ def invert(job: Job) -> Iterator[str]:
 
 def errors_of(images: Tensor, inputs: Pictures) -> Iterator[str]:
     """Lines: how far each reconstruction is from its picture, as RMSE in 8-bit grey levels."""
-    scale = 127.5 if images.is_floating_point() else 1
-    difference = (images.double() - inputs.images.double()) * scale
+    difference = images.double() - inputs.images.double()
+    difference *= 127.5 if images.is_floating_point() else 1
     errors = difference.square().mean((1, 2, 3)).sqrt().tolist()
     for i, error in enumerate(errors):
         label = "" if inputs.labels is None else f" (label {inputs.labels[i]})"

@@ -20,7 +20,6 @@ from generation.sampling import Sampling, sampler_names, sampling_from
 from utils.config import Config
 from utils.errors import ConfigError, UserError, require
 from utils.files import atomic_path
-from utils.images import image_suffix
 
 MAX_DIFFERENCE = 1e-4  # between the networks' outputs, over our largest; rounding gives 1e-6
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
@@ -36,9 +35,6 @@ def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
     Raises a ConfigError if diffusers has no counterpart to the network or to the sampling, and a
     UserError if it is not installed, or its network computes something else.
     """
-    if image_suffix(run.spec.channels, run.values) != ".png":
-        fault = "diffusers' pipelines draw 8-bit pictures of 1 or 3 channels"
-        raise ConfigError(f"{run.checkpoint} draws others: {fault}. Use --format safetensors")
     sampling = sampling_from(run.config, sampler_names(run.config, [ddim])[0])
     arguments = unet2d_config(run.model, run.config, run.spec)
     scheduler = ddim_scheduler_config(run.config, sampling)
@@ -71,7 +67,7 @@ def ddim_scheduler_config(config: Config, sampling: Sampling) -> dict[str, Any]:
     """
     T, steps = config.num_timesteps, sampling.num_inference_steps
     other = "diffusers has no pipeline that computes the same. Use --format safetensors"
-    for key in ("process", "noise_scale", "timestep_spacing_shift", "cfg_rescale"):
+    for key in ("process", "noise_scale", "timestep_spacing_shift", "cfg_rescale", "value_range"):
         if (value := getattr(config, key)) != Config.model_fields[key].default:
             raise ConfigError(f"{key}={value!r}: {other}")
     betas = SCHEDULES[config.beta_schedule](T, config.beta_start, config.beta_end)

@@ -31,7 +31,6 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
-from utils.images import image_dtype, image_suffix
 from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
 
@@ -84,6 +83,7 @@ class ImageSets(NamedTuple):
     settings: Sequence[Setting | None]
     draw: Callable[[Setting | None, range], Iterator[Tensor]]
     labels_from: Sequence[int] | None = None
+    suffix: str = ".png"  # of files for drawn ones
 
 
 def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtime) -> ImageSets:
@@ -136,7 +136,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     unlabelled = "the model was trained without class labels"
     shown, home = config.preview_channels, run.checkpoint.parent / "eval"
     generated = Generated(run.spec, count, labels, unlabelled, run.values, shown)
-    return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
+    made = run.describe(), home, generated, facts, settings, draw
+    return ImageSets(*made, labels_from, run.suffix)
 
 
 def existing_images(args: argparse.Namespace, config: Config, real: Real) -> ImageSets:
@@ -235,8 +236,7 @@ def score_sets(
             decisive = {"precision": precision, "labels_from": images.labels_from}
             key = content_key({**images.facts, **decisive, **own})
             store = path.parent / f"samples_{key}"
-            form = generated.spec.shape, image_dtype(generated.values)
-            batches = resumed(store, *form, share, draw, show_progress=is_main)
+            batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
         to_save, written = args.save_images_dir is not None, []
         if to_save:
             folder = Path(args.save_images_dir, name)
@@ -245,8 +245,7 @@ def score_sets(
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
-                suffix = image_suffix(generated.spec.channels, generated.values)
-                save_labels(folder, generated.labels, suffix)
+                save_labels(folder, generated.labels, images.suffix)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

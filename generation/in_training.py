@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from datasets import default_flip
-from datasets.ranges import with_range
+from datasets import ImageDataset, default_flip
+from datasets.bad_images import with_range
 from datasets.real import real_sets
 from generation.evaluated import Setting
 from generation.run import Run
@@ -23,16 +23,7 @@ from training.sharding import full_model
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.images import (
-    ImageSpec,
-    Values,
-    as_pictures,
-    block_labels,
-    grid_rows,
-    image_dtype,
-    make_grid,
-    save_image,
-)
+from utils.images import as_pictures, block_labels, grid_rows, make_grid, save_image
 from utils.labels import requested_labels
 
 PREVIEW_BATCH_SIZE, EVAL_BATCH_SIZE = 64, 128
@@ -67,7 +58,7 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     labels = block_labels(count, run.classes) if config.conditional else None
     with runtime.all_or_none("sampling failed on another process"):
         parts = list(draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime))
-    images = gather_images(parts, count, run.spec.shape, runtime, image_dtype(run.values))
+    images = gather_images(parts, count, run, runtime)
     if images is None:
         return None
     grid = make_grid(as_pictures(images, config.preview_channels), grid_rows(count, labels))
@@ -78,7 +69,7 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
 
 
 def training_evaluation(
-    config: Config, spec: ImageSpec, values: Values | None, runtime: Runtime
+    config: Config, dataset: ImageDataset, runtime: Runtime
 ) -> Evaluation | None:
     """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
 
@@ -86,13 +77,13 @@ def training_evaluation(
     """
     if not config.eval_interval:
         return None
-    count, labels = config.eval_num_samples, None
+    count, labels, spec = config.eval_num_samples, None, dataset.spec
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
-    sets = real_sets(with_range(config, values), runtime, EVAL_BATCH_SIZE)
+    sets = real_sets(with_range(config, dataset.values), runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
-        Generated(spec, count, labels, values=values, shown=config.preview_channels),
+        Generated(spec, count, labels, values=dataset.values, shown=config.preview_channels),
         Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
         cache_dir=config.run_dir / "eval",

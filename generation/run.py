@@ -29,7 +29,7 @@ from utils.config import (
     warnings_of,
 )
 from utils.errors import CheckpointError, ConfigError, show
-from utils.images import ImageSpec, Values
+from utils.images import ImageSpec, Values, image_suffix
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
@@ -62,6 +62,11 @@ class Run:
     def classes(self) -> Sequence[int]:
         """The classes it was trained on, in [0, K)."""
         return self.config.classes or range(self.spec.num_classes)
+
+    @property
+    def suffix(self) -> str:
+        """That of files for its images."""
+        return image_suffix(self.spec.channels, self.values)
 
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"
@@ -100,8 +105,7 @@ def load_run(
     path = resolve_checkpoint(checkpoint)
     state = load_any(path)
     values = Values(*state["values"]) if "values" in state else None
-    if values is not None:  # real images get the range that was measured for training
-        state["config"] |= {"value_range": list(values[1:])}
+    state["config"] |= {"value_range": values and list(values[1:])}  # as it was measured
     raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))

@@ -19,6 +19,7 @@ from utils.labels import forget_labels
 
 # A file is named by the index of its first image, and by that of its last image + 1.
 FILES = f"images_{'[0-9]' * 8}_{'[0-9]' * 8}.npy"
+CLIPPED = "%d values of the images lie beyond what %s can hold, and are clipped to it"
 
 log = logging.getLogger("diffusion")
 
@@ -26,7 +27,6 @@ log = logging.getLogger("diffusion")
 def resumed(
     folder: Path,
     shape: tuple[int, ...],
-    dtype: torch.dtype,
     share: range,
     draw: Callable[[range], Iterable[Tensor]],
     *,
@@ -49,7 +49,7 @@ def resumed(
             continue  # another process reads it
         with contextlib.suppress(OSError, EOFError, ValueError):
             array = np.load(path, mmap_mode="r")
-            if array.shape != (stop - first, *shape) or f"torch.{array.dtype}" != str(dtype):
+            if array.shape != (stop - first, *shape) or array.dtype not in (np.uint8, np.float32):
                 continue
             if has_its_checksum(path):
                 stored |= dict.fromkeys(range(first, stop), (path, first))
@@ -91,16 +91,31 @@ def saved(
     batches: Iterable[Tensor], folder: Path, start: int, written: list[int], values: Values | None
 ) -> Iterator[Tensor]:
     """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
-    labels; `written` gets for each that is there how many of its values were clipped."""
+    labels; `written` gets the indices of those that are there."""
+    clipped = 0
 
     def save(first: int, images: Tensor) -> None:
+        nonlocal clipped
         if first == start:
             forget_labels(folder)
         suffix = image_suffix(images.shape[1], values)
-        for i, image in enumerate(images, first):
-            written.append(save_image(folder / f"{i:06d}{suffix}", image, values))
+        held, count = values.to_file(images) if values else (images, 0)
+        clipped += count
+        for i, image in enumerate(held, first):
+            save_image(folder / f"{i:06d}{suffix}", image)
+            written.append(i)
 
-    return _written(batches, start, save, "all saved")
+    yield from _written(batches, start, save, "all saved")
+    if clipped:
+        log.warning(CLIPPED, clipped, values.dtype)
+
+
+def for_files(images: Tensor, values: Values | None) -> Tensor:
+    """Images as their files have them. A line tells how many values are clipped for it."""
+    held, clipped = values.to_file(images) if values else (images, 0)
+    if clipped:
+        log.warning(CLIPPED, clipped, values.dtype)
+    return held
 
 
 def _written(

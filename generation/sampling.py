@@ -17,7 +17,7 @@ from generation.run import Run
 from utils.config import Config, guidance_problem, steps_problem
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
-from utils.images import to_uint8
+from utils.images import image_dtype, to_uint8
 from utils.precision import resolve_precision, sampling_autocast
 from utils.rng import sample_noise
 
@@ -176,9 +176,8 @@ def run_steps(
 ) -> Tensor:
     """Take the steps of one batch of `count` images in the config's precision.
 
-    Returns the images (count, C, H, W) on the CPU: uint8, or of a run with `values` float32, in
-    [-1, 1] or a little outside; those after the steps whose numbers `frames` has are appended
-    there, uint8. Raises a UserError if the device's memory is too small.
+    Returns the images (count, C, H, W) on the CPU, uint8 or, of a run with `values`, float32; those
+    after the steps whose numbers `frames` has are appended there, uint8. Raises a UserError if the device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]
@@ -224,17 +223,13 @@ def generate(
 
 
 def gather_images(
-    parts: Iterable[Tensor],
-    num_images: int,
-    shape: tuple[int, ...],
-    runtime: Runtime,
-    dtype: torch.dtype = torch.uint8,
+    parts: Iterable[Tensor], num_images: int, run: Run, runtime: Runtime
 ) -> Tensor | None:
-    """All images, (num_images, *shape) on the CPU of the main process; None on the others.
+    """All images, (num_images, C, H, W) on the CPU of the main process; None on the others.
 
-    `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
+    `parts` are the batches of this rank's share of a run's images in order, on the CPU.
     """
-    none = torch.zeros((0, *shape), dtype=dtype)
+    none = torch.zeros((0, *run.spec.shape), dtype=image_dtype(run.values))
     return runtime.gather(torch.cat([none, *parts]), num_images)
 
 

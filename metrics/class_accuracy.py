@@ -72,9 +72,9 @@ class ClassAccuracy(Metric):
 
     def pictures(self) -> dict[str, Picture]:
         mistakes, names = self.collected.mistakes, self.collected.class_names
-        shown = self.collected.context.generated.shown
         if not mistakes:
             return {}
+        shown = self.collected.context.generated.shown
         images = as_pictures(torch.stack([image for image, *_ in mistakes]), shown)
         grid = make_grid(images, grid_rows(len(images)))
         told = (f"{names[asked]} drawn as {names[seen]}" for _, asked, seen in mistakes)

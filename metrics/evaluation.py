@@ -53,9 +53,8 @@ class Plan:
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
         if image_suffix(generated.spec.channels, generated.values) != ".png":
-            kind = f"{generated.spec.channels} channel(s) of {generated.values or '8 bits'}"
-            of_network = [name for name in names if METRICS[name].network is not None]
-            self.skip(of_network, f"its network sees 8-bit pictures of 1 or 3 channels, not {kind}")
+            networked = [name for name in names if METRICS[name].network is not None]
+            self.skip(networked, "needs 8-bit pictures of 1 or 3 channels, these are others")
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:
@@ -149,14 +148,10 @@ class Evaluation:
         weights: dict[str, str | None] | None = None,
         download: bool = True,
     ) -> None:
-        if real.sets is not None and real.sets.train.spec.shape != generated.spec.shape:
-            shapes = generated.spec.shape, real.sets.train.spec.shape
-            ours, theirs = (" x ".join(map(str, shape)) for shape in shapes)
-            missing = f"these images are {ours}, the real ones {theirs}"
-            real = real._replace(sets=None, missing=missing)
-        elif real.sets is not None and real.sets.train.values != generated.values:
-            kinds = generated.values or "8 bits", real.sets.train.values or "8 bits"
-            missing = "the values of these images are {}, of the real ones {}".format(*kinds)
+        kinds = [(x.spec.shape, x.values) for x in (generated, real.sets and real.sets.train) if x]
+        if kinds[0] != kinds[-1]:
+            texts = [" x ".join(map(str, s)) + (f" of {v}" if v else "") for s, v in kinds]
+            missing = "these images are {}, the real ones {}".format(*texts)
             real = real._replace(sets=None, missing=missing)
         self.context = Context(runtime, generated, real, cache_dir=cache_dir)
         self.generated, self.runtime = generated, runtime

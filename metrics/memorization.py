@@ -70,19 +70,18 @@ def nearest_images(
     Takes queries (Q, C, H, W), batches of `num_train` train images (b, C, H, W), and (Q,) int64 the
     position of the one train image that a query must not find, or -1. Returns, of the k nearest
     train images of each query, nearest first and of equal ones the first: the squared distance in
-    `num_steps` from the least to the largest value, and the place in the stream, int64 (Q, k) both.
+    `num_levels`, and the place in the stream, int64 (Q, k) both.
     """
-    steps = num_steps(queries, num_train)
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
     best = torch.full((len(queries), num_neighbours), NEVER, device=device)
     start = 0
     for block in itertools.chain.from_iterable(batch.split(rows) for batch in train):
-        b = _levels(block.to(device), steps)  # (rows, C * H * W)
+        b = _levels(block.to(device), num_train)  # (rows, C * H * W)
         positions = torch.arange(start, start + len(b), device=device)
         for first in range(0, len(queries), rows):
             part = slice(first, first + rows)
-            a = _levels(queries[part].to(device), steps)
+            a = _levels(queries[part].to(device), num_train)
             squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
             # Distance and position in one integer: ties are broken the same way in any blocks.
             keys = squared.long() * num_train + positions
@@ -94,16 +93,16 @@ def nearest_images(
     return best // num_train, best % num_train
 
 
-def num_steps(images: Tensor, num_train: int) -> int:
-    """255 for uint8 images; for floats as many steps, up to 16 bits, as leave distances exact."""
-    exact = math.isqrt(NEVER // (8 * images[0].numel() * num_train))
+def num_levels(images: Tensor, num_train: int) -> int:
+    """How far apart -1 and 1 are: 255 in 8 bits, for floats what keeps `nearest_images` exact."""
+    exact = math.isqrt(NEVER // (9 * images[0].numel() * num_train))
     return min(65535, exact) if images.is_floating_point() else 255
 
 
-def _levels(images: Tensor, steps: int) -> Tensor:
-    """Images (B, ...) as whole numbers, float64 (B, D); of floats 0..steps from -1 to 1."""
-    flat = images.flatten(1).double()
-    return ((flat.clamp(-2, 2) + 1) / 2 * steps).round() if images.is_floating_point() else flat
+def _levels(images: Tensor, num_train: int) -> Tensor:
+    x = images.flatten(1).double()
+    half = num_levels(images, num_train) / 2
+    return (x.clamp(-3, 3) * half).round() if images.is_floating_point() else x
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -274,9 +273,8 @@ class Memorization(ChosenImages, Metric):
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
             device=float64_device(self.device),
         )
-        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / num_steps(
-            images, num_train
-        )
+        pixels = (squared.double() / images[0].numel()).sqrt().numpy()
+        pixels /= num_levels(images, num_train)
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)
 

@@ -15,8 +15,7 @@ from utils.images import to_uint8
 
 
 def count_pixels(images: Tensor) -> Tensor:
-    """How often each channel of images (b, C, H, W) takes each of 256 values: int64 (C, 256), on
-    the CPU."""
+    """How often each channel of (b, C, H, W) takes each 8-bit value: int64 (C, 256), on the CPU."""
     channels = (to_uint8(images) if images.is_floating_point() else images).unbind(1)
     return torch.stack([torch.bincount(x.flatten(), minlength=256) for x in channels]).cpu()
 

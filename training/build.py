@@ -48,7 +48,7 @@ def try_batch(job: Job, sheet: str | None) -> None:
     log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
     if sheet is None or not job.runtime.is_main:
         return
-    images = as_pictures(example.x_0[:SHEET_IMAGES].cpu(), job.config.preview_channels)
+    images = as_pictures(example.x_0[:SHEET_IMAGES], job.config.preview_channels).cpu()
     labels = [0] * len(images) if example.y is None else example.y[:SHEET_IMAGES].tolist()
     order = sorted(range(len(images)), key=labels.__getitem__)
     rows = [order[i : i + SHEET_COLUMNS] for i in range(0, len(order), SHEET_COLUMNS)]

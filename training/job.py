@@ -13,8 +13,8 @@ from torch import nn
 import datasets
 import diffusion
 import models
+from datasets.bad_images import with_range
 from datasets.loader import make_resident
-from datasets.ranges import with_range
 from models.lora import add_adapters
 from training.objective import Example, training_examples
 from training.pretrained import load_initial_weights

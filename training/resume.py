@@ -199,7 +199,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 def _check_matches(resume: Resume, config: Config) -> None:
     old, new = {**Config().to_dict(), **resume.state["config"]}, config.to_dict()
-    if new["value_range"] is not None and "values" in resume.state:  # given, or measured before
+    if new["value_range"] is not None and "values" in resume.state:  # it may have been measured
         old["value_range"] = resume.state["values"][1:]
     # Another value of a "run" key would not continue the run, but silently begin another one.
     if changed := changed_settings(old, new, (*SAME_MODEL, *keys_by_resume("run"))):
@@ -228,10 +228,9 @@ def check_data(resume: Resume, dataset: ImageDataset) -> None:
         )
     old, new = resume.state.get("values"), dataset.values and list(dataset.values)
     if old != new:
-        raise CheckpointError(
-            f"{resume.path} was trained on values (type, -1, 1) = {old or 'uint8'}, the data set "
-            f"has {new or 'uint8'}" + (f"; value_range={old[1]},{old[2]} keeps them" if old else "")
-        )
+        keep = f"; set value_range={old[1]},{old[2]} to go on" if old and new else ""
+        values = f"values {old or 'of 8 bits'}, the data set has {new or '8 bits'}{keep}"
+        raise CheckpointError(f"{resume.path} was trained on {values}")
     if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
         return

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 from utils.errors import ConfigError, UserError, one_line, show
 
@@ -152,7 +152,7 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
             raise ConfigError(f"{message}; write to another place")
 
 
-def check_picture_folder(folder: Path, num_images: int, suffix: str) -> None:
+def check_picture_folder(folder: Path, num_images: int, suffix: str = ".png") -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
     replaced = {f"{i:06d}{suffix}" for i in range(num_images)}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
@@ -232,8 +232,6 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
-    import numpy as np
-
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
@@ -242,14 +240,13 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
         sizes = f"{packed:,} bytes would become {info.file_size:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
-        read_npy_header(file, name, info.file_size)
-        file.seek(0)
-        return np.lib.format.read_array(file, allow_pickle=False)
+        return read_npy(file, name, info.file_size)
 
 
-def read_npy_header(file: BinaryIO, name: str, size: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the array in an .npy of `size` bytes, from its header alone. Raises a
-    ValueError for Python objects, and unless so many bytes follow."""
+def read_npy(file: IO, name: str, size: int, *, header_only: bool = False) -> np.ndarray:
+    """The array of an .npy of `size` bytes, or, of its shape and type, one without its numbers.
+    Raises a ValueError for Python objects, and unless so many bytes are there."""
+    import numpy as np
     from numpy.lib import format as npy
 
     head = io.BytesIO(file.read(MAX_HEADER_BYTES))
@@ -260,4 +257,7 @@ def read_npy_header(file: BinaryIO, name: str, size: int) -> tuple[tuple[int, ..
         raise ValueError(f"{name} holds Python objects, which could run code")
     if head.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} says {shape} {dtype}, but has {size} bytes")
-    return shape, dtype
+    if header_only:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+    file.seek(0)
+    return npy.read_array(file, allow_pickle=False)

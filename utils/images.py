@@ -48,34 +48,44 @@ class ImageSpec(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What the floats in [-1, 1] stand for that images are which are not of 8 bits."""
+    """What floats in [-1, 1] stand for, of images that are not of 8 bits."""
 
     dtype: str  # of the files, one of `VALUE_TYPES`
     low: float  # the value that is -1
     high: float  # the value that is 1
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.low:.6g} to {self.high:.6g}"
+        return f"{self.dtype} from {self.low:.6g} to {self.high:.6g}"
 
     def to_float(self, array: np.ndarray) -> Tensor:
-        """Values of a file, of any shape, as float32; those of `low`..`high` in [-1, 1]."""
+        """The values of a file, of any shape, as float32."""
         scaled = (array.astype(np.float64) - self.low) / (self.high - self.low)
         return torch.from_numpy((scaled * 2 - 1).astype(np.float32))
 
-    def to_file(self, images: Tensor) -> tuple[np.ndarray, int]:
-        """The inverse of `to_float`, integers rounded, and how many values the type cannot hold:
-        they become the nearest that it can."""
-        kind = np.dtype(self.dtype)
-        limits = np.iinfo(kind) if kind.kind in "iu" else np.finfo(kind)
+    def to_file(self, images: Tensor) -> tuple[Tensor, int]:
+        """The inverse of `to_float`, integers rounded; and how many values this type cannot hold.
+        They become the nearest that it can."""
         array = (images.double().numpy() + 1) / 2 * (self.high - self.low) + self.low
-        array = array.round() if kind.kind in "iu" else array
-        clipped = array.clip(limits.min, limits.max)
-        return clipped.astype(kind), int((clipped != array).sum())
+        array, limits = (array, np.finfo) if "float" in self.dtype else (array.round(), np.iinfo)
+        held = array.clip(limits(self.dtype).min, limits(self.dtype).max)
+        return torch.from_numpy(held.astype(self.dtype)), int((held != array).sum())
 
 
 def image_dtype(values: Values | None) -> torch.dtype:
-    """The type of images whose files have these values; None: 8-bit ones."""
+    """The type of images in memory; without `values` they are of 8 bits."""
     return torch.uint8 if values is None else torch.float32
+
+
+def image_suffix(channels: int, values: Values | None) -> str:
+    """The suffix of files for images: those that a PNG cannot hold are arrays."""
+    return ".png" if values is None and channels in (1, 3) else ".npy"
+
+
+def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
+    """What a viewer can show of images (B, C, H, W) of any kind: uint8 (B, 1 or 3, H, W), these
+    `channels`; by default the first three, or the first of fewer."""
+    images = to_uint8(images) if images.is_floating_point() else images
+    return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -92,13 +102,6 @@ def to_uint8(images: Tensor) -> Tensor:
     It inverts `to_float`: `to_uint8(to_float(u)) == u` for every u.
     """
     return images.float().mul(127.5).add_(128.0).clamp_(0, 255).to(torch.uint8)
-
-
-def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
-    """What a viewer can show of images (B, C, H, W) of any kind: uint8 (B, 1 or 3, H, W), these
-    `channels` of them; None: the first three, or the first if there are fewer."""
-    images = to_uint8(images) if images.is_floating_point() else images
-    return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
 
 def to_rgb(images: Tensor) -> Tensor:
@@ -156,27 +159,18 @@ def make_grid(
     return grid
 
 
-def image_suffix(channels: int, values: Values | None) -> str:
-    """The suffix of the files that images are written to: a PNG cannot hold all of them."""
-    return ".png" if values is None and channels in (1, 3) else ".npy"
-
-
-def save_image(path: Path, image: Tensor, values: Values | None = None) -> int:
-    """Write an image (C, H, W) as PNG, or what the suffix says, making the folder: uint8, or with
-    `values` floats, to .npy alone. An error leaves an older file as it was, and so does a link to
-    one that lies elsewhere. Returns how many values were clipped, see `Values.to_file`."""
+def save_image(path: Path, image: Tensor) -> None:
+    """Write a uint8 (C, H, W) image as PNG (or what the suffix says; as .npy any type), making the
+    folder. An error leaves an older one as it was, and so does a link to one elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
-        array, clipped = (image.numpy(), 0) if values is None else values.to_file(image)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array)
-        return clipped
+            return np.save(file, image.numpy())
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"unknown file extension: {path.suffix}")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         Image.fromarray(to_array(image)).save(file, kind)
-    return 0
 
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import write_text
-from utils.images import Values, image_suffix, save_image
+from utils.images import save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
 LABELS_FILE = "labels.json"  # in a flat folder of pictures: {"000000.png": 3, ...}
 LABEL_MODES = ("balanced", "train", "uniform")
-
-log = logging.getLogger("diffusion")
 
 
 def requested_labels(
@@ -73,21 +70,9 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(
-    folder: Path, images: Tensor, labels: Sequence[int] | None, values: Values | None
-) -> None:
-    """Write images (B, C, H, W) as 000000.png ... to `folder`, see `utils.images.save_image`, and
-    then their classes. How many values were clipped is told in a line."""
+def save_images(folder: Path, images: Tensor, labels: Sequence[int] | None, suffix: str) -> None:
+    """Write images (B, C, H, W) as 000000.png ... to `folder`, and then their classes."""
     forget_labels(folder)
-    suffix = image_suffix(images.shape[1], values)
-    paths = [folder / f"{i:06d}{suffix}" for i in range(len(images))]
-    clipped = [save_image(*pair, values) for pair in zip(paths, images, strict=True)]
-    tell_clipped(sum(clipped), values)
+    for i, image in enumerate(images):
+        save_image(folder / f"{i:06d}{suffix}", image)
     save_labels(folder, labels, suffix)
-
-
-def tell_clipped(count: int, values: Values | None) -> None:
-    """Log how many values of images did not fit into the type of their files, if some did not."""
-    if count:
-        held = "what this type cannot hold is written as the nearest value that it can"
-        log.warning(f"{count} values of the images are clipped to {values.dtype}: {held}")
