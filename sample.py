@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
-from generation.sample_store import for_files
+from generation.sample_store import tell_clipped
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import files
 from utils import images as pictures
@@ -135,7 +135,8 @@ def write_outputs(
         names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(views[0], rows, above=[[names[i] for i in row] for row in rows])
     if args.save_images or args.npz:
-        images = for_files(images, run.values)
+        images, clipped = pictures.to_file(images, run.values)
+        tell_clipped(clipped, run.values)
 
     kind = dict(labels=labels, suffix=run.suffix)
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}

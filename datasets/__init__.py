@@ -139,8 +139,6 @@ def check_config(config: Config) -> Iterator[Problem]:
     faults: dict[str, str] = {}  # key -> what is wrong with its value
     if entry.native is not None and config.image_channels not in (None, 1, 3):
         faults["image_channels"] = ": use 1 or 3; other numbers are for array files, dataset=custom"
-    if entry.native is not None and config.value_range is not None:
-        faults["value_range"] = f": {name} has 8-bit images; it is for array files, dataset=custom"
     channels, shown = config.image_channels or (entry.native or [3])[0], config.preview_channels
     if shown is not None and (len(shown) not in (1, 3) or max(shown) >= channels):
         faults["preview_channels"] = f": name one or three of 0..{channels - 1}"

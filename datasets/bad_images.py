@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, decode_own, read_size, value_type
+from datasets.decoding import BadImageError, decode_image, read_size, value_type
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
@@ -68,25 +68,23 @@ def with_range(config: Config, values: Values | None) -> Config:
 
 def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
     """What -1 and 1 stand for: `value_range`, or the least and the largest value of the `train`
-    images, which are read for it once; None for 8-bit images. Raises a DataError for a broken one,
-    for values that are all equal, and for a range of 8-bit images."""
+    images, which are read for it; None for 8-bit images. Raises a DataError for a broken one, for
+    a range that is none, and for one of 8-bit images."""
     first, given = train.path(0), config.value_range
     if (dtype := value_type(first, spec.channels)) == "uint8":
         if given is not None:
             raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
         return None
-    if given is not None:
-        return Values(dtype, *given)
-    low, high = np.inf, -np.inf
-    own, count = Values(dtype, -1, 1), len(train.names)
-    decode = partial(decode_image, spec=spec, values=own)
-    for image in map_images(lambda i: decode(train.path(i)), count, "measuring values"):
-        if isinstance(image, DataError):
-            raise image
-        low, high = min(low, image.min().item()), max(high, image.max().item())
-    if not low < high < np.inf:
-        raise DataError(f"{show(train.root)}: values from {low:g} to {high:g}; set value_range")
-    log.info("value_range=%r,%r: measured on %d train images, %s", low, high, count, dtype)
+    low, high = given or (np.inf, -np.inf)
+    if given is None:
+        decode, count = partial(decode_image, spec=spec, dtype=dtype), len(train.names)
+        for image in map_images(lambda i: decode(train.path(i)), count, "measuring values"):
+            if isinstance(image, DataError):
+                raise image
+            low, high = min(low, image.min().item()), max(high, image.max().item())
+        log.info("value_range=%r,%r: measured on %d train images, %s", low, high, count, dtype)
+    if not low < high:
+        raise DataError(f"{show(train.root)}: values from {low:g} to {high:g} are no value_range")
     return Values(dtype, low, high)
 
 
@@ -112,7 +110,7 @@ def decoding_error(config: Config, listing: Listing, index: int) -> BadImageErro
     path, channels = listing.path(index), config.image_channels or 3
     try:
         size = config.image_size or read_size(path, channels)
-        decode_own(path, ImageSpec(channels, *size, 0))
+        decode_image(path, ImageSpec(channels, *size, 0))
     except BadImageError as error:
         return error
     return None

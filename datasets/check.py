@@ -21,7 +21,7 @@ from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images, with_range
-from datasets.decoding import bit_depth, decode_own, read_size
+from datasets.decoding import bit_depth, decode_image, read_size, value_type
 from datasets.remarks import Extent, extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
@@ -156,8 +156,8 @@ def examine(
         channels = config.image_channels or 3
         size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
-        kind, image = decode_own(path, ImageSpec(channels, *wanted, 0))
-        kind = bit_depth(path) if kind == "uint8" else kind
+        image, kind = decode_image(path, ImageSpec(channels, *wanted, 0)), bit_depth(path)
+        kind = value_type(path, channels) if image.is_floating_point() else kind
     else:
         size, kind, image = source.spec.shape[1:], 8, source[index][0]
     pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()

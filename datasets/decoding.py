@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import stat
 import warnings
 import zipfile
@@ -19,8 +18,8 @@ from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from utils.errors import DataError, UserError, one_line, require, show
-from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_npy
-from utils.images import VALUE_TYPES, ImageSpec, Values
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_member, read_npy
+from utils.images import VALUE_TYPES, ImageSpec
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
@@ -58,15 +57,12 @@ def is_array(path: Path | str) -> bool:
 
 
 def value_type(path: Path, channels: int) -> str:
-    """The type of the values of an image: "uint8" of pictures, which are not opened, or what the
-    header of an array says. Raises what `decode_image` does."""
-    if is_array(path):
-        with _opened(path, channels, header_only=True) as image:
-            return image.dtype.name if isinstance(image, np.ndarray) else "uint8"
-    if channels not in (1, 3):
-        arrays = f"{channels} are for {' '.join(ARRAY_EXTENSIONS)}"
-        raise DataError(f"{show(path)}: a picture; set image_channels to 1 or 3, {arrays}")
-    return "uint8"
+    """The type of an array's values, from its header, or "uint8" of a picture, which stays closed.
+    Raises what `decode_image` does."""
+    if not is_array(path):
+        return "uint8"
+    with _opened(path, channels, header_only=True) as image:
+        return getattr(image, "dtype", np.dtype("uint8")).name
 
 
 def read_size(path: Path, channels: int) -> tuple[int, int]:
@@ -83,27 +79,20 @@ def read_size(path: Path, channels: int) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decode_own(path: Path, spec: ImageSpec) -> tuple[str, Tensor]:
-    """The type of an image, and the image with the values of its file; see `decode_image`."""
-    dtype = value_type(path, spec.channels)
-    return dtype, decode_image(path, spec, None if dtype == "uint8" else Values(dtype, -1, 1))
+def decode_image(path: Path, spec: ImageSpec, dtype: str | None = None) -> Tensor:
+    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of another
+    type their own values as float64. Of an animation, this is the first frame.
 
-
-def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
-    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or from an array of
-    these `values` float32.
-
-    Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
-    truncated, too large or no image, a DataError if it cannot be read, or holds other values.
+    Raises a BadImageError if the file is broken, truncated, too large or no image, a DataError if
+    it cannot be read, or has another type than `dtype`, if that is given.
     """
     with _opened(path, spec.channels) as image:
-        is_picture, expected = isinstance(image, Image.Image), values.dtype if values else "uint8"
-        dtype = value_type(path, spec.channels) if is_picture else image.dtype.name
-        if dtype != expected:
-            raise DataError(f"{show(path)}: holds {dtype}, but the data set {expected}; convert it")
-        if not is_picture:
+        own = getattr(image, "dtype", np.dtype("uint8")).name
+        if own != (dtype or own):
+            raise DataError(f"{show(path)}: holds {own}, but the data set {dtype}; convert it")
+        if isinstance(image, np.ndarray):
             fitted = fit_array(image, spec.height, spec.width)
-            return values.to_float(fitted) if values else torch.from_numpy(np.uint8(fitted.round()))
+            return fitted.round().to(torch.uint8) if own == "uint8" else fitted
         image.load()
         return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
 
@@ -165,14 +154,12 @@ def _array_in(file: IO, path: Path, header_only: bool) -> np.ndarray:
         return read_npy(file, "it", path.stat().st_size, header_only=header_only)
     if suffix == "npz":
         with zipfile.ZipFile(file) as archive:
-            if len(members := archive.infolist()) != 1:
-                raise ValueError(f"{len(members)} arrays in it, not one")
-            with archive.open(members[0]) as member:
-                return read_npy(member, "it", members[0].file_size, header_only=header_only)
+            if len(names := archive.namelist()) != 1:
+                raise ValueError(f"{len(names)} arrays in it, not one")
+            return read_member(archive, names[0], path.stat().st_size)
     require("tifffile")
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds is an error here
     with tifffile.TiffFile(file) as tiff:
         images, colours = tiff.series, tiff.pages[0].photometric.name
         if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
@@ -183,36 +170,36 @@ def _array_in(file: IO, path: Path, header_only: bool) -> np.ndarray:
 
 def _channels_first(path: Path, array: np.ndarray, channels: int) -> np.ndarray | Image.Image:
     """An array as (C, H, W), or where 8-bit ones are to be grey or RGB, either as a picture."""
-    shape, dtype = array.shape, array.dtype.name
-    is_picture = dtype == "uint8" and channels in (1, 3)
-    array = array[None] if len(shape) == 2 else array
+    if array.dtype.name not in ("uint8", *VALUE_TYPES):
+        types = f"uint8, {', '.join(VALUE_TYPES)}"
+        raise DataError(f"{show(path)}: holds {array.dtype}; use {types}")
+    is_picture = array.dtype == np.uint8 and channels in (1, 3)
     counts = (1, 3) if is_picture else (channels,)
-    axes = [axis for axis in (0, 2)[: len(shape) - 1] if array.shape[axis] in counts]
-    if len(shape) not in (2, 3) or len(axes) != 1:
+    x = array[None] if array.ndim == 2 else array
+    axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
+    if array.ndim not in (2, 3) or len(axes) != 1:
         forms = "(H, W), (C, H, W) or (H, W, C), C = image_channels on one side alone"
-        advice = f"here image_channels={channels}, {min(array.shape[0], array.shape[-1])} would fit"
-        raise DataError(f"{show(path)}: its shape is {shape}; use {forms} ({advice})")
-    if dtype not in ("uint8", *VALUE_TYPES):
-        raise DataError(f"{show(path)}: holds {dtype}; use uint8, {', '.join(VALUE_TYPES)}")
-    array = np.moveaxis(array, axes[0], 0)
-    if array[0].size > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{array.shape[2]} x {array.shape[1]}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{(~np.isfinite(array)).sum()} values are NaN or infinite")
+        fault = f"its shape is {array.shape}, image_channels={channels}; use {forms}"
+        raise DataError(f"{show(path)}: {fault}; of {min(x.shape[0], x.shape[-1])}?")
+    x = np.moveaxis(x, axes[0], 0)
+    if x[0].size > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")
+    if not np.isfinite(x).all():
+        raise ValueError("it holds NaN or infinite values")
     if is_picture:
-        return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0).copy())
-    return array
+        return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())
+    return x
 
 
-def fit_array(array: np.ndarray, height: int, width: int) -> np.ndarray:
+def fit_array(array: np.ndarray, height: int, width: int) -> Tensor:
     """The largest centred part of an array (C, H, W) of the right aspect ratio, resized by
-    antialiased bilinear interpolation, which keeps to the range of the values, as float64."""
+    antialiased bilinear interpolation, which keeps to the range of the values; float64."""
     from torchvision.transforms.v2 import functional as transforms
 
     scale = min(array.shape[1] / height, array.shape[2] / width)
     part = [max(1, round(height * scale)), max(1, round(width * scale))]
     x = transforms.center_crop(torch.from_numpy(array.astype(np.float64)), part)
-    return transforms.resize(x, [height, width], antialias=True).numpy()
+    return transforms.resize(x, [height, width], antialias=True)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.bad_images import decoding_error, read_sizes, replace_bad_images, values_of
+from datasets.bad_images import read_sizes, replace_bad_images, values_of
 from datasets.decoding import has_image_suffix, is_array, read_size
 from datasets.label_file import how_to_complete, read_label_file
 from datasets.packed import ImagePath, Member, open_root
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.files import IMAGE_EXTENSIONS
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from utils.images import ImageSpec
 
 # What the folder of a split is called, whatever the case, digits and signs: Test-Set, train2017,
@@ -80,11 +80,7 @@ def build_custom(config: Config, split: str) -> ImageFileDataset:
     listing = replace_bad_images(config, list_images(config, split))
     train = listing
     if split != "train" and (config.image_size is None or is_array(listing.names[0])):
-        train, first = list_images(config, "train"), 0
-        if config.on_bad_image == "skip":
-            count = len(train.names)
-            first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
-        train = train.take(range(first, len(train.names)))
+        train = replace_bad_images(config, list_images(config, "train"))
     channels = config.image_channels or 3
     size = config.image_size or _common_size(channels, train.path(0), listing)
     values = values_of(config, ImageSpec(channels, *size, 0), train)
@@ -147,6 +143,9 @@ def list_images(config: Config, split: str) -> Listing:
     if len(kinds) > 1:
         fault = f"{kinds[True]} is an array, {kinds[False]} a picture"
         raise DataError(f"{show(root)}: {fault}; keep one kind of image files there")
+    if False in kinds and (config.image_channels or 3) not in (1, 3):
+        fault = f"image_channels={config.image_channels}, but {kinds[False]} is a picture"
+        raise DataError(f"{show(root)}: {fault}; use 1 or 3, or {' '.join(ARRAY_EXTENSIONS)} files")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 

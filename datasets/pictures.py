@@ -121,9 +121,10 @@ def fitted_pictures(
         return read_pictures(path, class_names, **shape, values=values)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-    one = _in_memory(decode_image(path, spec, values)[None])
-    one.values = values
-    return Pictures(one, None, f"{path} is one file")
+    image = decode_image(path, spec, values.dtype if values else "uint8")[None]
+    images = _in_memory(values.to_float(image) if values else image)
+    images.values = values
+    return Pictures(images, None, f"{path} is one file")
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:

@@ -117,8 +117,9 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = decode_image(self.listing.path(index), self.spec, self.values)
-        return image, self.listing.labels[index]
+        dtype = self.values.dtype if self.values else "uint8"
+        image = decode_image(self.listing.path(index), self.spec, dtype)
+        return self.values.to_float(image) if self.values else image, self.listing.labels[index]
 
 
 class ClassSubset(Subset):

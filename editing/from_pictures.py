@@ -16,12 +16,12 @@ from datasets.real import chosen_images
 from diffusion import SAMPLERS
 from editing.command import Job, Pictures, spread, wrote
 from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_steps, last_timesteps
-from generation.sample_store import for_files
+from generation.sample_store import tell_clipped
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
-from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image, to_file
 from utils.labels import save_images
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
@@ -90,7 +90,8 @@ def write_pictures(
     outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
     if job.args.save_images:
         facts = dict(labels=inputs.labels, suffix=job.run.suffix)
-        results = for_files(results, job.run.values)
+        results, clipped = to_file(results, job.run.values)
+        tell_clipped(clipped, job.run.values)
         outputs[job.path("_images")] = partial(save_images, images=results, **facts)
     return list(write_each(outputs))
 

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from datasets import default_flip
@@ -20,7 +21,7 @@ from datasets.packed import open_root
 from datasets.pictures import folder_settings, read_pictures
 from datasets.real import chosen_images, real_sets
 from generation.run import Run
-from generation.sample_store import remove, resumed, saved
+from generation.sample_store import remove, resumed, saved, tell_clipped
 from generation.sampling import Sampling, generate, sampling_from
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
@@ -242,6 +243,8 @@ def score_sets(
             folder = Path(args.save_images_dir, name)
             batches = saved(batches, folder, share.start, written, generated.values)
         report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
+        clipped = evaluation.runtime.all_reduce(torch.tensor(float(sum(written))))
+        tell_clipped(int(clipped), generated.values)
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:

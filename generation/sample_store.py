@@ -14,12 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import has_its_checksum, save_checked
-from utils.images import Values, image_suffix, save_image
+from utils.images import Values, image_suffix, save_image, to_file
 from utils.labels import forget_labels
 
 # A file is named by the index of its first image, and by that of its last image + 1.
 FILES = f"images_{'[0-9]' * 8}_{'[0-9]' * 8}.npy"
-CLIPPED = "%d values of the images lie beyond what %s can hold, and are clipped to it"
 
 log = logging.getLogger("diffusion")
 
@@ -91,31 +90,24 @@ def saved(
     batches: Iterable[Tensor], folder: Path, start: int, written: list[int], values: Values | None
 ) -> Iterator[Tensor]:
     """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
-    labels; `written` gets the indices of those that are there."""
-    clipped = 0
+    labels; `written` gets for each that is there how many of its values are clipped."""
 
     def save(first: int, images: Tensor) -> None:
-        nonlocal clipped
         if first == start:
             forget_labels(folder)
         suffix = image_suffix(images.shape[1], values)
-        held, count = values.to_file(images) if values else (images, 0)
-        clipped += count
-        for i, image in enumerate(held, first):
-            save_image(folder / f"{i:06d}{suffix}", image)
-            written.append(i)
+        for i, image in enumerate(images, first):
+            held, clipped = to_file(image, values)
+            save_image(folder / f"{i:06d}{suffix}", held)
+            written.append(clipped)
 
-    yield from _written(batches, start, save, "all saved")
-    if clipped:
-        log.warning(CLIPPED, clipped, values.dtype)
+    return _written(batches, start, save, "all saved")
 
 
-def for_files(images: Tensor, values: Values | None) -> Tensor:
-    """Images as their files have them. A line tells how many values are clipped for it."""
-    held, clipped = values.to_file(images) if values else (images, 0)
-    if clipped:
-        log.warning(CLIPPED, clipped, values.dtype)
-    return held
+def tell_clipped(count: int, values: Values | None) -> None:
+    """Tell in a line how many values `to_file` has clipped, if any."""
+    if count:
+        log.warning("%d values lie beyond what %s holds and are clipped", count, values.dtype)
 
 
 def _written(

@@ -9,7 +9,6 @@ hence the ratio of the two nearest distances (Yoon et al. 2023, SPIGM workshop a
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -44,6 +43,7 @@ SIGNS = {  # what raises the alarm -> its words in the summary
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
+FLOAT_STEPS = 16 * 255  # from -1 to 1
 LEFT_OUT = "train, each image left out of its own search"
 NEVER = torch.iinfo(torch.int64).max
 
@@ -70,18 +70,18 @@ def nearest_images(
     Takes queries (Q, C, H, W), batches of `num_train` train images (b, C, H, W), and (Q,) int64 the
     position of the one train image that a query must not find, or -1. Returns, of the k nearest
     train images of each query, nearest first and of equal ones the first: the squared distance in
-    `num_levels`, and the place in the stream, int64 (Q, k) both.
+    steps of `_levels`, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
     best = torch.full((len(queries), num_neighbours), NEVER, device=device)
     start = 0
     for block in itertools.chain.from_iterable(batch.split(rows) for batch in train):
-        b = _levels(block.to(device), num_train)  # (rows, C * H * W)
+        b = _levels(block.to(device))  # (rows, C * H * W)
         positions = torch.arange(start, start + len(b), device=device)
         for first in range(0, len(queries), rows):
             part = slice(first, first + rows)
-            a = _levels(queries[part].to(device), num_train)
+            a = _levels(queries[part].to(device))
             squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
             # Distance and position in one integer: ties are broken the same way in any blocks.
             keys = squared.long() * num_train + positions
@@ -93,16 +93,11 @@ def nearest_images(
     return best // num_train, best % num_train
 
 
-def num_levels(images: Tensor, num_train: int) -> int:
-    """How far apart -1 and 1 are: 255 in 8 bits, for floats what keeps `nearest_images` exact."""
-    exact = math.isqrt(NEVER // (9 * images[0].numel() * num_train))
-    return min(65535, exact) if images.is_floating_point() else 255
-
-
-def _levels(images: Tensor, num_train: int) -> Tensor:
+def _levels(images: Tensor) -> Tensor:
+    """Images (B, ...) as whole numbers (B, D) in float64; of floats one is a 16th of an 8-bit step,
+    few enough for squared distances in 64 bits."""
     x = images.flatten(1).double()
-    half = num_levels(images, num_train) / 2
-    return (x.clamp(-3, 3) * half).round() if images.is_floating_point() else x
+    return (x.clamp(-2, 2) * FLOAT_STEPS / 2).round() if images.is_floating_point() else x
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -273,8 +268,8 @@ class Memorization(ChosenImages, Metric):
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
             device=float64_device(self.device),
         )
-        pixels = (squared.double() / images[0].numel()).sqrt().numpy()
-        pixels /= num_levels(images, num_train)
+        num_steps = FLOAT_STEPS if images.is_floating_point() else 255
+        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / num_steps
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)
 

@@ -226,11 +226,10 @@ def check_data(resume: Resume, dataset: ImageDataset) -> None:
             f"{resume.path} was trained on images of (channels, height, width, classes) = {old}, "
             f"the data set has {new}"
         )
-    old, new = resume.state.get("values"), dataset.values and list(dataset.values)
+    old, new = resume.state.get("values", "8 bits"), list(dataset.values or ()) or "8 bits"
     if old != new:
-        keep = f"; set value_range={old[1]},{old[2]} to go on" if old and new else ""
-        values = f"values {old or 'of 8 bits'}, the data set has {new or '8 bits'}{keep}"
-        raise CheckpointError(f"{resume.path} was trained on {values}")
+        keep = f"the data set has {new}; to go on, value_range must be that of the checkpoint"
+        raise CheckpointError(f"{resume.path} was trained on values (type, -1, 1) = {old}, {keep}")
     if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
         return

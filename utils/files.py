@@ -217,7 +217,7 @@ def read_npz(
                 raise ValueError(f"no array {' or '.join(absent)} in it; it holds {holds}")
             wanted = [name for name in (*names, *optional) if name in members]
             size = path.stat().st_size
-            return {name: _read_member(archive, members[name], size) for name in wanted}
+            return {name: read_member(archive, members[name], size) for name in wanted}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged files
         raise ValueError(show(one_line(error))) from error
 
@@ -231,7 +231,8 @@ def write_npz(path: Path, **arrays: Any) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
+def read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
+    """The array of that name in an .npz of so many bytes, see `read_npz`."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")

@@ -57,22 +57,26 @@ class Values(NamedTuple):
     def __str__(self) -> str:
         return f"{self.dtype} from {self.low:.6g} to {self.high:.6g}"
 
-    def to_float(self, array: np.ndarray) -> Tensor:
+    def to_float(self, values: Tensor) -> Tensor:
         """The values of a file, of any shape, as float32."""
-        scaled = (array.astype(np.float64) - self.low) / (self.high - self.low)
-        return torch.from_numpy((scaled * 2 - 1).astype(np.float32))
+        return ((values.double() - self.low) / (self.high - self.low) * 2 - 1).float()
 
-    def to_file(self, images: Tensor) -> tuple[Tensor, int]:
-        """The inverse of `to_float`, integers rounded; and how many values this type cannot hold.
-        They become the nearest that it can."""
-        array = (images.double().numpy() + 1) / 2 * (self.high - self.low) + self.low
-        array, limits = (array, np.finfo) if "float" in self.dtype else (array.round(), np.iinfo)
-        held = array.clip(limits(self.dtype).min, limits(self.dtype).max)
-        return torch.from_numpy(held.astype(self.dtype)), int((held != array).sum())
+
+def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
+    """Images as their files hold them: of `values` the inverse of `Values.to_float`, integers
+    rounded. And how many values are clipped, because the type does not reach so far."""
+    if values is None:
+        return images, 0
+    dtype = getattr(torch, values.dtype)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    x = (images.double() + 1) / 2 * (values.high - values.low) + values.low
+    x = x if dtype.is_floating_point else x.round()
+    held = x.clamp(limits.min, limits.max)
+    return held.to(dtype), int((held != x).sum())
 
 
 def image_dtype(values: Values | None) -> torch.dtype:
-    """The type of images in memory; without `values` they are of 8 bits."""
+    """The type of images in memory, whose files have these values, or else 8 bits."""
     return torch.uint8 if values is None else torch.float32
 
 
@@ -82,8 +86,8 @@ def image_suffix(channels: int, values: Values | None) -> str:
 
 
 def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
-    """What a viewer can show of images (B, C, H, W) of any kind: uint8 (B, 1 or 3, H, W), these
-    `channels`; by default the first three, or the first of fewer."""
+    """What a viewer can show of images (B, C, H, W): uint8 (B, 1 or 3, H, W), these `channels`; by
+    default the first three, or the first of fewer."""
     images = to_uint8(images) if images.is_floating_point() else images
     return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
