@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -98,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        images = gather_images(bar, len(seeds), run, runtime)
-        seen = replace(run, values=None)  # of 8 bits
-        frames = [gather_images(parts, len(seeds), seen, runtime) for parts in steps.values()]
+        place = len(seeds), run, runtime
+        images = gather_images(bar, *place)
+        frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
                 tell(f"wrote {path}")
@@ -115,7 +114,8 @@ def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
-        files.check_picture_folder(Path(args.output_dir) / "images", num_images, run.suffix)
+        suffix = pictures.image_suffix(run.spec.channels, run.values is None)
+        files.check_picture_folder(Path(args.output_dir) / "images", num_images, suffix)
 
 
 def write_outputs(
@@ -123,7 +123,7 @@ def write_outputs(
 ) -> Iterator[Path]:
     """Write all that was asked for, and yield where.
 
-    What was `drawn` are the images (N, C, H, W), and then the same after some of the steps, uint8.
+    What was `drawn` are the images (N, C, H, W), and then the same after some of the steps.
     """
     folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
@@ -138,7 +138,6 @@ def write_outputs(
         images, clipped = pictures.to_file(images, run.values)
         tell_clipped(clipped, run.values)
 
-    kind = dict(labels=labels, suffix=run.suffix)
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["arr_1"] = np.array(labels)
@@ -154,7 +153,7 @@ def write_outputs(
         f"{name}.png": partial(pictures.save_image, image=sheet),
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
-        "images": args.save_images and partial(save_images, images=images, **kind),
+        "images": args.save_images and partial(save_images, images=images, labels=labels),
         f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
         and partial(files.write_npz, **arrays),
     }

@@ -78,7 +78,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             mark_complete(config.run_dir)
         return EXIT_OK
     config, spec = job.config, job.dataset.spec
-    evaluation = training_evaluation(config, job.dataset, runtime)
+    evaluation = training_evaluation(job)
     if dry_run:
         build.log_start(job)
         build.try_batch(job, sheet)

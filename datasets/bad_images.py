@@ -68,8 +68,8 @@ def with_range(config: Config, values: Values | None) -> Config:
 
 def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
     """What -1 and 1 stand for: `value_range`, or the least and the largest value of the `train`
-    images, which are read for it; None for 8-bit images. Raises a DataError for a broken one, for
-    a range that is none, and for one of 8-bit images."""
+    images, which are read for it; None for 8-bit images. Raises a DataError for a broken image, and
+    a range of no values, or of 8-bit images."""
     first, given = train.path(0), config.value_range
     if (dtype := value_type(first, spec.channels)) == "uint8":
         if given is not None:
@@ -77,14 +77,15 @@ def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
         return None
     low, high = given or (np.inf, -np.inf)
     if given is None:
-        decode, count = partial(decode_image, spec=spec, dtype=dtype), len(train.names)
+        own, count = Values(dtype, -1, 1), len(train.names)
+        decode = partial(decode_image, spec=spec, values=own)
         for image in map_images(lambda i: decode(train.path(i)), count, "measuring values"):
             if isinstance(image, DataError):
                 raise image
             low, high = min(low, image.min().item()), max(high, image.max().item())
         log.info("value_range=%r,%r: measured on %d train images, %s", low, high, count, dtype)
-    if not low < high:
-        raise DataError(f"{show(train.root)}: values from {low:g} to {high:g} are no value_range")
+    if not low < high < np.inf:
+        raise DataError(f"{show(train.root)}: no value_range is from {low:g} to {high:g}")
     return Values(dtype, low, high)
 
 

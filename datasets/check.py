@@ -22,7 +22,7 @@ from typing import Any
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images, with_range
 from datasets.decoding import bit_depth, decode_image, read_size, value_type
-from datasets.remarks import Extent, extent, remarks
+from datasets.remarks import extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
@@ -139,16 +139,14 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "passed_over": dict(listing.passed_over),
         "remarks": remarks(listing, extents),
         "values": {
-            kind: (min(parts)[0], max(high for _, high, _ in parts))
-            for kind, parts in extents.items()
-            if isinstance(kind, str)
+            k: (min(e)[0], max(x[1] for x in e)) for k, e in extents.items() if k not in (8, 16)
         },
     }
 
 
 def examine(
     config: Config, source: Listing | ImageDataset, index: int
-) -> tuple[tuple[int, ...], bytes, int | str, Extent]:
+) -> tuple[tuple[int, ...], bytes, int | str, tuple]:
     """(height, width) of an image before it is fitted, a digest of its pixels as training gets
     them, the bits of a value in the file, or the type of arrays, and the extent of the values."""
     if isinstance(source, Listing):

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.errors import DataError, UserError, one_line, require, show
 from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_member, read_npy
-from utils.images import VALUE_TYPES, ImageSpec
+from utils.images import VALUE_TYPES, ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
@@ -61,7 +61,7 @@ def value_type(path: Path, channels: int) -> str:
     Raises what `decode_image` does."""
     if not is_array(path):
         return "uint8"
-    with _opened(path, channels, header_only=True) as image:
+    with _opened(path, channels, True) as image:
         return getattr(image, "dtype", np.dtype("uint8")).name
 
 
@@ -70,7 +70,7 @@ def read_size(path: Path, channels: int) -> tuple[int, int]:
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
-    with _opened(path, channels, header_only=True) as image:
+    with _opened(path, channels, True) as image:
         if isinstance(image, np.ndarray):
             return image.shape[1:]
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
@@ -79,22 +79,25 @@ def read_size(path: Path, channels: int) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decode_image(path: Path, spec: ImageSpec, dtype: str | None = None) -> Tensor:
+def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
     """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of another
-    type their own values as float64. Of an animation, this is the first frame.
+    type float32, in [-1, 1] if that is the type of `values`; without these, with its own values.
 
-    Raises a BadImageError if the file is broken, truncated, too large or no image, a DataError if
-    it cannot be read, or has another type than `dtype`, if that is given.
+    Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
+    truncated, too large or no image, a DataError if it cannot be read, or is not of that type.
     """
     with _opened(path, spec.channels) as image:
-        own = getattr(image, "dtype", np.dtype("uint8")).name
-        if own != (dtype or own):
-            raise DataError(f"{show(path)}: holds {own}, but the data set {dtype}; convert it")
-        if isinstance(image, np.ndarray):
-            fitted = fit_array(image, spec.height, spec.width)
-            return fitted.round().to(torch.uint8) if own == "uint8" else fitted
-        image.load()
-        return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
+        dtype = getattr(image, "dtype", np.dtype("uint8")).name
+        if values is not None and dtype != values.dtype:
+            raise DataError(f"{show(path)}: holds {dtype}, not {values.dtype} as the others")
+        if not isinstance(image, np.ndarray):
+            image.load()
+            return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
+        fitted = fit_array(image, spec.height, spec.width)
+    if dtype == "uint8":
+        return fitted.round().to(torch.uint8)
+    _, low, high = values or (dtype, -1, 1)
+    return ((fitted - low) / (high - low) * 2 - 1).float()
 
 
 def bit_depth(path: Path) -> int:
@@ -107,9 +110,7 @@ def bit_depth(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(
-    path: Path, channels: int = 3, *, header_only: bool = False
-) -> Iterator[Image.Image | np.ndarray]:
+def _opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
     """The image with its header read and its pixels not; of an array file the array (C, H, W), or
     one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
@@ -170,13 +171,12 @@ def _array_in(file: IO, path: Path, header_only: bool) -> np.ndarray:
 
 def _channels_first(path: Path, array: np.ndarray, channels: int) -> np.ndarray | Image.Image:
     """An array as (C, H, W), or where 8-bit ones are to be grey or RGB, either as a picture."""
-    if array.dtype.name not in ("uint8", *VALUE_TYPES):
-        types = f"uint8, {', '.join(VALUE_TYPES)}"
-        raise DataError(f"{show(path)}: holds {array.dtype}; use {types}")
     is_picture = array.dtype == np.uint8 and channels in (1, 3)
     counts = (1, 3) if is_picture else (channels,)
     x = array[None] if array.ndim == 2 else array
     axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
+    if array.dtype.name not in (types := ("uint8", *VALUE_TYPES)):
+        raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
     if array.ndim not in (2, 3) or len(axes) != 1:
         forms = "(H, W), (C, H, W) or (H, W, C), C = image_channels on one side alone"
         fault = f"its shape is {array.shape}, image_channels={channels}; use {forms}"

@@ -140,12 +140,10 @@ def list_images(config: Config, split: str) -> Listing:
     else:
         listing = _list_folder(config, folders, split)
     kinds = {is_array(name): show(name) for name in reversed(listing.names)}
-    if len(kinds) > 1:
-        fault = f"{kinds[True]} is an array, {kinds[False]} a picture"
-        raise DataError(f"{show(root)}: {fault}; keep one kind of image files there")
-    if False in kinds and (config.image_channels or 3) not in (1, 3):
-        fault = f"image_channels={config.image_channels}, but {kinds[False]} is a picture"
-        raise DataError(f"{show(root)}: {fault}; use 1 or 3, or {' '.join(ARRAY_EXTENSIONS)} files")
+    if len(kinds) > 1 or (False in kinds and (config.image_channels or 3) not in (1, 3)):
+        allowed = f"pictures, of image_channels 1 or 3, or all are {' '.join(ARRAY_EXTENSIONS)}"
+        fault = f"image_channels={config.image_channels}, files as {' and '.join(kinds.values())}"
+        raise DataError(f"{show(root)}: {fault}; all are {allowed}")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.storage import ImageDataset, InMemoryDataset
 from utils.errors import DataError
-from utils.images import image_dtype, to_float
+from utils.images import to_float
 from utils.rng import Stream, numpy_generator
 
 RESIDENT_LIMIT = 2**30  # bytes of images
@@ -86,9 +86,9 @@ def make_resident(
             Where they are not to be resident the data set is returned as it is.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    dtype = image_dtype(dataset.values)
-    size = math.prod(shape) * dtype.itemsize
-    if resident is False or (resident is None and size > RESIDENT_LIMIT):
+    dtype = torch.float32 if dataset.values else torch.uint8
+    fits = math.prod(shape) * dtype.itemsize <= RESIDENT_LIMIT
+    if resident is False or (resident is None and not fits):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(device)
@@ -187,7 +187,7 @@ class _Rows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor] | str:
-        dtype = image_dtype(self.dataset.values)
+        dtype = torch.float32 if self.dataset.values else torch.uint8
         images = torch.empty((len(index), *self.dataset.spec.shape), dtype=dtype)
         try:
             for row, i in enumerate(index.tolist()):

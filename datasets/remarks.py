@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +15,6 @@ from utils.files import IMAGE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
-ABOUT_1 = 1 + 1e-6  # up to rounding
-Extent = tuple[float, float, int]
 
 
 def passed_over(listing: Listing | None) -> list[str]:
@@ -32,13 +29,13 @@ def passed_over(listing: Listing | None) -> list[str]:
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []
 
 
-def extent(image: Tensor, given: Sequence[float] | None) -> Extent:
+def extent(image: Tensor, given: Sequence[float] | None) -> tuple[float, float, int]:
     """The least and the largest value of an image, and how many lie outside a given range."""
-    low, high = given or (-math.inf, math.inf)
+    low, high = given or (image.min(), image.max())
     return image.min().item(), image.max().item(), int(((image < low) | (image > high)).sum())
 
 
-def remarks(listing: Listing, extents: Mapping[int | str, list[Extent]]) -> list[str]:
+def remarks(listing: Listing, extents: Mapping[int | str, list[tuple]]) -> list[str]:
     """All lines on a listing; `extents` are those of images, by bit depth or type of arrays."""
     folded = Counter(name.casefold() for name in listing.class_names)
     twins = [name for name in listing.class_names if folded[name.casefold()] > 1]
@@ -50,8 +47,7 @@ def remarks(listing: Listing, extents: Mapping[int | str, list[Extent]]) -> list
         if count := sum(map(bool, outside)):
             values = f"{sum(outside)} values in {count} of {len(parts)} images"
             lines.append(f"{values} lie outside value_range, so beyond -1 or 1")
-        unused = 0 if isinstance(depth, str) else 8 - max(highs).bit_length()
-        if unused:
+        if isinstance(depth, int) and (unused := 8 - max(highs).bit_length()):
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
                 "come out dark; scale their values to the full range"
@@ -67,9 +63,9 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     tried = range(0, len(listing.names), -(-len(listing.names) // NUM_TRIED))
     values, extents = dataset.values, {}
 
-    def measure(i: int) -> tuple[int | str, Extent]:
+    def measure(i: int) -> tuple[int | str, tuple]:
         kind = values.dtype if values else bit_depth(listing.path(tried[i]))
-        return kind, extent(dataset[tried[i]][0], values and (-ABOUT_1, ABOUT_1))
+        return kind, extent(dataset[tried[i]][0], values and (-1 - 1e-6, 1 + 1e-6))
 
     for result in map_images(measure, len(tried), "trying images"):
         if isinstance(result, tuple):  # a broken image stops training in its own time

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from datasets.decoding import decode_image
 from datasets.packed import ImagePath
 from utils.errors import DataError, show
-from utils.images import ImageSpec, Values
+from utils.images import BYTES, ImageSpec, Values
 
 
 class ImageDataset(Protocol):
@@ -117,9 +117,8 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        dtype = self.values.dtype if self.values else "uint8"
-        image = decode_image(self.listing.path(index), self.spec, dtype)
-        return self.values.to_float(image) if self.values else image, self.listing.labels[index]
+        image = decode_image(self.listing.path(index), self.spec, self.values or BYTES)
+        return image, self.listing.labels[index]
 
 
 class ClassSubset(Subset):

@@ -18,7 +18,7 @@ from generation.sampling import Sampling, batch_rows, gather_images, run_steps, 
 from utils.captions import class_captions
 from utils.distributed import Runtime
 from utils.errors import ConfigError, shell_line
-from utils.images import as_pictures, to_float
+from utils.images import to_float
 
 
 class Pictures(NamedTuple):
@@ -94,10 +94,6 @@ class Job(NamedTuple):
         bar = tqdm(rows, unit="batch", disable=not runtime.is_main)
         parts = (run_steps(run, steps_of(r), r.stop - r.start, runtime.device) for r in bar)
         return gather_images(parts, num_images, run, runtime)
-
-    def shown(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) as pictures, of the channels that the config names."""
-        return as_pictures(images, self.run.config.preview_channels)
 
 
 def spread(values: Sequence[Any], count: int, name: str) -> list[Any]:

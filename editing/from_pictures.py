@@ -21,7 +21,14 @@ from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
-from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image, to_file
+from utils.images import (
+    MAX_COLUMNS,
+    MAX_GRID_IMAGES,
+    as_pictures,
+    image_suffix,
+    save_image,
+    to_file,
+)
 from utils.labels import save_images
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
@@ -63,7 +70,8 @@ def inputs_of(job: Job) -> Pictures:
     outputs = [job.path(kind) for kind, is_written in kinds.items() if is_written]
     check_inputs_stay(outputs, args.input, getattr(args, "mask", None))
     if args.save_images:
-        check_picture_folder(job.path("_images"), count, run.suffix)
+        suffix = image_suffix(run.spec.channels, run.values is None)
+        check_picture_folder(job.path("_images"), count, suffix)
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
     seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
     return Pictures(images.expand(count, -1, -1, -1), labels, seeds)
@@ -85,14 +93,13 @@ def write_pictures(
         above += [[captions[i] for i in columns], *[[]] * (len(kinds) - 1)]
     left = [*kinds] * (len(rows) // len(kinds))
     *_, results = kinds.values()
-    every = job.shown(torch.cat([*kinds.values()]))
+    every = as_pictures(torch.cat([*kinds.values()]), job.run.config.preview_channels)
     sheet = contact_sheet(every, rows, above=above, left=left)
     outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
     if job.args.save_images:
-        facts = dict(labels=inputs.labels, suffix=job.run.suffix)
         results, clipped = to_file(results, job.run.values)
         tell_clipped(clipped, job.run.values)
-        outputs[job.path("_images")] = partial(save_images, images=results, **facts)
+        outputs[job.path("_images")] = partial(save_images, images=results, labels=inputs.labels)
     return list(write_each(outputs))
 
 

@@ -32,6 +32,7 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
+from utils.images import image_suffix
 from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
 
@@ -84,7 +85,6 @@ class ImageSets(NamedTuple):
     settings: Sequence[Setting | None]
     draw: Callable[[Setting | None, range], Iterator[Tensor]]
     labels_from: Sequence[int] | None = None
-    suffix: str = ".png"  # of files for drawn ones
 
 
 def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtime) -> ImageSets:
@@ -137,8 +137,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     unlabelled = "the model was trained without class labels"
     shown, home = config.preview_channels, run.checkpoint.parent / "eval"
     generated = Generated(run.spec, count, labels, unlabelled, run.values, shown)
-    made = run.describe(), home, generated, facts, settings, draw
-    return ImageSets(*made, labels_from, run.suffix)
+    return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
 def existing_images(args: argparse.Namespace, config: Config, real: Real) -> ImageSets:
@@ -248,7 +247,8 @@ def score_sets(
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
-                save_labels(folder, generated.labels, images.suffix)
+                suffix = image_suffix(generated.spec.channels, generated.values is None)
+                save_labels(folder, generated.labels, suffix)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

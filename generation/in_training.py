@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from datasets import ImageDataset, default_flip
+from datasets import default_flip
 from datasets.bad_images import with_range
 from datasets.real import real_sets
 from generation.evaluated import Setting
@@ -18,6 +18,7 @@ from metrics import METRICS, check_metric_names
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
 from metrics.report import summary
+from training.job import Job
 from training.saving import LOSS, VAL_LOSS, BestScore
 from training.sharding import full_model
 from utils.config import Config
@@ -68,13 +69,12 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     return grid
 
 
-def training_evaluation(
-    config: Config, dataset: ImageDataset, runtime: Runtime
-) -> Evaluation | None:
+def training_evaluation(job: Job) -> Evaluation | None:
     """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
 
     Raises a ConfigError if the metric that is to choose the best model cannot run here.
     """
+    config, dataset, runtime = job.config, job.dataset, job.runtime
     if not config.eval_interval:
         return None
     count, labels, spec = config.eval_num_samples, None, dataset.spec

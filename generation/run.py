@@ -29,7 +29,7 @@ from utils.config import (
     warnings_of,
 )
 from utils.errors import CheckpointError, ConfigError, show
-from utils.images import ImageSpec, Values, image_suffix
+from utils.images import ImageSpec, Values
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
@@ -62,11 +62,6 @@ class Run:
     def classes(self) -> Sequence[int]:
         """The classes it was trained on, in [0, K)."""
         return self.config.classes or range(self.spec.num_classes)
-
-    @property
-    def suffix(self) -> str:
-        """That of files for its images."""
-        return image_suffix(self.spec.channels, self.values)
 
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"

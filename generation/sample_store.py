@@ -95,7 +95,7 @@ def saved(
     def save(first: int, images: Tensor) -> None:
         if first == start:
             forget_labels(folder)
-        suffix = image_suffix(images.shape[1], values)
+        suffix = image_suffix(images.shape[1], values is None)
         for i, image in enumerate(images, first):
             held, clipped = to_file(image, values)
             save_image(folder / f"{i:06d}{suffix}", held)

@@ -17,7 +17,7 @@ from generation.run import Run
 from utils.config import Config, guidance_problem, steps_problem
 from utils.distributed import Runtime
 from utils.errors import ConfigError, UserError
-from utils.images import image_dtype, to_uint8
+from utils.images import to_uint8
 from utils.precision import resolve_precision, sampling_autocast
 from utils.rng import sample_noise
 
@@ -177,30 +177,31 @@ def run_steps(
     """Take the steps of one batch of `count` images in the config's precision.
 
     Returns the images (count, C, H, W) on the CPU, uint8 or, of a run with `values`, float32; those
-    after the steps whose numbers `frames` has are appended there, uint8. Raises a UserError if the
-    device's memory is too small.
+    after the steps whose numbers `frames` has are appended there. Raises a UserError if the device's
+    memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]
+
+    def finished(x: Tensor) -> Tensor:
+        return (to_uint8(x) if run.values is None else x.float().nan_to_num(-1, 1, -1)).cpu()
+
     try:
         with sampling_autocast(precision, device, *models):
             for number, step in enumerate(steps):
                 if frames and number in frames:
-                    frames[number].append(to_uint8(step.x).cpu())
+                    frames[number].append(finished(step.x))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on {device} while sampling {count} images at a time; draw fewer: lower "
             "--batch_size (of previews: num_samples)"
         ) from error
-    finite = torch.isfinite(step.x).flatten(1).all(1)
-    if black := count - int(finite.sum()):
+    if black := count - int(torch.isfinite(step.x).flatten(1).all(1).sum()):
         log.warning(
             f"{black} of {count} images are not finite and come out black: the network overflows "
             f"in {precision}; try precision=fp32, or an earlier checkpoint"
         )
-    if run.values is not None:
-        return torch.where(finite[:, None, None, None], step.x.float(), -1.0).cpu()
-    return to_uint8(step.x).cpu()
+    return finished(step.x)
 
 
 def generate(
@@ -230,7 +231,7 @@ def gather_images(
 
     `parts` are the batches of this rank's share of a run's images in order, on the CPU.
     """
-    none = torch.zeros((0, *run.spec.shape), dtype=image_dtype(run.values))
+    none = torch.zeros((0, *run.spec.shape), dtype=torch.float32 if run.values else torch.uint8)
     return runtime.gather(torch.cat([none, *parts]), num_images)
 
 

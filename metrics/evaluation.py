@@ -52,7 +52,7 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
-        if image_suffix(generated.spec.channels, generated.values) != ".png":
+        if image_suffix(generated.spec.channels, generated.values is None) != ".png":
             networked = [name for name in names if METRICS[name].network is not None]
             self.skip(networked, "needs 8-bit pictures of 1 or 3 channels, these are others")
         for network in networks_of(self.runnable):

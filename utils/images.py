@@ -54,35 +54,26 @@ class Values(NamedTuple):
     low: float  # the value that is -1
     high: float  # the value that is 1
 
-    def __str__(self) -> str:
-        return f"{self.dtype} from {self.low:.6g} to {self.high:.6g}"
 
-    def to_float(self, values: Tensor) -> Tensor:
-        """The values of a file, of any shape, as float32."""
-        return ((values.double() - self.low) / (self.high - self.low) * 2 - 1).float()
+BYTES = Values("uint8", 0, 255)  # where others may be
 
 
 def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
-    """Images as their files hold them: of `values` the inverse of `Values.to_float`, integers
-    rounded. And how many values are clipped, because the type does not reach so far."""
+    """Images as files of these values hold them, integers rounded, or 8-bit ones as they are; and
+    how many values are clipped, because the type does not reach so far."""
     if values is None:
         return images, 0
     dtype = getattr(torch, values.dtype)
-    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     x = (images.double() + 1) / 2 * (values.high - values.low) + values.low
     x = x if dtype.is_floating_point else x.round()
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     held = x.clamp(limits.min, limits.max)
     return held.to(dtype), int((held != x).sum())
 
 
-def image_dtype(values: Values | None) -> torch.dtype:
-    """The type of images in memory, whose files have these values, or else 8 bits."""
-    return torch.uint8 if values is None else torch.float32
-
-
-def image_suffix(channels: int, values: Values | None) -> str:
+def image_suffix(channels: int, is_8_bit: bool) -> str:
     """The suffix of files for images: those that a PNG cannot hold are arrays."""
-    return ".png" if values is None and channels in (1, 3) else ".npy"
+    return ".png" if is_8_bit and channels in (1, 3) else ".npy"
 
 
 def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import write_text
-from utils.images import save_image
+from utils.images import image_suffix, save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
@@ -70,9 +70,10 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(folder: Path, images: Tensor, labels: Sequence[int] | None, suffix: str) -> None:
+def save_images(folder: Path, images: Tensor, labels: Sequence[int] | None) -> None:
     """Write images (B, C, H, W) as 000000.png ... to `folder`, and then their classes."""
     forget_labels(folder)
+    suffix = image_suffix(images.shape[1], images.dtype == torch.uint8)
     for i, image in enumerate(images):
         save_image(folder / f"{i:06d}{suffix}", image)
     save_labels(folder, labels, suffix)
