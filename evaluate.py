@@ -25,7 +25,6 @@ from utils.cli import add_sampling_options, image_count, new_parser, parse_args
 from utils.config import Config, RawConfig, apply_overrides, format_config, load_config, validate
 from utils.distributed import Runtime, describe_device, distributed_runtime
 from utils.errors import EXIT_INCOMPLETE, EXIT_OK, ConfigError, exit_code_of, say, shell_line
-from utils.images import image_suffix
 from utils.labels import LABEL_MODES
 from utils.logs import setup_logging
 
@@ -133,12 +132,10 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
     if args.save_images_dir is not None:
         names = [setting.name() for setting in images.settings] if images.settings[1:] else [""]
         folders = [Path(args.save_images_dir, name) for name in names]
-        drawn = images.generated
-        suffix = image_suffix(drawn.spec.channels, drawn.values is None)
         own = config.data_root if config.dataset == "custom" else None
         files.check_inputs_stay(folders, args.reference, own)
         for folder in folders:
-            files.check_picture_folder(folder, count, suffix)
+            files.check_picture_folder(folder, count)
         files.make_output_dir(args.save_images_dir, "--save_images_dir")
 
     evaluation.prepare()

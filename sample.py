@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")
-        check_outputs(args, run, len(seeds))
+        check_outputs(args, len(seeds))
         if args.dry_run:
             return EXIT_OK
         files.make_output_dir(args.output_dir, "--output_dir")
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
+def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     """Raise a UserError before sampling if the files asked for cannot be written."""
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
@@ -114,8 +114,7 @@ def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
-        suffix = pictures.image_suffix(run.spec.channels, run.values is None)
-        files.check_picture_folder(Path(args.output_dir) / "images", num_images, suffix)
+        files.check_picture_folder(Path(args.output_dir) / "images", num_images)
 
 
 def write_outputs(

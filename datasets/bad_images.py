@@ -8,6 +8,7 @@ same in all processes and after a restart. Nothing is kept of the decoded pixels
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,12 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, read_size, value_type
+from datasets.decoding import BadImageError, decode_image, is_array, opened, read_size
+from datasets.packed import ImagePath
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.images import ImageSpec, Values
+from utils.images import BYTES, ImageSpec, Values
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
 NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
@@ -61,32 +63,38 @@ def map_images(
         yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
-def with_range(config: Config, values: Values | None) -> Config:
-    """The config with the `value_range` of these values, which then are not measured again."""
-    return config.model_copy(update={"value_range": values and values[1:]})
-
-
 def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
     """What -1 and 1 stand for: `value_range`, or the least and the largest value of the `train`
-    images, which are read for it; None for 8-bit images. Raises a DataError for a broken image, and
-    a range of no values, or of 8-bit images."""
-    first, given = train.path(0), config.value_range
-    if (dtype := value_type(first, spec.channels)) == "uint8":
-        if given is not None:
-            raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
-        return None
-    low, high = given or (np.inf, -np.inf)
-    if given is None:
-        own, count = Values(dtype, -1, 1), len(train.names)
-        decode = partial(decode_image, spec=spec, values=own)
-        for image in map_images(lambda i: decode(train.path(i)), count, "measuring values"):
-            if isinstance(image, DataError):
-                raise image
-            low, high = min(low, image.min().item()), max(high, image.max().item())
-        log.info("value_range=%r,%r: measured on %d train images, %s", low, high, count, dtype)
-    if not low < high < np.inf:
-        raise DataError(f"{show(train.root)}: no value_range is from {low:g} to {high:g}")
-    return Values(dtype, low, high)
+    images, which are read for it once; None for 8-bit images. Raises a DataError for a broken
+    image, and a range of no values, or of 8-bit images."""
+    first, given, dtype = train.path(0), config.value_range, BYTES.dtype
+    if is_array(first):
+        with opened(first, spec.channels, True) as header:
+            dtype = getattr(header, "dtype", np.dtype(dtype)).name
+    if dtype != BYTES.dtype:
+        low, high = given or _measured(train.root, tuple(train.names), spec, dtype)
+        if low < high < np.inf:
+            return Values(dtype, low, high)
+        raise DataError(f"{show(train.root)}: no value_range goes from {low:g} to {high:g}")
+    if given is not None:
+        raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def _measured(root: ImagePath, names: tuple[str, ...], spec: ImageSpec, dtype: str) -> list[float]:
+    """The least and the largest value of images of a type."""
+    decode, low, high = (
+        partial(decode_image, spec=spec, values=Values(dtype, -1, 1)),
+        np.inf,
+        -np.inf,
+    )
+    for image in map_images(lambda i: decode(root / names[i]), len(names), "measuring values"):
+        if isinstance(image, DataError):
+            raise image
+        low, high = min(low, image.min().item()), max(high, image.max().item())
+    log.info("value_range=%r,%r: measured on %d images of %s", low, high, len(names), dtype)
+    return [low, high]
 
 
 def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
-from datasets.bad_images import map_images, with_range
-from datasets.decoding import bit_depth, decode_image, read_size, value_type
-from datasets.remarks import extent, remarks
+from datasets.bad_images import map_images
+from datasets.decoding import bit_depth, decode_image, read_size
+from datasets.remarks import ARRAY, extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
 from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of, say, show
-from utils.images import ImageSpec, Values
+from utils.images import ImageSpec
 from utils.logs import setup_logging
 
 NUM_SHOWN = 10  # sizes, copies, largest and smallest classes in the text; JSON has all
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         train: dict[bytes, str] = {}
         for split in SPLITS if has_test_split(config) else ("train",):
             splits[split] = examine_split(config, split, train)
-            for dtype, extremes in splits[split]["values"].items():  # of train, for test as well
-                config = with_range(config, Values(dtype, *(config.value_range or extremes)))
+            if (measured := splits[split]["values"]) and not config.value_range:  # for test, too
+                config = config.model_copy(update={"value_range": measured})
             say("\n".join(split_lines(split, splits[split])))
         num_bad = sum(len(facts["bad"]) for facts in splits.values())
         if num_bad and config.on_bad_image == "error":
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
-                build_dataset(config, split)
+                values = build_dataset(config, split).values
+                say(_line(f"{split} files", f"{values[0]}")) if values else None
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:
@@ -120,6 +121,7 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
             train.setdefault(digest, names[index])
         elif digest in train:
             in_train.append([train[digest], names[index]])
+    arrays = extents.get(ARRAY)
     counts, class_names = Counter(labels), listing.class_names
     chosen = range(len(class_names)) if config.classes is None else sorted(set(config.classes))
     classes = {class_names[label]: counts[label] for label in chosen if class_names}
@@ -138,9 +140,7 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "in_train": in_train,
         "passed_over": dict(listing.passed_over),
         "remarks": remarks(listing, extents),
-        "values": {
-            k: (min(e)[0], max(x[1] for x in e)) for k, e in extents.items() if k not in (8, 16)
-        },
+        "values": arrays and (min(arrays)[0], max(high for _, high, _ in arrays)),
     }
 
 
@@ -155,7 +155,7 @@ def examine(
         size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
         image, kind = decode_image(path, ImageSpec(channels, *wanted, 0)), bit_depth(path)
-        kind = value_type(path, channels) if image.is_floating_point() else kind
+        kind = ARRAY if image.is_floating_point() else kind
     else:
         size, kind, image = source.spec.shape[1:], 8, source[index][0]
     pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
@@ -172,8 +172,9 @@ def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
         sizes.append("from {} x {} to {} x {}".format(*facts["smallest"], *facts["largest"]))
     lines = [_line(split, f"{facts['num_images']} images {kind}")]
     lines.append(_line("  height x width", ", ".join(sizes)))
-    for dtype, (low, high) in facts["values"].items():
-        lines.append(_line("  values", f"{dtype} from {low:g} to {high:g}"))
+    lines += (
+        [_line("  values", "from {:g} to {:g}".format(*facts["values"]))] if facts["values"] else []
+    )
     if classes:
         balance = f"largest / smallest = {ratio:.2f}" if ratio else "some are empty"
         ranked = sorted(classes.items(), key=lambda item: -item[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.errors import DataError, UserError, one_line, require, show
 from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_member, read_npy
-from utils.images import VALUE_TYPES, ImageSpec, Values
+from utils.images import BYTES, VALUE_TYPES, ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
@@ -56,21 +56,12 @@ def is_array(path: Path | str) -> bool:
     return str(path).lower().endswith(ARRAY_EXTENSIONS)
 
 
-def value_type(path: Path, channels: int) -> str:
-    """The type of an array's values, from its header, or "uint8" of a picture, which stays closed.
-    Raises what `decode_image` does."""
-    if not is_array(path):
-        return "uint8"
-    with _opened(path, channels, True) as image:
-        return getattr(image, "dtype", np.dtype("uint8")).name
-
-
 def read_size(path: Path, channels: int) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
-    with _opened(path, channels, True) as image:
+    with opened(path, channels, True) as image:
         if isinstance(image, np.ndarray):
             return image.shape[1:]
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
@@ -82,35 +73,39 @@ def read_size(path: Path, channels: int) -> tuple[int, int]:
 def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
     """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of another
     type float32, in [-1, 1] if that is the type of `values`; without these, with its own values.
+    Such arrays are resized by bilinear interpolation, which does not leave their range.
 
     Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
     truncated, too large or no image, a DataError if it cannot be read, or is not of that type.
     """
-    with _opened(path, spec.channels) as image:
+    with opened(path, spec.channels) as image:
         dtype = getattr(image, "dtype", np.dtype("uint8")).name
         if values is not None and dtype != values.dtype:
             raise DataError(f"{show(path)}: holds {dtype}, not {values.dtype} as the others")
         if not isinstance(image, np.ndarray):
             image.load()
             return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
-        fitted = fit_array(image, spec.height, spec.width)
-    if dtype == "uint8":
-        return fitted.round().to(torch.uint8)
+    from torchvision.transforms.v2 import functional as transforms
+
+    scale = min(image.shape[1] / spec.height, image.shape[2] / spec.width)
+    part = [max(1, round(side * scale)) for side in (spec.height, spec.width)]
+    x = transforms.center_crop(torch.from_numpy(image.astype(np.float64)), part)
+    x = transforms.resize(x, [spec.height, spec.width], antialias=True)
     _, low, high = values or (dtype, -1, 1)
-    return ((fitted - low) / (high - low) * 2 - 1).float()
+    return x.round().byte() if dtype == "uint8" else ((x - low) / (high - low) * 2 - 1).float()
 
 
 def bit_depth(path: Path) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
     if is_array(path):
         return 8
-    with _opened(path) as image:
+    with opened(path) as image:
         wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
         return 16 if wide else 8
 
 
 @contextlib.contextmanager
-def _opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
+def opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
     """The image with its header read and its pixels not; of an array file the array (C, H, W), or
     one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
@@ -123,8 +118,8 @@ def _opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterato
             raise Image.DecompressionBombError(size)
         if is_array(path):
             with path.open("rb") as file:
-                array = _array_in(file, path, header_only)
-            yield _channels_first(path, array, channels)
+                image = _array_in(file, path, channels, header_only)
+            yield image
             return
         with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -148,35 +143,32 @@ def _opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterato
         raise kind(f"{show(path)}: {fault}") from error
 
 
-def _array_in(file: IO, path: Path, header_only: bool) -> np.ndarray:
-    """The one array in a file, as it is; see `read_npy`."""
+def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndarray | Image.Image:
+    """The one array in a file as (C, H, W), or a picture of the 8-bit ones that are grey or RGB."""
     suffix = str(path).lower().rpartition(".")[2]
     if suffix == "npy":
-        return read_npy(file, "it", path.stat().st_size, header_only=header_only)
-    if suffix == "npz":
+        array = read_npy(file, "it", path.stat().st_size, header_only)
+    elif suffix == "npz":
         with zipfile.ZipFile(file) as archive:
             if len(names := archive.namelist()) != 1:
                 raise ValueError(f"{len(names)} arrays in it, not one")
-            return read_member(archive, names[0], path.stat().st_size)
-    require("tifffile")
-    import tifffile
+            array = read_member(archive, names[0], path.stat().st_size)
+    else:
+        require("tifffile")
+        import tifffile
 
-    with tifffile.TiffFile(file) as tiff:
-        images, colours = tiff.series, tiff.pages[0].photometric.name
-        if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
-            raise ValueError(f"{len(images)} image(s) of {colours}, not one of MINISBLACK or RGB")
-        none = np.broadcast_to(np.zeros((), images[0].dtype), images[0].shape)
-        return none if header_only else images[0].asarray()
-
-
-def _channels_first(path: Path, array: np.ndarray, channels: int) -> np.ndarray | Image.Image:
-    """An array as (C, H, W), or where 8-bit ones are to be grey or RGB, either as a picture."""
-    is_picture = array.dtype == np.uint8 and channels in (1, 3)
-    counts = (1, 3) if is_picture else (channels,)
-    x = array[None] if array.ndim == 2 else array
-    axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
-    if array.dtype.name not in (types := ("uint8", *VALUE_TYPES)):
+        with tifffile.TiffFile(file) as tiff:
+            images, colours = tiff.series, tiff.pages[0].photometric.name
+            if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
+                raise ValueError(f"{len(images)} image(s) of {colours}, not 1 of MINISBLACK or RGB")
+            none = np.broadcast_to(np.zeros((), images[0].dtype), images[0].shape)
+            array = none if header_only else images[0].asarray()
+    if array.dtype.name not in (types := (BYTES.dtype, *VALUE_TYPES)):
         raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
+    is_picture = array.dtype == np.uint8 and channels in (1, 3)
+    x = array[None] if array.ndim == 2 else array
+    counts = (1, 3) if is_picture else (channels,)
+    axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
     if array.ndim not in (2, 3) or len(axes) != 1:
         forms = "(H, W), (C, H, W) or (H, W, C), C = image_channels on one side alone"
         fault = f"its shape is {array.shape}, image_channels={channels}; use {forms}"
@@ -186,20 +178,9 @@ def _channels_first(path: Path, array: np.ndarray, channels: int) -> np.ndarray 
         raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")
     if not np.isfinite(x).all():
         raise ValueError("it holds NaN or infinite values")
-    if is_picture:
-        return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())
-    return x
-
-
-def fit_array(array: np.ndarray, height: int, width: int) -> Tensor:
-    """The largest centred part of an array (C, H, W) of the right aspect ratio, resized by
-    antialiased bilinear interpolation, which keeps to the range of the values; float64."""
-    from torchvision.transforms.v2 import functional as transforms
-
-    scale = min(array.shape[1] / height, array.shape[2] / width)
-    part = [max(1, round(height * scale)), max(1, round(width * scale))]
-    x = transforms.center_crop(torch.from_numpy(array.astype(np.float64)), part)
-    return transforms.resize(x, [height, width], antialias=True)
+    if not is_picture:
+        return x
+    return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())
 
 
 def _orientation(image: Image.Image) -> int:

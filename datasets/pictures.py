@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.bad_images import with_range
 from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of, has_test_folder
 from datasets.packed import ImagePath, open_root
@@ -85,9 +84,9 @@ def read_pictures(
         arrays, labels = _read_npz(path)
         images = _in_memory(fit_arrays(arrays, image_size, image_channels))
     else:
-        settings = folder_settings(path) | {"label_file": None}
+        given = {"label_file": None, "value_range": values and values[1:]}
+        settings = folder_settings(path) | given
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
-        config = with_range(config, values)
         if has_test_folder(config):
             raise DataError(f"{show(path)}: holds splits; name the folder of one of them")
         images = build_custom(config, "train")

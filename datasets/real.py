@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, has_test_split
-from datasets.bad_images import with_range
 from datasets.loader import image_batches
 from datasets.remarks import passed_over
 from utils.config import Config
@@ -85,7 +84,7 @@ def real_sets(
         limit: how many of them, drawn with a fixed seed; None: all.
     """
 
-    def images_of(name: str, config: Config) -> RealImages:
+    def images_of(name: str) -> RealImages:
         with runtime.main_first():  # it may download
             dataset = build_dataset(config, name)
         listing = getattr(dataset, "listing", None)
@@ -103,10 +102,10 @@ def real_sets(
             values=dataset.values,
         )
 
-    train, test = images_of("train", config), None
+    train, test = images_of("train"), None
     try:
         if split == "test" or has_test_split(config):
-            test = images_of("test", with_range(config, train.values))
+            test = images_of("test")
     except DataError as error:
         if split == "test":
             raise

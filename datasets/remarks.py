@@ -14,6 +14,7 @@ from utils.errors import show
 from utils.files import IMAGE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
+ARRAY = 32  # bits: a float in memory, whatever the files hold
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
 
 
@@ -35,19 +36,19 @@ def extent(image: Tensor, given: Sequence[float] | None) -> tuple[float, float, 
     return image.min().item(), image.max().item(), int(((image < low) | (image > high)).sum())
 
 
-def remarks(listing: Listing, extents: Mapping[int | str, list[tuple]]) -> list[str]:
-    """All lines on a listing; `extents` are those of images, by bit depth or type of arrays."""
+def remarks(listing: Listing, extents: Mapping[int, list[tuple]]) -> list[str]:
+    """All lines on a listing; `extents` are those of images, by bit depth or `ARRAY`."""
     folded = Counter(name.casefold() for name in listing.class_names)
     twins = [name for name in listing.class_names if folded[name.casefold()] > 1]
     lines = passed_over(listing)
     if twins:
         lines.append(f"classes that differ in case alone: {show(', '.join(twins[:4]))}")
-    for depth, parts in sorted(extents.items(), key=str):
+    for depth, parts in sorted(extents.items()):
         _, highs, outside = zip(*parts, strict=True)
         if count := sum(map(bool, outside)):
             values = f"{sum(outside)} values in {count} of {len(parts)} images"
             lines.append(f"{values} lie outside value_range, so beyond -1 or 1")
-        if isinstance(depth, int) and (unused := 8 - max(highs).bit_length()):
+        if depth != ARRAY and (unused := 8 - max(highs).bit_length()):
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
                 "come out dark; scale their values to the full range"
@@ -63,8 +64,8 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     tried = range(0, len(listing.names), -(-len(listing.names) // NUM_TRIED))
     values, extents = dataset.values, {}
 
-    def measure(i: int) -> tuple[int | str, tuple]:
-        kind = values.dtype if values else bit_depth(listing.path(tried[i]))
+    def measure(i: int) -> tuple[int, tuple]:
+        kind = ARRAY if values else bit_depth(listing.path(tried[i]))
         return kind, extent(dataset[tried[i]][0], values and (-1 - 1e-6, 1 + 1e-6))
 
     for result in map_images(measure, len(tried), "trying images"):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from datasets import default_flip
-from datasets.bad_images import with_range
 from datasets.real import real_sets
 from generation.evaluated import Setting
 from generation.run import Run
@@ -80,7 +79,7 @@ def training_evaluation(job: Job) -> Evaluation | None:
     count, labels, spec = config.eval_num_samples, None, dataset.spec
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
-    sets = real_sets(with_range(config, dataset.values), runtime, EVAL_BATCH_SIZE)
+    sets = real_sets(config, runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
         Generated(spec, count, labels, values=dataset.values, shown=config.preview_channels),

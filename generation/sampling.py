@@ -176,9 +176,9 @@ def run_steps(
 ) -> Tensor:
     """Take the steps of one batch of `count` images in the config's precision.
 
-    Returns the images (count, C, H, W) on the CPU, uint8 or, of a run with `values`, float32; those
-    after the steps whose numbers `frames` has are appended there. Raises a UserError if the device's
-    memory is too small.
+    Returns the images, uint8 or, of a run with `values`, float32 (count, C, H, W) on the CPU; those
+    after the steps whose numbers `frames` has are appended there. Raises a UserError if the
+    device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]

@@ -13,7 +13,6 @@ from torch import nn
 import datasets
 import diffusion
 import models
-from datasets.bad_images import with_range
 from datasets.loader import make_resident
 from models.lora import add_adapters
 from training.objective import Example, training_examples
@@ -74,8 +73,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
             raise UserError(f"{place}; set save_dir and sample_dir to folders outside")
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
-        ranged = with_range(config, dataset.values)
-        held_out = datasets.build_dataset(ranged, "test") if config.val_interval else None
+        held_out = datasets.build_dataset(config, "test") if config.val_interval else None
     if resume is not None:
         check_data(resume, dataset)
     schedule = plan_steps(config, len(dataset), resume)

@@ -152,9 +152,9 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
             raise ConfigError(f"{message}; write to another place")
 
 
-def check_picture_folder(folder: Path, num_images: int, suffix: str = ".png") -> None:
+def check_picture_folder(folder: Path, num_images: int) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
-    replaced = {f"{i:06d}{suffix}" for i in range(num_images)}
+    replaced = {f"{i:06d}{end}" for i in range(num_images) for end in (".png", ".npy")}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
@@ -244,9 +244,8 @@ def read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.n
         return read_npy(file, name, info.file_size)
 
 
-def read_npy(file: IO, name: str, size: int, *, header_only: bool = False) -> np.ndarray:
-    """The array of an .npy of `size` bytes, or, of its shape and type, one without its numbers.
-    Raises a ValueError for Python objects, and unless so many bytes are there."""
+def read_npy(file: IO, name: str, size: int, header_only: bool = False) -> np.ndarray:
+    """The array of an .npy of `size` bytes, or one of its shape and type without its numbers."""
     import numpy as np
     from numpy.lib import format as npy
 
