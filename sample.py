@@ -127,8 +127,7 @@ def write_outputs(
     folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
-    channels = run.config.preview_channels
-    views = [pictures.as_pictures(batch[shown], channels) for batch in drawn]
+    views = [pictures.as_pictures(x[shown], run.config.preview_channels) for x in drawn]
     sheet, *grids = (pictures.make_grid(view, rows) for view in views)
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)

@@ -59,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         train: dict[bytes, str] = {}
         for split in SPLITS if has_test_split(config) else ("train",):
             splits[split] = examine_split(config, split, train)
-            if (measured := splits[split]["values"]) and not config.value_range:  # for test, too
-                config = config.model_copy(update={"value_range": measured})
             say("\n".join(split_lines(split, splits[split])))
         num_bad = sum(len(facts["bad"]) for facts in splits.values())
         if num_bad and config.on_bad_image == "error":
@@ -68,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
-                values = build_dataset(config, split).values
-                say(_line(f"{split} files", f"{values[0]}")) if values else None
+                if values := build_dataset(config, split).values:
+                    splits[split]["values"] = values
+                    say(_line(f"{split} values", "{}: {:g} is -1, {:g} is 1".format(*values)))
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:
@@ -121,7 +120,6 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
             train.setdefault(digest, names[index])
         elif digest in train:
             in_train.append([train[digest], names[index]])
-    arrays = extents.get(ARRAY)
     counts, class_names = Counter(labels), listing.class_names
     chosen = range(len(class_names)) if config.classes is None else sorted(set(config.classes))
     classes = {class_names[label]: counts[label] for label in chosen if class_names}
@@ -140,7 +138,6 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "in_train": in_train,
         "passed_over": dict(listing.passed_over),
         "remarks": remarks(listing, extents),
-        "values": arrays and (min(arrays)[0], max(high for _, high, _ in arrays)),
     }
 
 
@@ -154,7 +151,7 @@ def examine(
         channels = config.image_channels or 3
         size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
-        image, kind = decode_image(path, ImageSpec(channels, *wanted, 0)), bit_depth(path)
+        image, kind = decode_image(path, ImageSpec(channels, *wanted, 0)), bit_depth(path, channels)
         kind = ARRAY if image.is_floating_point() else kind
     else:
         size, kind, image = source.spec.shape[1:], 8, source[index][0]

@@ -71,12 +71,11 @@ def read_size(path: Path, channels: int) -> tuple[int, int]:
 
 
 def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
-    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of another
-    type float32, in [-1, 1] if that is the type of `values`; without these, with its own values.
-    Such arrays are resized by bilinear interpolation, which does not leave their range.
+    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of other
+    `values` float32 in [-1, 1], resized by bilinear interpolation; in [low, high] without `values`.
 
-    Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
-    truncated, too large or no image, a DataError if it cannot be read, or is not of that type.
+    Of an animation, this is the first frame. Raises a BadImageError if the file is broken, too
+    large or no image, a DataError if it cannot be read, or is not of the type of `values`.
     """
     with opened(path, spec.channels) as image:
         dtype = getattr(image, "dtype", np.dtype("uint8")).name
@@ -95,17 +94,19 @@ def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> T
     return x.round().byte() if dtype == "uint8" else ((x - low) / (high - low) * 2 - 1).float()
 
 
-def bit_depth(path: Path) -> int:
+def bit_depth(path: Path, channels: int) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
-    if is_array(path):
-        return 8
-    with opened(path) as image:
-        wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
+    with opened(path, channels) as image:
+        wide = (
+            getattr(image, "format", None) == "PNG"
+            and image.tile
+            and str(image.tile[0][3]).endswith("16B")
+        )
         return 16 if wide else 8
 
 
 @contextlib.contextmanager
-def opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
+def opened(path: Path, channels: int, header_only: bool = False) -> Iterator[Any]:
     """The image with its header read and its pixels not; of an array file the array (C, H, W), or
     one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
@@ -118,8 +119,7 @@ def opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator
             raise Image.DecompressionBombError(size)
         if is_array(path):
             with path.open("rb") as file:
-                image = _array_in(file, path, channels, header_only)
-            yield image
+                yield _array_in(file, path, channels, header_only)
             return
         with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -161,8 +161,7 @@ def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndar
             images, colours = tiff.series, tiff.pages[0].photometric.name
             if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
                 raise ValueError(f"{len(images)} image(s) of {colours}, not 1 of MINISBLACK or RGB")
-            none = np.broadcast_to(np.zeros((), images[0].dtype), images[0].shape)
-            array = none if header_only else images[0].asarray()
+            array = images[0].asarray()
     if array.dtype.name not in (types := (BYTES.dtype, *VALUE_TYPES)):
         raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
     is_picture = array.dtype == np.uint8 and channels in (1, 3)

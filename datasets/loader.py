@@ -100,9 +100,7 @@ def make_resident(
         for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
             place.copy_(part)
     labels, class_names = dataset.labels, dataset.class_names
-    made = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
-    made.values = dataset.values
-    return made
+    return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
 
 
 def image_batches(

@@ -44,10 +44,11 @@ def remarks(listing: Listing, extents: Mapping[int, list[tuple]]) -> list[str]:
     if twins:
         lines.append(f"classes that differ in case alone: {show(', '.join(twins[:4]))}")
     for depth, parts in sorted(extents.items()):
-        _, highs, outside = zip(*parts, strict=True)
+        lows, highs, outside = zip(*parts, strict=True)
         if count := sum(map(bool, outside)):
-            values = f"{sum(outside)} values in {count} of {len(parts)} images"
-            lines.append(f"{values} lie outside value_range, so beyond -1 or 1")
+            values = f"{sum(outside)} values of {count} of {len(parts)} images"
+            span = f"the least is {min(lows):g}, the largest {max(highs):g}"
+            lines.append(f"{values} lie outside value_range, so beyond -1 or 1: {span}")
         if depth != ARRAY and (unused := 8 - max(highs).bit_length()):
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
@@ -65,7 +66,7 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     values, extents = dataset.values, {}
 
     def measure(i: int) -> tuple[int, tuple]:
-        kind = ARRAY if values else bit_depth(listing.path(tried[i]))
+        kind = ARRAY if values else bit_depth(listing.path(tried[i]), dataset.spec.channels)
         return kind, extent(dataset[tried[i]][0], values and (-1 - 1e-6, 1 + 1e-6))
 
     for result in map_images(measure, len(tried), "trying images"):

@@ -41,12 +41,10 @@ class InMemoryDataset:
     fingerprint is a hash of the images and labels unless one is given.
     """
 
-    values: Values | None = None
-
     def __init__(
         self, images: Tensor, labels: Tensor, class_names: Sequence[str], *, fingerprint: str = ""
     ) -> None:
-        self.images = images
+        self.images, self.values = images, None
         self.labels = labels.to("cpu", torch.int64)
         self.class_names = tuple(class_names)
         self.spec = ImageSpec(*images.shape[1:], len(self.class_names))

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from datasets import default_flip
@@ -242,8 +241,7 @@ def score_sets(
             folder = Path(args.save_images_dir, name)
             batches = saved(batches, folder, share.start, written, generated.values)
         report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
-        clipped = evaluation.runtime.all_reduce(torch.tensor(float(sum(written))))
-        tell_clipped(int(clipped), generated.values)
+        tell_clipped(sum(written), generated.values)
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:

@@ -147,7 +147,7 @@ def with_guide(run: Run, guide: Run) -> Run:
     """The run, with another one as its guide. Their networks may differ. Raises a ConfigError if
     the guide draws other images, or its outputs mean something else."""
     pair = guide.config.to_dict(), run.config.to_dict()
-    if guide.spec != run.spec:
+    if (guide.spec, guide.values) != (run.spec, run.values):
         raise ConfigError(f"--guide {guide.checkpoint} draws {guide.spec}, the model {run.spec}")
     if changed := changed_settings(*pair, keys_by_resume("meaning")):
         belong = f"--guide {guide.checkpoint}: must be trained with the model's settings:"

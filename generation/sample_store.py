@@ -107,7 +107,7 @@ def saved(
 def tell_clipped(count: int, values: Values | None) -> None:
     """Tell in a line how many values `to_file` has clipped, if any."""
     if count:
-        log.warning("%d values lie beyond what %s holds and are clipped", count, values.dtype)
+        log.warning("%d values lie beyond what %s holds, and were clipped", count, values.dtype)
 
 
 def _written(

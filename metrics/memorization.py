@@ -43,7 +43,7 @@ SIGNS = {  # what raises the alarm -> its words in the summary
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
-FLOAT_STEPS = 16 * 255  # from -1 to 1
+FLOAT_STEPS = 16 * 255  # from -1 to 1, as 255 of 8-bit images
 LEFT_OUT = "train, each image left out of its own search"
 NEVER = torch.iinfo(torch.int64).max
 
@@ -94,8 +94,7 @@ def nearest_images(
 
 
 def _levels(images: Tensor) -> Tensor:
-    """Images (B, ...) as whole numbers (B, D) in float64; of floats one is a 16th of an 8-bit step,
-    few enough for squared distances in 64 bits."""
+    """Images (B, ...) as whole numbers, float64 (B, D), whose squared distances 64 bits hold."""
     x = images.flatten(1).double()
     return (x.clamp(-2, 2) * FLOAT_STEPS / 2).round() if images.is_floating_point() else x
 

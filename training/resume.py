@@ -199,8 +199,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[st
 
 def _check_matches(resume: Resume, config: Config) -> None:
     old, new = {**Config().to_dict(), **resume.state["config"]}, config.to_dict()
-    if new["value_range"] is not None:  # it may have been measured before
-        old["value_range"] = resume.state.get("values", [])[1:] or old["value_range"]
     # Another value of a "run" key would not continue the run, but silently begin another one.
     if changed := changed_settings(old, new, (*SAME_MODEL, *keys_by_resume("run"))):
         raise CheckpointError(

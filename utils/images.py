@@ -59,16 +59,14 @@ BYTES = Values("uint8", 0, 255)  # where others may be
 
 
 def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
-    """Images as files of these values hold them, integers rounded, or 8-bit ones as they are; and
-    how many values are clipped, because the type does not reach so far."""
+    """Images as files hold them, and how many of `values` are clipped to the limits of the type."""
     if values is None:
         return images, 0
     dtype = getattr(torch, values.dtype)
+    limits = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype)
     x = (images.double() + 1) / 2 * (values.high - values.low) + values.low
-    x = x if dtype.is_floating_point else x.round()
-    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    held = x.clamp(limits.min, limits.max)
-    return held.to(dtype), int((held != x).sum())
+    held = (x if dtype.is_floating_point else x.round()).clamp(limits.min, limits.max)
+    return held.to(dtype), int(((held - x).abs() > 0.5).sum())
 
 
 def image_suffix(channels: int, is_8_bit: bool) -> str:
