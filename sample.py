@@ -132,9 +132,8 @@ def write_outputs(
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
         sheet = contact_sheet(views[0], rows, above=[[names[i] for i in row] for row in rows])
-    if args.save_images or args.npz:
-        images, clipped = pictures.to_file(images, run.values)
-        tell_clipped(clipped, run.values)
+    images, clipped = pictures.to_file(images, run.values)
+    tell_clipped(clipped if args.save_images or args.npz else 0, run.values)
 
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if labels is not None:

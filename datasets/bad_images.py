@@ -63,38 +63,31 @@ def map_images(
         yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
-def values_of(config: Config, spec: ImageSpec, train: Listing) -> Values | None:
-    """What -1 and 1 stand for: `value_range`, or the least and the largest value of the `train`
-    images, which are read for it once; None for 8-bit images. Raises a DataError for a broken
-    image, and a range of no values, or of 8-bit images."""
-    first, given, dtype = train.path(0), config.value_range, BYTES.dtype
+@functools.lru_cache(maxsize=4)
+def values_of(
+    root: ImagePath, names: tuple[str, ...], spec: ImageSpec, given: tuple[float, float] | None
+) -> Values | None:
+    """What -1 and 1 stand for: the `given` values, or the least and the largest of these images,
+    which are read for it once; None for 8-bit images. Raises a DataError for a range of none."""
+    first, dtype = root / names[0], BYTES.dtype
     if is_array(first):
         with opened(first, spec.channels, True) as header:
             dtype = getattr(header, "dtype", np.dtype(dtype)).name
-    if dtype != BYTES.dtype:
-        low, high = given or _measured(train.root, tuple(train.names), spec, dtype)
-        if low < high < np.inf:
-            return Values(dtype, low, high)
-        raise DataError(f"{show(train.root)}: no value_range goes from {low:g} to {high:g}")
-    if given is not None:
-        raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
-    return None
-
-
-@functools.lru_cache(maxsize=4)
-def _measured(root: ImagePath, names: tuple[str, ...], spec: ImageSpec, dtype: str) -> list[float]:
-    """The least and the largest value of images of a type."""
-    decode, low, high = (
-        partial(decode_image, spec=spec, values=Values(dtype, -1, 1)),
-        np.inf,
-        -np.inf,
-    )
-    for image in map_images(lambda i: decode(root / names[i]), len(names), "measuring values"):
-        if isinstance(image, DataError):
-            raise image
-        low, high = min(low, image.min().item()), max(high, image.max().item())
-    log.info("value_range=%r,%r: measured on %d images of %s", low, high, len(names), dtype)
-    return [low, high]
+    if dtype == BYTES.dtype:
+        if given is not None:
+            raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
+        return None
+    if given is None:
+        decode = partial(decode_image, spec=spec, values=Values(dtype, -1, 1))
+        given = np.inf, -np.inf
+        for image in map_images(lambda i: decode(root / names[i]), len(names), "measuring values"):
+            if isinstance(image, DataError):
+                raise image
+            given = min(given[0], image.min().item()), max(given[1], image.max().item())
+        log.info("value_range=%r,%r: measured on %d images, %s", *given, len(names), dtype)
+    if not given[0] < given[1] < np.inf:
+        raise DataError("{}: no value_range goes from {:g} to {:g}".format(show(root), *given))
+    return Values(dtype, *given)
 
 
 def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:

@@ -143,16 +143,16 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
 
 def examine(
     config: Config, source: Listing | ImageDataset, index: int
-) -> tuple[tuple[int, ...], bytes, int | str, tuple]:
+) -> tuple[tuple[int, ...], bytes, int, tuple]:
     """(height, width) of an image before it is fitted, a digest of its pixels as training gets
-    them, the bits of a value in the file, or the type of arrays, and the extent of the values."""
+    them, the bits of a value in the file, or `ARRAY`, and the extent of the values."""
     if isinstance(source, Listing):
         path, native = source.path(index), DATASETS[config.dataset].native
         channels = config.image_channels or 3
         size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
-        image, kind = decode_image(path, ImageSpec(channels, *wanted, 0)), bit_depth(path, channels)
-        kind = ARRAY if image.is_floating_point() else kind
+        image = decode_image(path, ImageSpec(channels, *wanted, 0))
+        kind = ARRAY if image.is_floating_point() else bit_depth(path)
     else:
         size, kind, image = source.spec.shape[1:], 8, source[index][0]
     pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
@@ -169,9 +169,6 @@ def split_lines(split: str, facts: dict[str, Any]) -> list[str]:
         sizes.append("from {} x {} to {} x {}".format(*facts["smallest"], *facts["largest"]))
     lines = [_line(split, f"{facts['num_images']} images {kind}")]
     lines.append(_line("  height x width", ", ".join(sizes)))
-    lines += (
-        [_line("  values", "from {:g} to {:g}".format(*facts["values"]))] if facts["values"] else []
-    )
     if classes:
         balance = f"largest / smallest = {ratio:.2f}" if ratio else "some are empty"
         ranked = sorted(classes.items(), key=lambda item: -item[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import stat
 import warnings
 import zipfile
@@ -46,14 +47,12 @@ class BadImageError(DataError):
     """
 
 
-def has_image_suffix(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def has_image_suffix(name: object, suffixes: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    """Whether a file of this name or path is taken for an image, or one with these suffixes."""
+    return str(name).lower().endswith(suffixes)
 
 
-def is_array(path: Path | str) -> bool:
-    """Whether a file of this name is taken for an array of numbers."""
-    return str(path).lower().endswith(ARRAY_EXTENSIONS)
+is_array = functools.partial(has_image_suffix, suffixes=ARRAY_EXTENSIONS)
 
 
 def read_size(path: Path, channels: int) -> tuple[int, int]:
@@ -94,19 +93,17 @@ def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> T
     return x.round().byte() if dtype == "uint8" else ((x - low) / (high - low) * 2 - 1).float()
 
 
-def bit_depth(path: Path, channels: int) -> int:
+def bit_depth(path: Path) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
-    with opened(path, channels) as image:
-        wide = (
-            getattr(image, "format", None) == "PNG"
-            and image.tile
-            and str(image.tile[0][3]).endswith("16B")
-        )
+    if is_array(path):
+        return 8
+    with opened(path) as image:
+        wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
         return 16 if wide else 8
 
 
 @contextlib.contextmanager
-def opened(path: Path, channels: int, header_only: bool = False) -> Iterator[Any]:
+def opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
     """The image with its header read and its pixels not; of an array file the array (C, H, W), or
     one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
@@ -164,20 +161,18 @@ def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndar
             array = images[0].asarray()
     if array.dtype.name not in (types := (BYTES.dtype, *VALUE_TYPES)):
         raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
-    is_picture = array.dtype == np.uint8 and channels in (1, 3)
     x = array[None] if array.ndim == 2 else array
-    counts = (1, 3) if is_picture else (channels,)
+    counts = (1, 3) if array.dtype == np.uint8 and channels in (1, 3) else (channels,)
     axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
     if array.ndim not in (2, 3) or len(axes) != 1:
-        forms = "(H, W), (C, H, W) or (H, W, C), C = image_channels on one side alone"
-        fault = f"its shape is {array.shape}, image_channels={channels}; use {forms}"
-        raise DataError(f"{show(path)}: {fault}; of {min(x.shape[0], x.shape[-1])}?")
+        fault = f"its shape {array.shape} has no image_channels={channels}, or has them twice; give"
+        raise DataError(f"{show(path)}: {fault} (H, W), (channels, H, W) or (H, W, channels)")
     x = np.moveaxis(x, axes[0], 0)
     if x[0].size > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")
     if not np.isfinite(x).all():
         raise ValueError("it holds NaN or infinite values")
-    if not is_picture:
+    if counts == (channels,):
         return x
     return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())
 

@@ -83,7 +83,8 @@ def build_custom(config: Config, split: str) -> ImageFileDataset:
         train = replace_bad_images(config, list_images(config, "train"))
     channels = config.image_channels or 3
     size = config.image_size or _common_size(channels, train.path(0), listing)
-    values = values_of(config, ImageSpec(channels, *size, 0), train)
+    spec = ImageSpec(channels, *size, 0)
+    values = values_of(train.root, tuple(train.names), spec, config.value_range)
     return ImageFileDataset(listing, channels, *size, values=values)
 
 

@@ -84,10 +84,8 @@ def read_pictures(
         arrays, labels = _read_npz(path)
         images = _in_memory(fit_arrays(arrays, image_size, image_channels))
     else:
-        settings = folder_settings(path) | {
-            "label_file": None,
-            "value_range": values and values[1:],
-        }
+        settings = folder_settings(path) | {"label_file": None}
+        settings["value_range"] = values and values[1:]
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
         if has_test_folder(config):
             raise DataError(f"{show(path)}: holds splits; name the folder of one of them")

@@ -46,9 +46,8 @@ def remarks(listing: Listing, extents: Mapping[int, list[tuple]]) -> list[str]:
     for depth, parts in sorted(extents.items()):
         lows, highs, outside = zip(*parts, strict=True)
         if count := sum(map(bool, outside)):
-            values = f"{sum(outside)} values of {count} of {len(parts)} images"
-            span = f"the least is {min(lows):g}, the largest {max(highs):g}"
-            lines.append(f"{values} lie outside value_range, so beyond -1 or 1: {span}")
+            which = f"{sum(outside)} values in {count} of {len(parts)} images leave value_range"
+            lines.append(f"{which}: the least is {min(lows):g}, the largest {max(highs):g}")
         if depth != ARRAY and (unused := 8 - max(highs).bit_length()):
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
@@ -66,7 +65,7 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     values, extents = dataset.values, {}
 
     def measure(i: int) -> tuple[int, tuple]:
-        kind = ARRAY if values else bit_depth(listing.path(tried[i]), dataset.spec.channels)
+        kind = ARRAY if values else bit_depth(listing.path(tried[i]))
         return kind, extent(dataset[tried[i]][0], values and (-1 - 1e-6, 1 + 1e-6))
 
     for result in map_images(measure, len(tried), "trying images"):

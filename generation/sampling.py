@@ -182,15 +182,12 @@ def run_steps(
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]
-
-    def finished(x: Tensor) -> Tensor:
-        return (to_uint8(x) if run.values is None else x.float().nan_to_num(-1, 1, -1)).cpu()
-
+    made = partial(torch.nan_to_num, nan=-1, posinf=1, neginf=-1) if run.values else to_uint8
     try:
         with sampling_autocast(precision, device, *models):
             for number, step in enumerate(steps):
                 if frames and number in frames:
-                    frames[number].append(finished(step.x))
+                    frames[number].append(made(step.x).cpu())
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on {device} while sampling {count} images at a time; draw fewer: lower "
@@ -201,7 +198,7 @@ def run_steps(
             f"{black} of {count} images are not finite and come out black: the network overflows "
             f"in {precision}; try precision=fp32, or an earlier checkpoint"
         )
-    return finished(step.x)
+    return made(step.x).cpu()
 
 
 def generate(

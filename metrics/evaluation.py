@@ -53,8 +53,8 @@ class Plan:
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
         if image_suffix(generated.spec.channels, generated.values is None) != ".png":
-            networked = [name for name in names if METRICS[name].network is not None]
-            self.skip(networked, "needs 8-bit pictures of 1 or 3 channels, these are others")
+            reason = "needs 8-bit images of 1 or 3 channels, for its network"
+            self.skip([name for name in names if METRICS[name].network], reason)
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:

@@ -202,8 +202,7 @@ def load_weights(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        names = (*WEIGHTS_FACTS, "values")  # the last of floats alone
-        facts = {name: metadata[name] for name in names if name in metadata}
+        facts = {k: metadata[k] for k in (*WEIGHTS_FACTS, "values") if k in metadata}
         state = {name: json.loads(text) for name, text in facts.items()}
     except Exception as error:
         reason = one_line(error)

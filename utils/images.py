@@ -75,8 +75,7 @@ def image_suffix(channels: int, is_8_bit: bool) -> str:
 
 
 def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
-    """What a viewer can show of images (B, C, H, W): uint8 (B, 1 or 3, H, W), these `channels`; by
-    default the first three, or the first of fewer."""
+    """What can be seen of images (B, C, H, W): uint8, of `channels`, or the first three or one."""
     images = to_uint8(images) if images.is_floating_point() else images
     return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
