@@ -55,7 +55,7 @@ def has_image_suffix(name: object, suffixes: tuple[str, ...] = IMAGE_EXTENSIONS)
 is_array = functools.partial(has_image_suffix, suffixes=ARRAY_EXTENSIONS)
 
 
-def read_size(path: Path, channels: int) -> tuple[int, int]:
+def read_size(path: Path, channels: int = 3) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.

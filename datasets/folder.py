@@ -142,9 +142,9 @@ def list_images(config: Config, split: str) -> Listing:
         listing = _list_folder(config, folders, split)
     kinds = {is_array(name): show(name) for name in reversed(listing.names)}
     if len(kinds) > 1 or (False in kinds and (config.image_channels or 3) not in (1, 3)):
-        allowed = f"pictures, of image_channels 1 or 3, or all are {' '.join(ARRAY_EXTENSIONS)}"
-        fault = f"image_channels={config.image_channels}, files as {' and '.join(kinds.values())}"
-        raise DataError(f"{show(root)}: {fault}; all are {allowed}")
+        fault = f"holds {' and '.join(kinds.values())}, and image_channels={config.image_channels}"
+        fix = f"keep pictures alone, with 1 or 3, or {' '.join(ARRAY_EXTENSIONS)} alone"
+        raise DataError(f"{show(root)}: {fault}; {fix}")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 

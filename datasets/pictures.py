@@ -133,7 +133,7 @@ def read_mask(path: str | Path, height: int, width: int) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file; give a black and white image")
-    size = read_size(path, 1)
+    size = read_size(path)
     if size != (height, width):
         raise DataError(
             f"{show(path)}: the mask is {size[1]}x{size[0]} pixels, but the model draws "
