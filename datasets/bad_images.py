@@ -25,7 +25,7 @@ from datasets.packed import ImagePath
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.images import BYTES, ImageSpec, Values
+from utils.images import ImageSpec, Values
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
 NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
@@ -69,11 +69,11 @@ def values_of(
 ) -> Values | None:
     """What -1 and 1 stand for: the `given` values, or the least and the largest of these images,
     which are read for it once; None for 8-bit images. Raises a DataError for a range of none."""
-    first, dtype = root / names[0], BYTES.dtype
+    first, dtype = root / names[0], "uint8"
     if is_array(first):
         with opened(first, spec.channels, True) as header:
             dtype = getattr(header, "dtype", np.dtype(dtype)).name
-    if dtype == BYTES.dtype:
+    if dtype == "uint8":
         if given is not None:
             raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
         return None
@@ -96,8 +96,7 @@ def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:
     Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
-    sizes = map_images(lambda i: read_size(listing.path(i), channels), count, "reading sizes")
-    results = list(sizes)
+    results = [*map_images(lambda i: read_size(listing.path(i), channels), count, "reading sizes")]
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
         raise DataError(_summary(listing, errors))

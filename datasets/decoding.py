@@ -20,7 +20,7 @@ from torch import Tensor
 
 from utils.errors import DataError, UserError, one_line, require, show
 from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_member, read_npy
-from utils.images import BYTES, VALUE_TYPES, ImageSpec, Values
+from utils.images import VALUE_TYPES, ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
@@ -159,14 +159,15 @@ def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndar
             if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
                 raise ValueError(f"{len(images)} image(s) of {colours}, not 1 of MINISBLACK or RGB")
             array = images[0].asarray()
-    if array.dtype.name not in (types := (BYTES.dtype, *VALUE_TYPES)):
+    if array.dtype.name not in (types := ("uint8", *VALUE_TYPES)):
         raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
     x = array[None] if array.ndim == 2 else array
     counts = (1, 3) if array.dtype == np.uint8 and channels in (1, 3) else (channels,)
     axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
     if array.ndim not in (2, 3) or len(axes) != 1:
-        fault = f"its shape {array.shape} has no image_channels={channels}, or has them twice; give"
-        raise DataError(f"{show(path)}: {fault} (H, W), (channels, H, W) or (H, W, channels)")
+        fault = f"its shape {array.shape} has image_channels={channels} not just once"
+        fix = f"is it {min(x.shape[0], x.shape[-1])}? Give (H, W), (C, H, W) or (H, W, C)"
+        raise DataError(f"{show(path)}: {fault}; {fix}")
     x = np.moveaxis(x, axes[0], 0)
     if x[0].size > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")

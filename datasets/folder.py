@@ -71,8 +71,7 @@ class Children(NamedTuple):
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
-    """The images under `data_root`. No file is opened with `image_size`, else their headers are;
-    for the range of arrays see `values_of`.
+    """The images under `data_root`. No file is opened with `image_size`, else their headers are.
 
     With `on_bad_image="skip"` each image is decoded once, see `replace_bad_images`. Raises a
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from datasets.decoding import decode_image
 from datasets.packed import ImagePath
 from utils.errors import DataError, show
-from utils.images import BYTES, ImageSpec, Values
+from utils.images import ImageSpec, Values
 
 
 class ImageDataset(Protocol):
@@ -115,8 +115,8 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = decode_image(self.listing.path(index), self.spec, self.values or BYTES)
-        return image, self.listing.labels[index]
+        path, values = self.listing.path(index), self.values or Values("uint8", 0, 255)
+        return decode_image(path, self.spec, values), self.listing.labels[index]
 
 
 class ClassSubset(Subset):

@@ -166,8 +166,7 @@ def grid(job: Job) -> Iterator[str]:
         )
         if images is not None:
             images = pictures.as_pictures(images, run.config.preview_channels)
-            row = [list(range(count))]
-            cells.append(images[0] if count == 1 else pictures.make_grid(images, row))
+            cells.append(images[0] if count == 1 else pictures.make_grid(images, [[*range(count)]]))
     if not cells:
         return
     rows = torch.arange(len(cells)).unflatten(0, (len(scales), -1)).tolist()

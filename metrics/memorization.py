@@ -43,7 +43,6 @@ SIGNS = {  # what raises the alarm -> its words in the summary
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BLOCK_ROWS, BLOCK_VALUES = 2048, 2**23  # the most in one block; 64 MB in float64
 RERANK_ROWS = 100
-FLOAT_STEPS = 16 * 255  # from -1 to 1, as 255 of 8-bit images
 LEFT_OUT = "train, each image left out of its own search"
 NEVER = torch.iinfo(torch.int64).max
 
@@ -96,7 +95,7 @@ def nearest_images(
 def _levels(images: Tensor) -> Tensor:
     """Images (B, ...) as whole numbers, float64 (B, D), whose squared distances 64 bits hold."""
     x = images.flatten(1).double()
-    return (x.clamp(-2, 2) * FLOAT_STEPS / 2).round() if images.is_floating_point() else x
+    return (x.clamp(-2, 2) * 2040).round() if images.is_floating_point() else x
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -267,7 +266,7 @@ class Memorization(ChosenImages, Metric):
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
             device=float64_device(self.device),
         )
-        num_steps = FLOAT_STEPS if images.is_floating_point() else 255
+        num_steps = 4080 if images.is_floating_point() else 255
         pixels = (squared.double() / images[0].numel()).sqrt().numpy() / num_steps
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)

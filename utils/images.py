@@ -55,9 +55,6 @@ class Values(NamedTuple):
     high: float  # the value that is 1
 
 
-BYTES = Values("uint8", 0, 255)  # where others may be
-
-
 def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
     """Images as files hold them, and how many of `values` are clipped to the limits of the type."""
     if values is None:
