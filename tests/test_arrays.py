@@ -393,14 +393,14 @@ def test_samples_have_the_statistics_of_the_data(run, tmp_path):
         every.append(spectral_fields(1000, label, rng))
         for i, image in enumerate(every[-1]):
             np.save(tmp_path / f"data/class{label}/{i}.npy", image)
-    words = ("max_steps=STEPS", "batch_size=64", "learning_rate=2e-3", "horizontal_flip=false")
+    words = ("max_steps=1500", "batch_size=32", "learning_rate=2e-3", "horizontal_flip=false")
     words += ("model_params.model_channels=24", "model_params.dropout=0", "save_interval=1000")
     words += ("num_timesteps=1000", "ema_decay=0.995", "use_scheduler=true", "cfg_scale=1")
     words += ("process=flow", "prediction_type=v", "sampling_method=heun")
     assert run(train.main, "--config", "run.py", *words, "--device", "cpu")[0] == EXIT_OK
     options = ("--n", 500, "--batch_size", 100, "--npz", "threshold=none")
     checkpoint = ("--checkpoint", "checkpoints/run/current_model.pth", "--device", "cpu")
-    options += ("num_inference_steps=20",)
+    options += ("num_inference_steps=12",)
     assert run(sample.main, *checkpoint, *options)[0] == EXIT_OK
     drawn = np.load("samples/samples_500x16x16x5.npz")["arr_0"].transpose(0, 3, 1, 2)
     (mean, std, correlations), ours = statistics(np.concatenate(every)), statistics(drawn)
