@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
+from generation.sample_store import tell_clipped
 from generation.sampling import batch_rows, evenly_spaced, gather_images, generate, sampling_from
 from utils import files
 from utils import images as pictures
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        place = len(seeds), run.spec.shape, runtime
+        place = len(seeds), run, runtime
         images = gather_images(bar, *place)
         frames = [gather_images(parts, *place) for parts in steps.values()]
         if images is not None:
@@ -121,15 +122,18 @@ def write_outputs(
 ) -> Iterator[Path]:
     """Write all that was asked for, and yield where.
 
-    What was `drawn` are the images, uint8 (N, C, H, W), and then the same after some of the steps.
+    What was `drawn` are the images (N, C, H, W), and then the same after some of the steps.
     """
     folder, name, images = Path(args.output_dir), args.output_name, drawn[0]
     shown = evenly_spaced(len(images), pictures.MAX_GRID_IMAGES)
     rows = pictures.grid_rows(len(shown), labels and [labels[i] for i in shown])
-    sheet, *grids = (pictures.make_grid(batch[shown], rows) for batch in drawn)
+    views = [pictures.as_pictures(x[shown], run.config.preview_channels) for x in drawn]
+    sheet, *grids = (pictures.make_grid(view, rows) for view in views)
     if args.captions:
         names = class_captions([labels[i] for i in shown], run.class_names)
-        sheet = contact_sheet(images[shown], rows, above=[[names[i] for i in row] for row in rows])
+        sheet = contact_sheet(views[0], rows, above=[[names[i] for i in row] for row in rows])
+    images, clipped = pictures.to_file(images, run.values)
+    tell_clipped(clipped if args.save_images or args.npz else 0, run.values)
 
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if labels is not None:

@@ -78,7 +78,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             mark_complete(config.run_dir)
         return EXIT_OK
     config, spec = job.config, job.dataset.spec
-    evaluation = training_evaluation(config, spec, runtime)
+    evaluation = training_evaluation(job)
     if dry_run:
         build.log_start(job)
         build.try_batch(job, sheet)
@@ -87,7 +87,8 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
         build.log_start(job)
         status.update(total_steps=job.schedule.total_steps)
         learner = Learner(job)
-        run = Run(learner.sampled_model, job.process, spec, config, ema=config.use_ema)
+        facts = dict(ema=config.use_ema, values=job.dataset.values)
+        run = Run(learner.sampled_model, job.process, spec, config, **facts)
         trainer = build.build_trainer(
             job,
             learner,

@@ -140,6 +140,9 @@ def check_config(config: Config) -> Iterator[Problem]:
     faults: dict[str, str] = {}  # key -> what is wrong with its value
     if entry.native is not None and config.image_channels not in (None, 1, 3):
         faults["image_channels"] = ": use 1 or 3; other numbers are for array files, dataset=custom"
+    channels, shown = config.image_channels or (entry.native or [3])[0], config.preview_channels
+    if shown is not None and (len(shown) not in (1, 3) or max(shown) >= channels):
+        faults["preview_channels"] = f": name one or three of 0..{channels - 1}"
     if config.label_file is not None and config.use_subdirs and entry.native is None:
         faults["label_file"] = f" {folder.BESIDE_SUBDIRS}"
     if config.num_classes not in (None, num_classes):

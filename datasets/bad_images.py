@@ -8,6 +8,7 @@ same in all processes and after a restart. Nothing is kept of the decoded pixels
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,12 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, read_size
+from datasets.decoding import BadImageError, decode_image, is_array, opened, read_size
+from datasets.packed import ImagePath
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
 NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
@@ -61,13 +63,40 @@ def map_images(
         yield from tqdm(results, description, num_images, leave=False, disable=hidden)
 
 
-def read_sizes(listing: Listing) -> list[tuple[int, int]]:
+@functools.lru_cache(maxsize=4)
+def values_of(
+    root: ImagePath, names: tuple[str, ...], spec: ImageSpec, given: tuple[float, float] | None
+) -> Values | None:
+    """What -1 and 1 stand for: the `given` values, or the least and the largest of these images,
+    which are read for it once; None for 8-bit images. Raises a DataError for a range of none."""
+    first, dtype = root / names[0], "uint8"
+    if is_array(first):
+        with opened(first, spec.channels, True) as header:
+            dtype = getattr(header, "dtype", np.dtype(dtype)).name
+    if dtype == "uint8":
+        if given is not None:
+            raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
+        return None
+    if given is None:
+        decode = partial(decode_image, spec=spec, values=Values(dtype, -1, 1))
+        given = np.inf, -np.inf
+        for image in map_images(lambda i: decode(root / names[i]), len(names), "measuring values"):
+            if isinstance(image, DataError):
+                raise image
+            given = min(given[0], image.min().item()), max(given[1], image.max().item())
+        log.info("value_range=%r,%r: measured on %d images, %s", *given, len(names), dtype)
+    if not given[0] < given[1] < np.inf:
+        raise DataError("{}: no value_range goes from {:g} to {:g}".format(show(root), *given))
+    return Values(dtype, *given)
+
+
+def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:
     """(height, width) of every image, from the files' headers.
 
     Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
-    results = list(map_images(lambda index: read_size(listing.path(index)), count, "reading sizes"))
+    results = [*map_images(lambda i: read_size(listing.path(i), channels), count, "reading sizes")]
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
         raise DataError(_summary(listing, errors))
@@ -79,10 +108,10 @@ def decoding_error(config: Config, listing: Listing, index: int) -> BadImageErro
 
     Raises a DataError if the file cannot be read at all.
     """
-    path = listing.path(index)
+    path, channels = listing.path(index), config.image_channels or 3
     try:
-        size = config.image_size or read_size(path)
-        decode_image(path, ImageSpec(config.image_channels or 3, *size, 0))
+        size = config.image_size or read_size(path, channels)
+        decode_image(path, ImageSpec(channels, *size, 0))
     except BadImageError as error:
         return error
     return None

@@ -22,7 +22,7 @@ from typing import Any
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images
 from datasets.decoding import bit_depth, decode_image, read_size
-from datasets.remarks import remarks
+from datasets.remarks import ARRAY, extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
-                build_dataset(config, split)
+                if values := build_dataset(config, split).values:
+                    splits[split]["values"] = values
+                    say(_line(f"{split} values", "{}: {:g} is -1, {:g} is 1".format(*values)))
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:
@@ -100,16 +102,16 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
     else:
         source = listing = entry.in_files(config, split)
     names, labels = [show(name) for name in listing.names], listing.labels
-    sizes, brightest, first, bad = Counter(), {}, {}, {}
+    sizes, extents, first, bad = Counter(), {}, {}, {}
     duplicates, in_train, num_conflicts = [], [], 0
     results = map_images(partial(examine, config, source), len(names), "decoding all images")
     for index, result in enumerate(results):
         if isinstance(result, DataError):
             bad[names[index]] = str(result)
             continue
-        size, digest, depth, value = result
+        size, digest, kind, part = result
         sizes[size] += 1
-        brightest[depth] = max(brightest.get(depth, 0), value)
+        extents.setdefault(kind, []).append(part)
         earlier = first.setdefault(digest, index)
         if earlier != index:
             duplicates.append([names[earlier], names[index]])
@@ -135,24 +137,27 @@ def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[s
         "conflicting_labels": num_conflicts,
         "in_train": in_train,
         "passed_over": dict(listing.passed_over),
-        "remarks": remarks(listing, brightest),
+        "remarks": remarks(listing, extents),
     }
 
 
 def examine(
     config: Config, source: Listing | ImageDataset, index: int
-) -> tuple[tuple[int, ...], bytes, int, int]:
+) -> tuple[tuple[int, ...], bytes, int, tuple]:
     """(height, width) of an image before it is fitted, a digest of its pixels as training gets
-    them, the bits of a value in the file, and the largest value of a pixel."""
+    them, the bits of a value in the file, or `ARRAY`, and the extent of the values."""
     if isinstance(source, Listing):
         path, native = source.path(index), DATASETS[config.dataset].native
-        size, depth = read_size(path), bit_depth(path)
+        channels = config.image_channels or 3
+        size = read_size(path, channels)
         wanted = config.image_size or (native.shape[1:] if native else size)
-        image = decode_image(path, ImageSpec(config.image_channels or 3, *wanted, 0))
+        image = decode_image(path, ImageSpec(channels, *wanted, 0))
+        kind = ARRAY if image.is_floating_point() else bit_depth(path)
     else:
-        size, depth, image = source.spec.shape[1:], 8, source[index][0]
+        size, kind, image = source.spec.shape[1:], 8, source[index][0]
     pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
-    return size, hashlib.blake2b(pixels, digest_size=16).digest(), depth, int(image.max())
+    digest = hashlib.blake2b(pixels, digest_size=16).digest()
+    return size, digest, kind, extent(image, config.value_range)
 
 
 def split_lines(split: str, facts: dict[str, Any]) -> list[str]:

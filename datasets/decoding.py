@@ -1,13 +1,16 @@
-"""From image files and arrays of any kind to uint8 (C, H, W)."""
+"""From image files and arrays of any kind to tensors (C, H, W)."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import stat
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,9 +18,9 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from utils.errors import DataError, one_line, show
-from utils.files import IMAGE_EXTENSIONS, looks_like
-from utils.images import ImageSpec
+from utils.errors import DataError, UserError, one_line, require, show
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, looks_like, read_member, read_npy
+from utils.images import VALUE_TYPES, ImageSpec, Values
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 64_000_000  # per image; a small file can claim to be a huge one
@@ -44,44 +47,65 @@ class BadImageError(DataError):
     """
 
 
-def has_image_suffix(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def has_image_suffix(name: object, suffixes: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    """Whether a file of this name or path is taken for an image, or one with these suffixes."""
+    return str(name).lower().endswith(suffixes)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+is_array = functools.partial(has_image_suffix, suffixes=ARRAY_EXTENSIONS)
+
+
+def read_size(path: Path, channels: int = 3) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
-    with _opened(path) as image:
+    with opened(path, channels, True) as image:
+        if isinstance(image, np.ndarray):
+            return image.shape[1:]
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
         in_header = image.format != "PNG" or "exif" in image.info
         turned = in_header and _orientation(image) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decode_image(path: Path, spec: ImageSpec) -> Tensor:
-    """The image as uint8 (C, H, W) of the shape in `spec`; see `fit_image`.
+def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> Tensor:
+    """The image, (C, H, W) of the shape in `spec`: uint8, see `fit_image`, or of arrays of other
+    `values` float32 in [-1, 1], resized by bilinear interpolation; in [low, high] without `values`.
 
-    Of an animation, this is the first frame. Raises a BadImageError if the file is broken,
-    truncated, too large or no PNG, JPEG, WebP or BMP image, a DataError if it cannot be read.
+    Of an animation, this is the first frame. Raises a BadImageError if the file is broken, too
+    large or no image, a DataError if it cannot be read, or is not of the type of `values`.
     """
-    with _opened(path) as image:
-        image.load()
-        return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
+    with opened(path, spec.channels) as image:
+        dtype = getattr(image, "dtype", np.dtype("uint8")).name
+        if values is not None and dtype != values.dtype:
+            raise DataError(f"{show(path)}: holds {dtype}, not {values.dtype} as the others")
+        if not isinstance(image, np.ndarray):
+            image.load()
+            return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
+    from torchvision.transforms.v2 import functional as transforms
+
+    scale = min(image.shape[1] / spec.height, image.shape[2] / spec.width)
+    part = [max(1, round(side * scale)) for side in (spec.height, spec.width)]
+    x = transforms.center_crop(torch.from_numpy(image.astype(np.float64)), part)
+    x = transforms.resize(x, [spec.height, spec.width], antialias=True)
+    _, low, high = values or (dtype, -1, 1)
+    return x.round().byte() if dtype == "uint8" else ((x - low) / (high - low) * 2 - 1).float()
 
 
 def bit_depth(path: Path) -> int:
     """Bits of a value in the file: 16 or, of most files, 8. Raises what `decode_image` does."""
-    with _opened(path) as image:
+    if is_array(path):
+        return 8
+    with opened(path) as image:
         wide = image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith("16B")
         return 16 if wide else 8
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image with its header read and its pixels not. What the body raises is explained too."""
+def opened(path: Path, channels: int = 3, header_only: bool = False) -> Iterator[Any]:
+    """The image with its header read and its pixels not; of an array file the array (C, H, W), or
+    one without its numbers, or the 8-bit picture that it is. What the body raises is explained."""
     kind, size = BadImageError, ""
     try:
         status = path.stat()
@@ -90,11 +114,15 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         size = f"{status.st_size} bytes"
         if status.st_size > MAX_FILE_BYTES:
             raise Image.DecompressionBombError(size)
+        if is_array(path):
+            with path.open("rb") as file:
+                yield _array_in(file, path, channels, header_only)
+            return
         with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             yield image
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, ...
         reason = one_line(error)
@@ -110,6 +138,44 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         else:
             fault = f"broken image ({reason}); replace or remove it"
         raise kind(f"{show(path)}: {fault}") from error
+
+
+def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndarray | Image.Image:
+    """The one array in a file as (C, H, W), or a picture of the 8-bit ones that are grey or RGB."""
+    suffix = str(path).lower().rpartition(".")[2]
+    if suffix == "npy":
+        array = read_npy(file, "it", path.stat().st_size, header_only)
+    elif suffix == "npz":
+        with zipfile.ZipFile(file) as archive:
+            if len(names := archive.namelist()) != 1:
+                raise ValueError(f"{len(names)} arrays in it, not one")
+            array = read_member(archive, names[0], path.stat().st_size)
+    else:
+        require("tifffile")
+        import tifffile
+
+        with tifffile.TiffFile(file) as tiff:
+            images, colours = tiff.series, tiff.pages[0].photometric.name
+            if len(images) != 1 or colours not in ("MINISBLACK", "RGB"):
+                raise ValueError(f"{len(images)} image(s) of {colours}, not 1 of MINISBLACK or RGB")
+            array = images[0].asarray()
+    if array.dtype.name not in (types := ("uint8", *VALUE_TYPES)):
+        raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
+    x = array[None] if array.ndim == 2 else array
+    counts = (1, 3) if array.dtype == np.uint8 and channels in (1, 3) else (channels,)
+    axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
+    if array.ndim not in (2, 3) or len(axes) != 1:
+        fault = f"its shape {array.shape} has image_channels={channels} not just once"
+        fix = f"is it {min(x.shape[0], x.shape[-1])}? Give (H, W), (C, H, W) or (H, W, C)"
+        raise DataError(f"{show(path)}: {fault}; {fix}")
+    x = np.moveaxis(x, axes[0], 0)
+    if x[0].size > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")
+    if not np.isfinite(x).all():
+        raise ValueError("it holds NaN or infinite values")
+    if counts == (channels,):
+        return x
+    return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())
 
 
 def _orientation(image: Image.Image) -> int:

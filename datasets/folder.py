@@ -20,14 +20,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.bad_images import decoding_error, read_sizes, replace_bad_images
-from datasets.decoding import has_image_suffix, read_size
+from datasets.bad_images import read_sizes, replace_bad_images, values_of
+from datasets.decoding import has_image_suffix, is_array, read_size
 from datasets.label_file import how_to_complete, read_label_file
 from datasets.packed import ImagePath, Member, open_root, split_of
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.files import IMAGE_EXTENSIONS
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
+from utils.images import ImageSpec
 
 TEST_KINDS = ("test", "val")  # in order of preference
 # Thumbnails, waste baskets and the like of file servers, archives and systems
@@ -65,8 +66,14 @@ def build_custom(config: Config, split: str) -> ImageFileDataset:
     DataError, one line that names the file or folder, what is wrong with it and how to fix it.
     """
     listing = replace_bad_images(config, list_images(config, split))
-    size = config.image_size or _common_size(config, split, listing)
-    return ImageFileDataset(listing, config.image_channels or 3, *size)
+    train = listing
+    if split != "train" and (config.image_size is None or is_array(listing.names[0])):
+        train = replace_bad_images(config, list_images(config, "train"))
+    channels = config.image_channels or 3
+    size = config.image_size or _common_size(channels, train.path(0), listing)
+    spec = ImageSpec(channels, *size, 0)
+    values = values_of(train.root, tuple(train.names), spec, config.value_range)
+    return ImageFileDataset(listing, channels, *size, values=values)
 
 
 def has_test_folder(config: Config) -> bool:
@@ -116,6 +123,11 @@ def list_images(config: Config, split: str) -> Listing:
         listing = _list_labelled(config, root)
     else:
         listing = _list_folder(config, folders, split)
+    kinds = {is_array(name): show(name) for name in reversed(listing.names)}
+    if len(kinds) > 1 or (False in kinds and (config.image_channels or 3) not in (1, 3)):
+        fault = f"holds {' and '.join(kinds.values())}, and image_channels={config.image_channels}"
+        fix = f"keep pictures alone, with 1 or 3, or {' '.join(ARRAY_EXTENSIONS)} alone"
+        raise DataError(f"{show(root)}: {fault}; {fix}")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
@@ -288,24 +300,17 @@ def _list_labelled(config: Config, root: ImagePath) -> Listing:
     return Listing(root, names, in_order, class_names, children.others)
 
 
-def _common_size(config: Config, split: str, listing: Listing) -> tuple[int, int]:
-    """(height, width) of the first train image that is used.
+def _common_size(channels: int, first: ImagePath, listing: Listing) -> tuple[int, int]:
+    """(height, width) of `first`, the first train image that is used.
 
     Raises a DataError that names the first image of another size.
     """
-    sizes = read_sizes(listing)
-    train, first = listing, 0
-    if split != "train":
-        train = list_images(config, "train")
-        if config.on_bad_image == "skip":
-            count = len(train.names)
-            first = next((i for i in range(count) if not decoding_error(config, train, i)), 0)
-    size = read_size(train.path(first))
+    size, sizes = read_size(first, channels), read_sizes(listing, channels)
     for name, other in zip(listing.names, sizes, strict=True):
         if other != size:
             raise DataError(
                 f"{show(listing.root / name)}: is {other[0]} x {other[1]} (height x width), but "
-                f"{show(train.path(first))} is {size[0]} x {size[1]}; set image_size to bring all "
+                f"{show(first)} is {size[0]} x {size[1]}; set image_size to bring all "
                 "images to one size"
             )
     return size

@@ -22,7 +22,7 @@ from utils.errors import DataError
 from utils.images import to_float
 from utils.rng import Stream, numpy_generator
 
-RESIDENT_LIMIT = 2**30  # bytes of uint8 images
+RESIDENT_LIMIT = 2**30  # bytes of images
 DECODE_BATCH_SIZE = 256
 
 
@@ -78,7 +78,7 @@ def make_resident(
     resident: bool | None = None,
     num_workers: int = 0,
 ) -> ImageDataset:
-    """The data set, the same everywhere, with all its images decoded, as uint8 on the device.
+    """The data set, the same everywhere, with all its images decoded, on the device.
 
     A collective: each process decodes a share. Raises a DataError on all if one cannot be read.
 
@@ -87,12 +87,14 @@ def make_resident(
             Where they are not to be resident the data set is returned as it is.
     """
     shape = (len(dataset), *dataset.spec.shape)
-    if resident is False or (resident is None and math.prod(shape) > RESIDENT_LIMIT):
+    dtype = torch.float32 if dataset.values else torch.uint8
+    fits = math.prod(shape) * dtype.itemsize <= RESIDENT_LIMIT
+    if resident is False or (resident is None and not fits):
         return dataset
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images.to(runtime.device)
     else:
-        images = torch.empty(shape, dtype=torch.uint8, device=runtime.device)
+        images = torch.empty(shape, dtype=dtype, device=runtime.device)
         size, count = DECODE_BATCH_SIZE, runtime.world_size
         mine = [i for i in range(len(images)) if i // size % count == runtime.rank]
         parts = image_batches(dataset, mine, size, num_workers=num_workers)
@@ -114,7 +116,7 @@ def make_resident(
 def image_batches(
     dataset: ImageDataset, indices: Sequence[int] | Tensor, batch_size: int, *, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images uint8 (b, C, H, W), labels (b,) int64) of `indices`, in order.
+    """Yield (images (b, C, H, W), labels (b,) int64) of `indices`, in order.
 
     The last batch may be short. The tensors are on the CPU, or on the device of a resident data
     set. Raises a DataError when an image cannot be read.
@@ -145,7 +147,7 @@ def global_indices(
 def _load(
     dataset: ImageDataset, indices: Iterable[np.ndarray], num_workers: int, *, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the uint8 images and the labels of each index array, in order."""
+    """Yield the images and the labels of each index array, in order."""
     if isinstance(dataset, InMemoryDataset):
         images = dataset.images
         labels = dataset.labels.to(images.device)
@@ -193,7 +195,8 @@ class _Rows(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor] | str:
-        images = torch.empty((len(index), *self.dataset.spec.shape), dtype=torch.uint8)
+        dtype = torch.float32 if self.dataset.values else torch.uint8
+        images = torch.empty((len(index), *self.dataset.spec.shape), dtype=dtype)
         try:
             for row, i in enumerate(index.tolist()):
                 images[row] = self.dataset[i][0]

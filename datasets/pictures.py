@@ -19,7 +19,7 @@ from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
 from utils.config import Config
 from utils.errors import DataError, show
 from utils.files import looks_like, read_npz
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images, a .zip of it, or an .npz with arr_0, uint8 (N, H, W, C)"
@@ -64,6 +64,7 @@ def read_pictures(
     *,
     image_size: tuple[int, int] | None = None,
     image_channels: int | None = None,
+    values: Values | None = None,
 ) -> Pictures:
     """The pictures at `path` and their classes.
 
@@ -75,7 +76,8 @@ def read_pictures(
     Args:
         class_names: those of the data set that the pictures imitate; empty if it has none.
         image_size: (height, width) to bring them to; None: they have one size.
-        image_channels: 1 or 3; None: 3 for files, those of the array in an .npz.
+        image_channels: None: 3 for files, those of the array in an .npz.
+        values: those of the data set that the pictures imitate, whose range they have, too.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz":
@@ -83,6 +85,7 @@ def read_pictures(
         images = _in_memory(fit_arrays(arrays, image_size, image_channels))
     else:
         settings = folder_settings(path) | {"label_file": None}
+        settings["value_range"] = values and values[1:]
         config = Config(**settings, image_size=image_size, image_channels=image_channels)
         if has_test_folder(config):
             raise DataError(f"{show(path)}: holds splits; name the folder of one of them")
@@ -105,7 +108,7 @@ def read_pictures(
 
 
 def fitted_pictures(
-    path: str | Path, spec: ImageSpec, class_names: tuple[str, ...] = ()
+    path: str | Path, spec: ImageSpec, class_names: tuple[str, ...], values: Values | None
 ) -> Pictures:
     """`read_pictures`, or a single image file, in the shape that a model of `spec` draws.
 
@@ -113,10 +116,13 @@ def fitted_pictures(
     """
     path, size = Path(path), (spec.height, spec.width)
     if open_root(path).is_dir() or path.suffix.lower() == ".npz":
-        return read_pictures(path, class_names, image_size=size, image_channels=spec.channels)
+        shape = dict(image_size=size, image_channels=spec.channels)
+        return read_pictures(path, class_names, **shape, values=values)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-    return Pictures(_in_memory(decode_image(path, spec)[None]), None, f"{path} is one file")
+    image = _in_memory(decode_image(path, spec, values or Values("uint8", 0, 255))[None])
+    image.values = values
+    return Pictures(image, None, f"{path} is one file")
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:

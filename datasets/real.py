@@ -17,7 +17,7 @@ from datasets.remarks import passed_over
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.rng import EvaluationDraw, fixed_subset
 
 log = logging.getLogger("diffusion")
@@ -29,13 +29,14 @@ class RealImages:
 
     labels: Tensor  # (N,) int64; all 0 when unlabelled
     indices: Sequence[int]  # those to compare with, sorted; normally all N
-    # Indices -> uint8 (b, C, H, W) and labels (b,), batch by batch, in the given order.
+    # Indices -> images (b, C, H, W) and labels (b,), batch by batch, in the given order.
     fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
     spec: ImageSpec
     fingerprint: str
     split: str = "train"
     class_names: tuple[str, ...] = ()
     passed_over: Sequence[str] = ()  # a line about what lies there too, or none
+    values: Values | None = None  # of images that are floats; None: they are uint8
 
     @property
     def num_classes(self) -> int:
@@ -47,7 +48,7 @@ class RealImages:
         return self.indices[part.start : part.stop]
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (len(indices), C, H, W), all in memory."""
+        """Images (len(indices), C, H, W), all in memory."""
         return torch.cat([images for images, _ in self.fetch(indices)])
 
 
@@ -98,6 +99,7 @@ def real_sets(
             split=name,
             class_names=tuple(dataset.class_names),
             passed_over=passed_over(listing),
+            values=dataset.values,
         )
 
     train, test = images_of("train"), None

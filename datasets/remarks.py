@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from datasets.bad_images import map_images
 from datasets.decoding import bit_depth
@@ -12,6 +14,7 @@ from utils.errors import show
 from utils.files import IMAGE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
+ARRAY = 32  # bits: a float in memory, whatever the files hold
 NUM_TRIED = 64  # images, of all, that are decoded to see whether they are dark
 
 
@@ -27,16 +30,25 @@ def passed_over(listing: Listing | None) -> list[str]:
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []
 
 
-def remarks(listing: Listing, brightest: Mapping[int, int]) -> list[str]:
-    """All lines on a listing; `brightest` is the largest 8-bit value of any file, by bit depth."""
+def extent(image: Tensor, given: Sequence[float] | None) -> tuple[float, float, int]:
+    """The least and the largest value of an image, and how many lie outside a given range."""
+    low, high = given or (image.min(), image.max())
+    return image.min().item(), image.max().item(), int(((image < low) | (image > high)).sum())
+
+
+def remarks(listing: Listing, extents: Mapping[int, list[tuple]]) -> list[str]:
+    """All lines on a listing; `extents` are those of images, by bit depth or `ARRAY`."""
     folded = Counter(name.casefold() for name in listing.class_names)
     twins = [name for name in listing.class_names if folded[name.casefold()] > 1]
     lines = passed_over(listing)
     if twins:
         lines.append(f"classes that differ in case alone: {show(', '.join(twins[:4]))}")
-    for depth, value in sorted(brightest.items()):
-        unused = 8 - value.bit_length()
-        if unused:
+    for depth, parts in sorted(extents.items()):
+        lows, highs, outside = zip(*parts, strict=True)
+        if count := sum(map(bool, outside)):
+            which = f"{sum(outside)} values in {count} of {len(parts)} images leave value_range"
+            lines.append(f"{which}: the least is {min(lows):g}, the largest {max(highs):g}")
+        if depth != ARRAY and (unused := 8 - max(highs).bit_length()):
             lines.append(
                 f"{depth}-bit images: the upper {unused} of {depth} bits are never used, so they "
                 "come out dark; scale their values to the full range"
@@ -50,12 +62,13 @@ def remarks_on(dataset: ImageDataset) -> list[str]:
     if listing is None:
         return []
     tried = range(0, len(listing.names), -(-len(listing.names) // NUM_TRIED))
-    brightest: dict[int, int] = {}
+    values, extents = dataset.values, {}
 
-    def measure(i: int) -> tuple[int, int]:
-        return bit_depth(listing.path(tried[i])), int(dataset[tried[i]][0].max())
+    def measure(i: int) -> tuple[int, tuple]:
+        kind = ARRAY if values else bit_depth(listing.path(tried[i]))
+        return kind, extent(dataset[tried[i]][0], values and (-1 - 1e-6, 1 + 1e-6))
 
     for result in map_images(measure, len(tried), "trying images"):
         if isinstance(result, tuple):  # a broken image stops training in its own time
-            brightest[result[0]] = max(brightest.get(result[0], 0), result[1])
-    return remarks(listing, brightest)
+            extents.setdefault(result[0], []).append(result[1])
+    return remarks(listing, extents)

@@ -15,26 +15,27 @@ from torch.utils.data import Subset
 from datasets.decoding import decode_image
 from datasets.packed import ImagePath
 from utils.errors import DataError, show
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 
 
 class ImageDataset(Protocol):
-    """A deterministic, finite sequence of labelled 8-bit images."""
+    """A deterministic, finite sequence of labelled images."""
 
     spec: ImageSpec
     labels: Tensor  # (N,) int64 in [0, K); all 0 when unlabelled
     class_names: tuple[str, ...]  # K names; empty when unlabelled
     fingerprint: str  # changes when the images, labels or their order change
+    values: Values | None  # of the files of images that are floats; None: they are uint8
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """image uint8 (C, H, W) in [0, 255], label in [0, K)."""
+        """image (C, H, W), uint8 or float32 in [-1, 1], label in [0, K)."""
         ...
 
 
 class InMemoryDataset:
-    """All images as one uint8 tensor (N, C, H, W) on any device. Satisfies `ImageDataset`.
+    """All images as one tensor (N, C, H, W) on any device. Satisfies `ImageDataset`.
 
     Labels are (N,) in [0, len(class_names)), and all 0 if there are no class names. The
     fingerprint is a hash of the images and labels unless one is given.
@@ -43,7 +44,7 @@ class InMemoryDataset:
     def __init__(
         self, images: Tensor, labels: Tensor, class_names: Sequence[str], *, fingerprint: str = ""
     ) -> None:
-        self.images = images
+        self.images, self.values = images, None
         self.labels = labels.to("cpu", torch.int64)
         self.class_names = tuple(class_names)
         self.spec = ImageSpec(*images.shape[1:], len(self.class_names))
@@ -90,15 +91,17 @@ class Listing(NamedTuple):
 class ImageFileDataset:
     """Image files decoded each time they are asked for. Satisfies `ImageDataset`.
 
-    The fingerprint covers names, file sizes, labels and the shape, not the files' contents. The
-    constructor raises a DataError if a file does not exist.
+    The fingerprint covers names, file sizes, labels, the shape and the range of values, not the
+    files' contents. The constructor raises a DataError if a file does not exist.
     """
 
-    def __init__(self, listing: Listing, channels: int, height: int, width: int) -> None:
+    def __init__(self, listing: Listing, *shape: int, values: Values | None = None) -> None:
+        self.values = values
         self.listing, self.names, self.class_names = listing, listing.names, listing.class_names
         self.labels = torch.tensor(listing.labels, dtype=torch.int64)
-        self.spec = ImageSpec(channels, height, width, len(self.class_names))
-        digest = hashlib.sha256(repr((len(self.names), self.spec)).encode())
+        self.spec = ImageSpec(*shape, len(self.class_names))
+        facts = len(self.names), self.spec, *filter(None, [values])
+        digest = hashlib.sha256(repr(facts).encode())
         for name, label in zip(self.names, listing.labels, strict=True):
             path = listing.root / name
             try:
@@ -112,7 +115,8 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_image(self.listing.path(index), self.spec), self.listing.labels[index]
+        path, values = self.listing.path(index), self.values or Values("uint8", 0, 255)
+        return decode_image(path, self.spec, values), self.listing.labels[index]
 
 
 class ClassSubset(Subset):
@@ -122,7 +126,7 @@ class ClassSubset(Subset):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[int]) -> None:
-        self.spec, self.class_names = dataset.spec, dataset.class_names
+        self.spec, self.class_names, self.values = dataset.spec, dataset.class_names, dataset.values
         num_classes = self.spec.num_classes
         require_classes(classes, dataset.labels.tolist() if num_classes else (), num_classes)
         wanted = torch.tensor(sorted(set(classes)))

@@ -24,7 +24,7 @@ from utils.images import to_float
 class Pictures(NamedTuple):
     """Pictures to start from, each with a seed and perhaps a class."""
 
-    images: Tensor  # uint8 (N, C, H, W); in a batch float32 (b, C, H, W) in [-1, 1]
+    images: Tensor  # (N, C, H, W); in a batch float32 (b, C, H, W) in [-1, 1]
     labels: list[int] | None
     seeds: list[int]
 
@@ -85,7 +85,7 @@ class Job(NamedTuple):
         return [""] * count if labels is None else class_captions(labels, self.run.class_names)
 
     def draw(self, num_images: int, steps_of: Callable[[slice], Iterator[Step]]) -> Tensor | None:
-        """Sample images: uint8 (N, C, H, W) on the main process, None on the others.
+        """Sample images: (N, C, H, W) on the main process, None on the others.
 
         From a slice of 0..num_images, `steps_of` makes the steps that draw these.
         """
@@ -93,7 +93,7 @@ class Job(NamedTuple):
         rows = batch_rows(num_images, self.args.batch_size, runtime)
         bar = tqdm(rows, unit="batch", disable=not runtime.is_main)
         parts = (run_steps(run, steps_of(r), r.stop - r.start, runtime.device) for r in bar)
-        return gather_images(parts, num_images, run.spec.shape, runtime)
+        return gather_images(parts, num_images, run, runtime)
 
 
 def spread(values: Sequence[Any], count: int, name: str) -> list[Any]:

@@ -42,6 +42,7 @@ def interpolate(job: Job) -> Iterator[str]:
     images = job.draw(len(frames), lambda rows: morph_steps(run, frames[rows], sampling, device))
     if images is None:
         return
+    images = pictures.as_pictures(images, run.config.preview_channels)
     strip, film = job.path(".png"), job.path(f".{args.format}")
     numbers = torch.arange(len(frames)).unflatten(0, (len(chains), -1))
     stretches = numbers.unfold(1, args.frames, args.frames - 1).flatten(0, 1)
@@ -111,6 +112,7 @@ def decode(job: Job) -> Iterator[str]:
     if images is not None:
         rows, names = pictures.grid_rows(count), job.captions(labels, count)
         above = [[names[i] for i in row] for row in rows]
+        images = pictures.as_pictures(images, run.config.preview_channels)
         pictures.save_image(job.path(".png"), contact_sheet(images, rows, above=above))
         guided = "a larger --cfg_scale, which leads away from the pictures"
         yield wrote([job.path(".png")], f"the same with other --labels, or {guided}")
@@ -163,8 +165,8 @@ def grid(job: Job) -> Iterator[str]:
             lambda rows, s=s: sample_steps(run, seeds[rows], labels and labels[rows], s, device),
         )
         if images is not None:
-            row = [list(range(count))]
-            cells.append(images[0] if count == 1 else pictures.make_grid(images, row))
+            images = pictures.as_pictures(images, run.config.preview_channels)
+            cells.append(images[0] if count == 1 else pictures.make_grid(images, [[*range(count)]]))
     if not cells:
         return
     rows = torch.arange(len(cells)).unflatten(0, (len(scales), -1)).tolist()

@@ -16,11 +16,12 @@ from datasets.real import chosen_images
 from diffusion import SAMPLERS
 from editing.command import Job, Pictures, spread, wrote
 from editing.mathematics import INVERSES, img2img_steps, inpaint_steps, invert_steps, last_timesteps
+from generation.sample_store import tell_clipped
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
 from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
-from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, save_image
+from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, as_pictures, save_image, to_file
 from utils.labels import save_images
 
 HOLE_LEVEL = 128  # grey level of what is to be drawn, in the picture of the hole
@@ -39,14 +40,15 @@ def inputs_of(job: Job) -> Pictures:
         name, missing = f"{run.config.dataset} ({args.real_split})", None
         with job.runtime.main_first():
             dataset = datasets.build_dataset(run.config, args.real_split)
-        if dataset.spec.shape != run.spec.shape:
-            raise DataError(f"{name}: images of {dataset.spec}, but the model draws {run.spec}")
         own = dataset.labels.tolist()
     else:
         numbers = tuple(map(str, range(run.spec.num_classes)))
         names = () if args.labels or not run.config.conditional else run.class_names or numbers
         name = args.input
-        dataset, own, missing = fitted_pictures(args.input, run.spec, names)
+        dataset, own, missing = fitted_pictures(args.input, run.spec, names, run.values)
+    if (dataset.spec.shape, dataset.values) != (run.spec.shape, run.values):
+        theirs, ours = (f"{x.spec}, {x.values or '8 bits'}" for x in (dataset, run))
+        raise DataError(f"{name}: images of {theirs}, but the model draws {ours}")
     asked_for = len(dataset) if args.num_samples is None else args.num_samples
     if not 1 <= asked_for <= min(len(dataset), MAX_GRID_IMAGES):
         how = f"--num_samples says how many of them to take, at most {MAX_GRID_IMAGES}"
@@ -83,9 +85,12 @@ def write_pictures(
         above += [[captions[i] for i in columns], *[[]] * (len(kinds) - 1)]
     left = [*kinds] * (len(rows) // len(kinds))
     *_, results = kinds.values()
-    sheet = contact_sheet(torch.cat([*kinds.values()]), rows, above=above, left=left)
+    every = as_pictures(torch.cat([*kinds.values()]), job.run.config.preview_channels)
+    sheet = contact_sheet(every, rows, above=above, left=left)
     outputs = {job.path(".png"): partial(save_image, image=sheet)} | more
     if job.args.save_images:
+        results, clipped = to_file(results, job.run.values)
+        tell_clipped(clipped, job.run.values)
         outputs[job.path("_images")] = partial(save_images, images=results, labels=inputs.labels)
     return list(write_each(outputs))
 
@@ -144,7 +149,7 @@ def inpaint(job: Job) -> Iterator[str]:
         count, lambda r: inpaint_steps(run, inputs.batch(r, device), unknown, times, sampling)
     )
     if images is not None:
-        holes = inputs.images.masked_fill(unknown, HOLE_LEVEL)
+        holes = inputs.images.masked_fill(unknown, 0.0 if run.values else HOLE_LEVEL)
         kinds = {"input": inputs.images, "known": holes, "output": images}
         following = "the same with other --seeds, for other ways to fill the hole"
         if times == 1:
@@ -173,7 +178,7 @@ def invert(job: Job) -> Iterator[str]:
         count, lambda r: invert_steps(run, inputs.batch(r, device), times, sampling, noise)
     )
     parts = [part.float().cpu() for part in noise]
-    x_T = gather_images(parts, count, run.spec.shape, job.runtime)
+    x_T = gather_images(parts, count, run, job.runtime)
     if images is None:
         return
     yield from errors_of(images, inputs)
@@ -189,6 +194,7 @@ def invert(job: Job) -> Iterator[str]:
 def errors_of(images: Tensor, inputs: Pictures) -> Iterator[str]:
     """Lines: how far each reconstruction is from its picture, as RMSE in 8-bit grey levels."""
     difference = images.double() - inputs.images.double()
+    difference *= 127.5 if images.is_floating_point() else 1
     errors = difference.square().mean((1, 2, 3)).sqrt().tolist()
     for i, error in enumerate(errors):
         label = "" if inputs.labels is None else f" (label {inputs.labels[i]})"

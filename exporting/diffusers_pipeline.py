@@ -67,7 +67,7 @@ def ddim_scheduler_config(config: Config, sampling: Sampling) -> dict[str, Any]:
     """
     T, steps = config.num_timesteps, sampling.num_inference_steps
     other = "diffusers has no pipeline that computes the same. Use --format safetensors"
-    for key in ("process", "noise_scale", "timestep_spacing_shift", "cfg_rescale"):
+    for key in ("process", "noise_scale", "timestep_spacing_shift", "cfg_rescale", "value_range"):
         if (value := getattr(config, key)) != Config.model_fields[key].default:
             raise ConfigError(f"{key}={value!r}: {other}")
     betas = SCHEDULES[config.beta_schedule](T, config.beta_start, config.beta_end)

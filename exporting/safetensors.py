@@ -22,6 +22,7 @@ def save_weights(path: Path, run: Run) -> None:
     config = run.config.to_dict() | {"lora_rank": 0}
     values = (FORMAT_VERSION, config, run.spec, run.step, run.epoch, run.ema)
     facts = {name: json.dumps(value) for name, value in zip(WEIGHTS_FACTS, values, strict=True)}
+    facts |= {"values": json.dumps(run.values)} if run.values else {}
     checksum = {WEIGHTS_CHECKSUM: checksum_of_weights(weights, facts)}
     with atomic_path(path) as temporary:
         # not their save_file, whose files nobody but their owner may read

@@ -20,7 +20,7 @@ from datasets.packed import open_root
 from datasets.pictures import folder_settings, read_pictures
 from datasets.real import chosen_images, real_sets
 from generation.run import Run
-from generation.sample_store import remove, resumed, saved
+from generation.sample_store import remove, resumed, saved, tell_clipped
 from generation.sampling import Sampling, generate, sampling_from
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
@@ -31,6 +31,7 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
 from utils.files import content_key, file_sha256
+from utils.images import image_suffix
 from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
 
@@ -76,7 +77,7 @@ class ImageSets(NamedTuple):
         home: the folder for reports, and for what serves later evaluations.
         facts: where the images come from, for the report.
         settings: how a model draws each set; a single None for pictures that exist.
-        draw: makes the images of a set with these global indices: uint8 (b, C, H, W), by batches.
+        draw: makes the images of a set with these global indices, (b, C, H, W), by batches.
         labels_from: what the first labels follow from, however many there are, as plain types.
     """
 
@@ -139,7 +140,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         )
 
     unlabelled = "the model was trained without class labels"
-    generated, home = Generated(run.spec, count, labels, unlabelled), run.checkpoint.parent / "eval"
+    shown, home = config.preview_channels, run.checkpoint.parent / "eval"
+    generated = Generated(run.spec, count, labels, unlabelled, run.values, shown)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
@@ -155,6 +157,7 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         train.class_names if train else (),
         image_size=config.image_size if has_size else None,
         image_channels=train.spec.channels if train else config.image_channels,
+        values=train and train.values,
     )
     dataset, labels, asked = pictures.data, pictures.labels, args.num_samples
     if asked is not None and asked > len(dataset):
@@ -170,6 +173,8 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         len(chosen),
         labels and [labels[i] for i in chosen],
         pictures.unlabelled or "",
+        dataset.values,
+        config.preview_channels,
     )
     facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
     home = Path(os.path.abspath(path))  # of `.` and `..`, too
@@ -239,12 +244,15 @@ def score_sets(
             batches = resumed(store, generated.spec.shape, share, draw, show_progress=is_main)
         to_save, written = args.save_images_dir is not None, []
         if to_save:
-            batches = saved(batches, Path(args.save_images_dir, name), share.start, written)
+            folder = Path(args.save_images_dir, name)
+            batches = saved(batches, folder, share.start, written, generated.values)
         report = evaluation.score(batches, facts={**facts, **own}, always_sample=to_save)
+        tell_clipped(sum(written), generated.values)
         # Not before the pictures of all processes are there: older ones are of other classes.
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
-                save_labels(Path(args.save_images_dir, name), generated.labels)
+                suffix = image_suffix(generated.spec.channels, generated.values is None)
+                save_labels(folder, generated.labels, suffix)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

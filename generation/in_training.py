@@ -17,12 +17,13 @@ from metrics import METRICS, check_metric_names
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
 from metrics.report import summary
+from training.job import Job
 from training.saving import LOSS, VAL_LOSS, BestScore
 from training.sharding import full_model
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError
-from utils.images import ImageSpec, block_labels, grid_rows, make_grid, save_image
+from utils.images import as_pictures, block_labels, grid_rows, make_grid, save_image
 from utils.labels import requested_labels
 
 PREVIEW_BATCH_SIZE, EVAL_BATCH_SIZE = 64, 128
@@ -57,30 +58,31 @@ def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
     labels = block_labels(count, run.classes) if config.conditional else None
     with runtime.all_or_none("sampling failed on another process"):
         parts = list(draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime))
-    images = gather_images(parts, count, run.spec.shape, runtime)
+    images = gather_images(parts, count, run, runtime)
     if images is None:
         return None
-    grid = make_grid(images, grid_rows(count, labels))
+    grid = make_grid(as_pictures(images, config.preview_channels), grid_rows(count, labels))
     path = config.preview_dir / f"epoch_{epoch:04d}.png"
     save_image(path, grid)
     log.info("preview: %s", path)
     return grid
 
 
-def training_evaluation(config: Config, spec: ImageSpec, runtime: Runtime) -> Evaluation | None:
+def training_evaluation(job: Job) -> Evaluation | None:
     """The config's `eval_metrics` on `eval_num_samples` images; None without `eval_interval`.
 
     Raises a ConfigError if the metric that is to choose the best model cannot run here.
     """
+    config, dataset, runtime = job.config, job.dataset, job.runtime
     if not config.eval_interval:
         return None
-    count, labels = config.eval_num_samples, None
+    count, labels, spec = config.eval_num_samples, None, dataset.spec
     if config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
     sets = real_sets(config, runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
-        Generated(spec, count, labels),
+        Generated(spec, count, labels, values=dataset.values, shown=config.preview_channels),
         Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
         cache_dir=config.run_dir / "eval",

@@ -31,7 +31,7 @@ from utils.config import (
     warnings_of,
 )
 from utils.errors import CheckpointError, ConfigError, show
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
@@ -59,6 +59,7 @@ class Run:
     class_names: tuple[str, ...] = ()  # as the data set called them; may be unknown
     averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)  # by ema_width
     guide: Run | None = None  # a weaker model of the same images, for autoguidance
+    values: Values | None = None  # of images that are floats; None: they are uint8
 
     @property
     def classes(self) -> Sequence[int]:
@@ -105,6 +106,8 @@ def load_run(
     """
     path = resolve_checkpoint(checkpoint)
     state = load_any(path)
+    values = Values(*state["values"]) if "values" in state else None
+    state["config"] |= {"value_range": values and list(values[1:])}  # as it was measured
     raw = RawConfig(dict(state["config"]), dict.fromkeys(state["config"], str(path)))
     if config_path is not None:
         given = read_config_file(Path(config_path))
@@ -135,7 +138,7 @@ def load_run(
     models.compile_model(model, models.usable_mode(compile, device))
     names = tuple(state.get("class_names") or ())
     facts = path, state["step"], state["epoch"], ema, names, averages
-    return Run(model, diffusion.build_process(config), spec, config, *facts)
+    return Run(model, diffusion.build_process(config), spec, config, *facts, values=values)
 
 
 def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | None = None) -> Run:
@@ -159,7 +162,7 @@ def with_guide(run: Run, guide: Run) -> Run:
     """The run, with another one as its guide. Their networks may differ. Raises a ConfigError if
     the guide draws other images, or its outputs mean something else."""
     pair = guide.config.to_dict(), run.config.to_dict()
-    if guide.spec != run.spec:
+    if (guide.spec, guide.values) != (run.spec, run.values):
         raise ConfigError(f"--guide {guide.checkpoint} draws {guide.spec}, the model {run.spec}")
     if changed := changed_settings(*pair, keys_by_resume("meaning")):
         belong = f"--guide {guide.checkpoint}: must be trained with the model's settings:"

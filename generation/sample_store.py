@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.checkpoint import has_its_checksum, save_checked
-from utils.images import save_image
+from utils.images import Values, image_suffix, save_image, to_file
 from utils.labels import forget_labels
 
 # A file is named by the index of its first image, and by that of its last image + 1.
@@ -34,12 +34,12 @@ def resumed(
     """The images of `share` in order: those in `folder` are read, the others drawn and kept there.
 
     So an interrupted evaluation goes on, with any number of processes and any batch size. Files
-    that are torn, or hold images of another shape, are left alone and not read.
+    that are torn, or hold images of another shape or type, are left alone and not read.
 
     Args:
         shape: (C, H, W) of one image.
         share: global indices of the images.
-        draw: makes the images of a range of indices: uint8 (b, C, H, W), batch by batch.
+        draw: makes the images of a range of indices, (b, C, H, W), batch by batch.
     """
     stored = {}  # index of an image -> the file that holds it, and the first index in there
     for path in sorted(folder.glob(FILES)):
@@ -48,7 +48,7 @@ def resumed(
             continue  # another process reads it
         with contextlib.suppress(OSError, EOFError, ValueError):
             array = np.load(path, mmap_mode="r")
-            if array.shape != (stop - first, *shape) or array.dtype != np.uint8:
+            if array.shape != (stop - first, *shape) or array.dtype not in (np.uint8, np.float32):
                 continue
             if has_its_checksum(path):
                 stored |= dict.fromkeys(range(first, stop), (path, first))
@@ -87,19 +87,27 @@ def remove(folder: Path) -> None:
 
 
 def saved(
-    batches: Iterable[Tensor], folder: Path, start: int, written: list[int]
+    batches: Iterable[Tensor], folder: Path, start: int, written: list[int], values: Values | None
 ) -> Iterator[Tensor]:
     """Pass `batches` on, writing image `start` + i of them as `folder`/000000.png ... without
-    labels; `written` gets the indices of those that are there."""
+    labels; `written` gets for each that is there how many of its values are clipped."""
 
     def save(first: int, images: Tensor) -> None:
         if first == start:
             forget_labels(folder)
+        suffix = image_suffix(images.shape[1], values is None)
         for i, image in enumerate(images, first):
-            save_image(folder / f"{i:06d}.png", image)
-            written.append(i)
+            held, clipped = to_file(image, values)
+            save_image(folder / f"{i:06d}{suffix}", held)
+            written.append(clipped)
 
     return _written(batches, start, save, "all saved")
+
+
+def tell_clipped(count: int, values: Values | None) -> None:
+    """Tell in a line how many values `to_file` has clipped, if any."""
+    if count:
+        log.warning("%d values lie beyond what %s holds, and were clipped", count, values.dtype)
 
 
 def _written(

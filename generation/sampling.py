@@ -176,16 +176,18 @@ def run_steps(
 ) -> Tensor:
     """Take the steps of one batch of `count` images in the config's precision.
 
-    Returns the images, uint8 (count, C, H, W) on the CPU; those after the steps whose numbers
-    `frames` has are appended there. Raises a UserError if the device's memory is too small.
+    Returns the images, uint8 or, of a run with `values`, float32 (count, C, H, W) on the CPU; those
+    after the steps whose numbers `frames` has are appended there. Raises a UserError if the
+    device's memory is too small.
     """
     precision = resolve_precision(run.config.precision, device)
     models = [member.model for member in (run, run.guide) if member is not None]
+    made = partial(torch.nan_to_num, nan=-1, posinf=1, neginf=-1) if run.values else to_uint8
     try:
         with sampling_autocast(precision, device, *models):
             for number, step in enumerate(steps):
                 if frames and number in frames:
-                    frames[number].append(to_uint8(step.x).cpu())
+                    frames[number].append(made(step.x).cpu())
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on {device} while sampling {count} images at a time; draw fewer: lower "
@@ -196,7 +198,7 @@ def run_steps(
             f"{black} of {count} images are not finite and come out black: the network overflows "
             f"in {precision}; try precision=fp32, or an earlier checkpoint"
         )
-    return to_uint8(step.x).cpu()
+    return made(step.x).cpu()
 
 
 def generate(
@@ -209,7 +211,7 @@ def generate(
     runtime: Runtime,
     frames: Frames | None = None,
 ) -> Iterator[Tensor]:
-    """Sample this rank's share of one image per seed: batches, uint8 (b, C, H, W) on the CPU.
+    """Sample this rank's share of one image per seed: batches (b, C, H, W), see `run_steps`.
 
     Images on the way are kept in `frames`, see `run_steps`.
     """
@@ -220,13 +222,13 @@ def generate(
 
 
 def gather_images(
-    parts: Iterable[Tensor], num_images: int, shape: tuple[int, ...], runtime: Runtime
+    parts: Iterable[Tensor], num_images: int, run: Run, runtime: Runtime
 ) -> Tensor | None:
-    """All images, (num_images, *shape) on the CPU of the main process; None on the others.
+    """All images, (num_images, C, H, W) on the CPU of the main process; None on the others.
 
-    `parts` are the batches of this rank's share in order, each (b, *shape) on the CPU.
+    `parts` are the batches of this rank's share of a run's images in order, on the CPU.
     """
-    none = torch.zeros((0, *shape), dtype=torch.uint8)
+    none = torch.zeros((0, *run.spec.shape), dtype=torch.float32 if run.values else torch.uint8)
     return runtime.gather(torch.cat([none, *parts]), num_images)
 
 

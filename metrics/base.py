@@ -23,7 +23,7 @@ from metrics.reference import Reference
 from metrics.weights import Network, Weights
 from reporting.pages import Picture
 from utils.distributed import Runtime
-from utils.images import ImageSpec
+from utils.images import ImageSpec, Values
 
 Entry = dict[str, Any]  # one metric in the report: status, value, reason, ... as plain JSON types
 Row = tuple[str, str, str]  # a line of the summary: name, value, note
@@ -49,6 +49,8 @@ class Generated(NamedTuple):
     num_images: int  # over all processes
     labels: Sequence[int] | None  # the class asked for, by global index; None if none was
     unlabelled: str = "no class was asked for"  # why there are no labels
+    values: Values | None = None  # of images that are floats; None: they are uint8
+    shown: Sequence[int] | None = None  # which channels, see `as_pictures`
 
 
 class Real(NamedTuple):
@@ -107,7 +109,7 @@ class Collector:
         """Forget the generated images, but not the real ones."""
 
     def update(self, images: Tensor, indices: range) -> None:
-        """Look at generated images, uint8 (b, C, H, W) on the CPU, with these global indices.
+        """Look at generated images (b, C, H, W) on the CPU, with these global indices.
 
         Each process sees its share, in order.
         """

@@ -17,7 +17,7 @@ from metrics.fid import frechet_distance
 from metrics.prdc import Prdc, prdc_entry
 from metrics.reference import FeatureMoments
 from reporting.pages import Picture
-from utils.images import grid_rows, make_grid, to_array
+from utils.images import as_pictures, grid_rows, make_grid, to_array
 
 UNSURE_BELOW = 0.5  # probability of the class that is seen
 
@@ -74,7 +74,8 @@ class ClassAccuracy(Metric):
         mistakes, names = self.collected.mistakes, self.collected.class_names
         if not mistakes:
             return {}
-        images = torch.stack([image for image, *_ in mistakes])
+        shown = self.collected.context.generated.shown
+        images = as_pictures(torch.stack([image for image, *_ in mistakes]), shown)
         grid = make_grid(images, grid_rows(len(images)))
         told = (f"{names[asked]} drawn as {names[seen]}" for _, asked, seen in mistakes)
         return {"failures": Picture(to_array(grid), "Wrong classes", "; ".join(told))}

@@ -22,6 +22,7 @@ from metrics.scoring import Part, Scoring
 from metrics.weights import Network, Weights, find_weights
 from utils.distributed import Runtime
 from utils.errors import MissingWeightsError
+from utils.images import image_suffix
 
 log = logging.getLogger("diffusion")
 
@@ -51,6 +52,9 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
+        if image_suffix(generated.spec.channels, generated.values is None) != ".png":
+            reason = "needs 8-bit images of 1 or 3 channels, for its network"
+            self.skip([name for name in names if METRICS[name].network], reason)
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:
@@ -144,10 +148,10 @@ class Evaluation:
         weights: dict[str, str | None] | None = None,
         download: bool = True,
     ) -> None:
-        if real.sets is not None and real.sets.train.spec.shape != generated.spec.shape:
-            shapes = generated.spec.shape, real.sets.train.spec.shape
-            ours, theirs = (" x ".join(map(str, shape)) for shape in shapes)
-            missing = f"these images are {ours}, the real ones {theirs}"
+        kinds = [(x.spec.shape, x.values) for x in (generated, real.sets and real.sets.train) if x]
+        if kinds[0] != kinds[-1]:
+            texts = [" x ".join(map(str, s)) + (f" of {v}" if v else "") for s, v in kinds]
+            missing = "these images are {}, the real ones {}".format(*texts)
             real = real._replace(sets=None, missing=missing)
         self.context = Context(runtime, generated, real, cache_dir=cache_dir)
         self.generated, self.runtime = generated, runtime

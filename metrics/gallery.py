@@ -11,7 +11,7 @@ from torch import Tensor
 from metrics.base import Collector, Context
 from reporting.pages import Picture
 from utils.distributed import Runtime
-from utils.images import grid_rows, make_grid, to_array
+from utils.images import as_pictures, grid_rows, make_grid, to_array
 
 MAX_IMAGES = 100
 MAX_CLASSES = 20
@@ -20,7 +20,7 @@ MAX_CLASSES = 20
 class ChosenImages(Collector):
     """Keeps the images with the `chosen` global indices, which ascend, for the main process.
 
-    After `reduce` they are in `values`, on the CPU: uint8 (len(chosen), C, H, W).
+    After `reduce` they are in `values`, on the CPU: (len(chosen), C, H, W).
     """
 
     def __init__(self, chosen: Sequence[int] | np.ndarray) -> None:
@@ -46,7 +46,7 @@ class Gallery(ChosenImages):
     """Keeps the first generated images, of every class if there are classes, to be shown."""
 
     def __init__(self, context: Context) -> None:
-        labels = context.generated.labels
+        labels, self.shown = context.generated.labels, context.generated.shown
         super().__init__(first_images(context.generated.num_images, labels))
         self.labels = None if labels is None else [labels[i] for i in self.chosen.tolist()]
 
@@ -58,7 +58,7 @@ class Gallery(ChosenImages):
         if self.labels is not None:
             order = sorted(range(len(images)), key=self.labels.__getitem__)  # stable
             images, labels = images[order], [self.labels[i] for i in order]
-        grid = make_grid(images, grid_rows(len(images), labels))
+        grid = make_grid(as_pictures(images, self.shown), grid_rows(len(images), labels))
         return {"samples": Picture(to_array(grid), "Samples", "A row per class, if any.")}
 
 

@@ -25,7 +25,7 @@ from metrics.reference import float64_device
 from metrics.sanity import image_hash
 from reporting.pages import Picture
 from utils.distributed import Runtime
-from utils.images import make_grid, to_array
+from utils.images import as_pictures, make_grid, to_array
 from utils.rng import EvaluationDraw, fixed_subset
 
 NUM_CHECKED = 1000
@@ -66,21 +66,21 @@ def nearest_images(
 ) -> tuple[Tensor, Tensor]:
     """Search exactly, by matrix products: float64 holds every integer that occurs in them.
 
-    Takes queries uint8 (Q, C, H, W), batches of `num_train` train images uint8 (b, C, H, W), and
-    (Q,) int64 the position of the one train image that a query must not find, or -1. Returns, of
-    the k nearest train images of each query, nearest first and of equal ones the first: the squared
-    distance in 8-bit steps, and the place in the stream, int64 (Q, k) both.
+    Takes queries (Q, C, H, W), batches of `num_train` train images (b, C, H, W), and (Q,) int64 the
+    position of the one train image that a query must not find, or -1. Returns, of the k nearest
+    train images of each query, nearest first and of equal ones the first: the squared distance in
+    steps of `_levels`, and the place in the stream, int64 (Q, k) both.
     """
     rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // queries[0].numel()))
     left_out = left_out.to(device)
     best = torch.full((len(queries), num_neighbours), NEVER, device=device)
     start = 0
     for block in itertools.chain.from_iterable(batch.split(rows) for batch in train):
-        b = block.to(device).flatten(1).double()  # (rows, C * H * W)
+        b = _levels(block.to(device))  # (rows, C * H * W)
         positions = torch.arange(start, start + len(b), device=device)
         for first in range(0, len(queries), rows):
             part = slice(first, first + rows)
-            a = queries[part].to(device).flatten(1).double()
+            a = _levels(queries[part].to(device))
             squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
             # Distance and position in one integer: ties are broken the same way in any blocks.
             keys = squared.long() * num_train + positions
@@ -90,6 +90,12 @@ def nearest_images(
     assert start == num_train, f"{start} train images came, not {num_train}"
     best = best.cpu()
     return best // num_train, best % num_train
+
+
+def _levels(images: Tensor) -> Tensor:
+    """Images (B, ...) as whole numbers, float64 (B, D), whose squared distances 64 bits hold."""
+    x = images.flatten(1).double()
+    return (x.clamp(-2, 2) * 2040).round() if images.is_floating_point() else x
 
 
 def chance_of_hits(hits: int, count: int, hits_real: int, count_real: int) -> float:
@@ -177,7 +183,7 @@ class Memorization(ChosenImages, Metric):
     again. That takes twenty distances for each checked image: seconds on a GPU, minutes on a CPU.
 
     After `compute` the closest generated images, and the train images nearest to them in pixels,
-    and by LPIPS if it is there, are in `closest`: uint8 (n, C, H, W) each.
+    and by LPIPS if it is there, are in `closest`: (n, C, H, W) each.
     """
 
     better = "lower"
@@ -186,7 +192,7 @@ class Memorization(ChosenImages, Metric):
     def __init__(self, context: Context) -> None:
         draw = EvaluationDraw.CHECKED_FOR_COPIES
         super().__init__(fixed_subset(context.generated.num_images, NUM_CHECKED, draw))
-        self.device = context.runtime.device
+        self.device, self.shown = context.runtime.device, context.generated.shown
         self.distance: Distance | None = context.networks.get(ALEXNET)
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
@@ -239,7 +245,7 @@ class Memorization(ChosenImages, Metric):
         width = len(self.closest)
         images = torch.stack(self.closest, 1).flatten(0, 1)  # each image before its neighbours
         lines = torch.arange(len(images)).split(width * PAIRS_PER_ROW)
-        grid = make_grid(images, [line.tolist() for line in lines])
+        grid = make_grid(as_pictures(images, self.shown), [line.tolist() for line in lines])
         columns = ("generated", "nearest train image", "nearest by LPIPS")
         caption = f"In turn: {', '.join(columns[:width])}"
         return {"neighbours": Picture(to_array(grid), "Closest to the train images", caption)}
@@ -260,7 +266,8 @@ class Memorization(ChosenImages, Metric):
             left_out=torch.full((len(images),), -1) if left_out is None else left_out,
             device=float64_device(self.device),
         )
-        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / 255
+        num_steps = 4080 if images.is_floating_point() else 255
+        pixels = (squared.double() / images[0].numel()).sqrt().numpy() / num_steps
         lpips = None if self.distance is None else self._lpips(images, positions)
         return Distances(pixels, positions, lpips)
 
@@ -286,5 +293,5 @@ class Memorization(ChosenImages, Metric):
 
 
 def _load(real: RealImages, positions: Tensor) -> Tensor:
-    """uint8 (n, C, H, W) on the CPU: the images at these places of `real.indices`."""
+    """(n, C, H, W) on the CPU: the images at these places of `real.indices`."""
     return real.load([real.indices[i] for i in positions.tolist()]).cpu()

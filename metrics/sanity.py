@@ -11,11 +11,12 @@ from torch import Tensor
 from datasets.real import RealSets
 from metrics.base import Collector, Context, Entry, Metric, measured
 from utils.distributed import Runtime
+from utils.images import to_uint8
 
 
 def count_pixels(images: Tensor) -> Tensor:
-    """How often each channel of uint8 (b, C, H, W) takes each value: int64 (C, 256), on the CPU."""
-    channels = images.unbind(1)
+    """How often each channel of (b, C, H, W) takes each 8-bit value: int64 (C, 256), on the CPU."""
+    channels = (to_uint8(images) if images.is_floating_point() else images).unbind(1)
     return torch.stack([torch.bincount(x.flatten(), minlength=256) for x in channels]).cpu()
 
 
@@ -36,7 +37,7 @@ def pixel_statistics(counts: Tensor) -> dict[str, Any] | None:
 
 
 def image_hash(image: Tensor) -> int:
-    """63 bits of a uint8 image's content, for the same shape; the same in every process."""
+    """63 bits of an image's content, for the same shape; the same in every process."""
     content = image.contiguous().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 

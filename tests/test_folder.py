@@ -136,8 +136,8 @@ def test_folder_faults(tmp_path):
 
     write_image(tmp_path / "holes" / "a" / "0.png")
     (tmp_path / "holes" / "b").mkdir()
-    (tmp_path / "holes" / "b" / "0.tiff").write_text("")
-    fails("holes", tmp_path / "holes" / "b", "1 .tiff", ".webp")
+    (tmp_path / "holes" / "b" / "0.tga").write_text("")
+    fails("holes", tmp_path / "holes" / "b", "1 .tga", ".webp")
 
     flat(tmp_path / "flat")
     fails("flat", tmp_path / "flat", "0.png", "set use_subdirs=False")

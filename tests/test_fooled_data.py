@@ -157,9 +157,9 @@ def test_a_long_name_is_no_riddle():
 # --- what lies beside the images is told once
 
 STRANGERS = {  # file -> how it is counted; None: nobody misses it
-    "a/1.tif": "1 .tif", "a/1.TIFF": "1 .tiff", "a/1.gif": "1 .gif", "a/1.avif": "1 .avif",
+    "a/1.dds": "1 .dds", "a/1.TGA": "1 .tga", "a/1.gif": "1 .gif", "a/1.avif": "1 .avif",
     "a/1.heic": "1 .heic", "a/1.ppm": "1 .ppm", "a/deep/1.jp2": "1 .jp2", "a/1.jxl": "1 .jxl",
-    "images.zip": "1 .zip", "a/clip.mp4": "1 .mp4", "a/1.npy": "1 .npy", "a/0001": "1 without",
+    "images.zip": "1 .zip", "a/clip.mp4": "1 .mp4", "a/1.npq": "1 .npq", "a/0001": "1 without",
     "a/1.png_large": "1 .png_large", "a/@eaDir/1.png": "1 @eaDir/", "__MACOSX/a/1.png": "1 __MAC",
     "a/1.txt": None, "a/1.json": None, "notes.md": None, "a/Thumbs.db": None, "README": None,
     "a/.DS_Store": None, "a/._1.png": None, ".git/x.png": None, "a/desktop.ini": None,
@@ -206,7 +206,7 @@ def test_every_command_tells_them_once(tmp_path, command):
         (line,) = (line for line in out.splitlines() if "passed over" in line)
         assert all(counted in line for counted in counts), line
     told = json.loads(report.read_text())["splits"]["train"]
-    assert told["passed_over"][".tif"] == told["passed_over"]["@eaDir/"] == 1
+    assert told["passed_over"][".dds"] == told["passed_over"]["@eaDir/"] == 1
     assert sum(told["passed_over"].values()) == len(counts)
     assert "passed over" in told["remarks"][0]
     pictures = ("--images", root / "a", "--reference", root, "--device", "cpu", "--dry_run")
@@ -217,7 +217,7 @@ def test_every_command_tells_them_once(tmp_path, command):
 
 
 def test_edit_tells_them_too(tmp_path, caplog):
-    fitted_pictures(with_strangers(tmp_path / "data") / "a", SPEC)
+    fitted_pictures(with_strangers(tmp_path / "data") / "a", SPEC, (), None)
     assert "1 .heic" in caplog.text
 
 

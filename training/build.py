@@ -25,7 +25,7 @@ from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import Config, warnings_of
 from utils.distributed import describe_device
 from utils.errors import UserError, shell_line, show
-from utils.images import save_image, to_uint8
+from utils.images import as_pictures, save_image
 from utils.labels import NULL_LABEL
 
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
@@ -48,7 +48,7 @@ def try_batch(job: Job, sheet: str | None) -> None:
     log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
     if sheet is None or not job.runtime.is_main:
         return
-    images = to_uint8(example.x_0[:SHEET_IMAGES]).cpu()
+    images = as_pictures(example.x_0[:SHEET_IMAGES], job.config.preview_channels).cpu()
     labels = [0] * len(images) if example.y is None else example.y[:SHEET_IMAGES].tolist()
     order = sorted(range(len(images)), key=labels.__getitem__)
     rows = [order[i : i + SHEET_COLUMNS] for i in range(0, len(order), SHEET_COLUMNS)]
@@ -99,6 +99,7 @@ def fixed_state(job: Job) -> dict[str, Any]:
         "spec": list(dataset.spec),
         "class_names": list(dataset.class_names),
         "data_fingerprint": dataset.fingerprint,
+        **({"values": list(dataset.values)} if dataset.values else {}),
         "backend": backend and list(backend),
         "extended_steps": schedule.total_steps if schedule.is_extension else None,
         "world_size": job.runtime.world_size,

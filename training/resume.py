@@ -228,6 +228,10 @@ def check_data(resume: Resume, dataset: ImageDataset) -> None:
             f"{resume.path} was trained on images of (channels, height, width, classes) = {old}, "
             f"the data set has {new}"
         )
+    old, new = resume.state.get("values", "8 bits"), list(dataset.values or ()) or "8 bits"
+    if old != new:
+        keep = f"the data set has {new}; to go on, value_range must be that of the checkpoint"
+        raise CheckpointError(f"{resume.path} was trained on values (type, -1, 1) = {old}, {keep}")
     if resume.state.get("data_fingerprint") != dataset.fingerprint:
         log.warning("the data set is not the one this run was trained on so far")
         return

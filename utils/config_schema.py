@@ -92,7 +92,7 @@ class Config(BaseModel):
     """side, or (height, width), in pixels; default: the data set's own"""
     image_channels: Channels | None = key(None, also="channels")
     """1 grey, 3 RGB, or as many as array files have; default: the data set's own (`custom`: 3)"""
-    value_range: Range | None = key(None, resume="meaning")
+    value_range: Range | None = key(None, resume="warn", needs=having(dataset="custom"))
     """`custom`, files of 16-bit integers or floats: the values that become -1 and 1; default: the
     least and the largest of the train images"""
     preview_channels: Annotated[Numbers, Field(max_length=3)] | None = None

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from utils.errors import ConfigError, UserError, one_line, show
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
 
 KEY_DIGITS = 12
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+ARRAY_EXTENSIONS = (".npy", ".npz", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", *ARRAY_EXTENSIONS)
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
@@ -153,7 +154,7 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
 
 def check_picture_folder(folder: Path, num_images: int) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
-    replaced = {f"{i:06d}.png" for i in range(num_images)}
+    replaced = {f"{i:06d}{end}" for i in range(num_images) for end in (".png", ".npy")}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
@@ -216,7 +217,7 @@ def read_npz(
                 raise ValueError(f"no array {' or '.join(absent)} in it; it holds {holds}")
             wanted = [name for name in (*names, *optional) if name in members]
             size = path.stat().st_size
-            return {name: _read_member(archive, members[name], size) for name in wanted}
+            return {name: read_member(archive, members[name], size) for name in wanted}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for damaged files
         raise ValueError(show(one_line(error))) from error
 
@@ -230,9 +231,8 @@ def write_npz(path: Path, **arrays: Any) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
-    from numpy.lib import format as npy
-
+def read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.ndarray:
+    """The array of that name in an .npz of so many bytes, see `read_npz`."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that numpy does not write")
@@ -241,13 +241,23 @@ def _read_member(archive: zipfile.ZipFile, name: str, archive_bytes: int) -> np.
         sizes = f"{packed:,} bytes would become {info.file_size:,}"
         raise ValueError(f"{name}: {sizes}, as no array of pixels or features does")
     with archive.open(info) as file:
-        head = io.BytesIO(file.read(MAX_HEADER_BYTES))
-        is_first = npy.read_magic(head) == (1, 0)
-        read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
-        shape, _, dtype = read_header(head)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, which could run code")
-        if head.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} says {shape} {dtype}, but has {info.file_size} bytes")
-        file.seek(0)
-        return npy.read_array(file, allow_pickle=False)
+        return read_npy(file, name, info.file_size)
+
+
+def read_npy(file: IO, name: str, size: int, header_only: bool = False) -> np.ndarray:
+    """The array of an .npy of `size` bytes, or one of its shape and type without its numbers."""
+    import numpy as np
+    from numpy.lib import format as npy
+
+    head = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    is_first = npy.read_magic(head) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which could run code")
+    if head.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} says {shape} {dtype}, but has {size} bytes")
+    if header_only:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+    file.seek(0)
+    return npy.read_array(file, allow_pickle=False)

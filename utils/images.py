@@ -1,4 +1,4 @@
-"""The shape of an image, the one conversion between [-1, 1] and 8 bits, and grids and GIFs."""
+"""The shape of an image, the conversions between [-1, 1] and files, and grids and GIFs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from utils.errors import ConfigError
 from utils.files import atomic_path
 
+VALUE_TYPES = ("uint16", "int16", "float16", "float32", "float64")
 GRID_PADDING = 2  # pixels between the cells of a grid
 GRID_BACKGROUND = 32  # grey level between and behind the cells
 MIN_CELL_SIZE = 48  # pixels; smaller images are enlarged by a whole factor so one can see them
@@ -44,6 +45,36 @@ class ImageSpec(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self.channels, self.height, self.width
+
+
+class Values(NamedTuple):
+    """What floats in [-1, 1] stand for, of images that are not of 8 bits."""
+
+    dtype: str  # of the files, one of `VALUE_TYPES`
+    low: float  # the value that is -1
+    high: float  # the value that is 1
+
+
+def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
+    """Images as files hold them, and how many of `values` are clipped to the limits of the type."""
+    if values is None:
+        return images, 0
+    dtype = getattr(torch, values.dtype)
+    limits = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype)
+    x = (images.double() + 1) / 2 * (values.high - values.low) + values.low
+    held = (x if dtype.is_floating_point else x.round()).clamp(limits.min, limits.max)
+    return held.to(dtype), int(((held - x).abs() > 0.5).sum())
+
+
+def image_suffix(channels: int, is_8_bit: bool) -> str:
+    """The suffix of files for images: those that a PNG cannot hold are arrays."""
+    return ".png" if is_8_bit and channels in (1, 3) else ".npy"
+
+
+def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
+    """What can be seen of images (B, C, H, W): uint8, of `channels`, or the first three or one."""
+    images = to_uint8(images) if images.is_floating_point() else images
+    return images[:, list(channels or range(3 if images.shape[1] >= 3 else 1))]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -118,9 +149,12 @@ def make_grid(
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Write a uint8 (C, H, W) image as PNG (or what the suffix says), making the folder. An error
-    leaves an older one as it was, and so does a link to one that lies elsewhere."""
+    """Write a uint8 (C, H, W) image as PNG (or what the suffix says; as .npy any type), making the
+    folder. An error leaves an older one as it was, and so does a link to one elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            return np.save(file, image.numpy())
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"unknown file extension: {path.suffix}")

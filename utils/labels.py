@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import write_text
-from utils.images import save_image
+from utils.images import image_suffix, save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
@@ -57,11 +57,11 @@ def requested_labels(
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 
 
-def save_labels(folder: Path, labels: Sequence[int] | None) -> None:
+def save_labels(folder: Path, labels: Sequence[int] | None, suffix: str = ".png") -> None:
     """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated. After
     the pictures: until then, and with None, `forget_labels` sees to it that they have none."""
     if labels is not None:
-        named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
+        named = {f"{i:06d}{suffix}": label for i, label in enumerate(labels)}
         write_text(folder / LABELS_FILE, json.dumps(named))
 
 
@@ -70,9 +70,10 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(folder: Path, images: Iterable[Tensor], labels: Sequence[int] | None) -> None:
-    """Write images, uint8 (C, H, W), as 000000.png ... to `folder`, and then their classes."""
+def save_images(folder: Path, images: Tensor, labels: Sequence[int] | None) -> None:
+    """Write images (B, C, H, W) as 000000.png ... to `folder`, and then their classes."""
     forget_labels(folder)
+    suffix = image_suffix(images.shape[1], images.dtype == torch.uint8)
     for i, image in enumerate(images):
-        save_image(folder / f"{i:06d}.png", image)
-    save_labels(folder, labels)
+        save_image(folder / f"{i:06d}{suffix}", image)
+    save_labels(folder, labels, suffix)
