@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
-                build_dataset(config, split)
+                partners = getattr(build_dataset(config, split), "partners", ())
+                decoded = map_images(lambda i, p=partners: p[i], len(partners), "decoding pictures")
+                for fault in (result for result in decoded if isinstance(result, DataError)):
+                    raise fault
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:

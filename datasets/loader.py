@@ -98,7 +98,11 @@ def make_resident(
         for place, (part, _) in zip(images.split(DECODE_BATCH_SIZE), parts, strict=True):
             place.copy_(part)
     labels, class_names = dataset.labels, dataset.class_names
-    return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    held = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    if partners := getattr(dataset, "partners", None):
+        how = dict(resident=resident, num_workers=num_workers)
+        held.partners = make_resident(partners, device, **how)
+    return held
 
 
 def image_batches(

@@ -94,6 +94,8 @@ class ImageFileDataset:
     constructor raises a DataError if a file does not exist.
     """
 
+    decode = staticmethod(decode_image)  # pictures of other kinds are read in another way
+
     def __init__(self, listing: Listing, channels: int, height: int, width: int) -> None:
         self.listing, self.names, self.class_names = listing, listing.names, listing.class_names
         self.labels = torch.tensor(listing.labels, dtype=torch.int64)
@@ -112,7 +114,7 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_image(self.listing.path(index), self.spec), self.listing.labels[index]
+        return self.decode(self.listing.path(index), self.spec), self.listing.labels[index]
 
 
 class ClassSubset(Subset):

@@ -93,7 +93,12 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     config, mode, labels, labels_from = run.config, args.label_mode, None, None
     count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
     count, repeats = args.num_samples or count, args.repeats or repeats
-    if config.conditional:
+    pairs = real.sets and real.sets.reference
+    if config.condition and pairs is None:
+        raise ConfigError(f"this model draws from pictures of real images: {real.missing}")
+    if config.conditional and config.condition and mode is None:
+        labels = labels_from = pairs.labels[pairs.paired(range(count))].tolist()
+    elif config.conditional:
         mode, classes = mode or "balanced", run.classes
         seen = real.sets and real.sets.train.labels
         labels = requested_labels(
@@ -117,6 +122,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         "epoch": run.epoch,
         "ema": run.ema,
         "label_mode": mode,
+        **({"conditions": real.facts()} if config.condition else {}),
     }
     if run.guide is not None:
         file = run.guide.checkpoint
@@ -130,10 +136,12 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
             sampling=setting.sampling,
             batch_size=args.batch_size,
             runtime=replace(runtime, rank=0, world_size=1),
+            planes_of=config.condition and partial(pairs.planes, pairs.paired(indices)),
         )
 
     unlabelled = "the model was trained without class labels"
-    generated, home = Generated(run.spec, count, labels, unlabelled), run.checkpoint.parent / "eval"
+    generated = Generated(run.spec, count, labels, unlabelled, config.condition and config)
+    home = run.checkpoint.parent / "eval"
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import logging
 import time
@@ -51,6 +52,10 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
+            if metric.paired and generated.drawn_from is None:
+                self.skip([name], "these images were not drawn from pictures of real ones")
+            if metric.package and importlib.util.find_spec(metric.package) is None:
+                self.skip([name], f"{metric.package} is missing: pip install scikit-image")
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:

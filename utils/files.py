@@ -151,9 +151,10 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
             raise ConfigError(f"{message}; write to another place")
 
 
-def check_picture_folder(folder: Path, num_images: int) -> None:
-    """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
-    replaced = {f"{i:06d}.png" for i in range(num_images)}
+def check_picture_folder(folder: Path, num_images: int, names: Sequence[str] = ()) -> None:
+    """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ... or
+    those of these names."""
+    replaced = set(names or (f"{i:06d}.png" for i in range(num_images)))
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"

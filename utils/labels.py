@@ -17,6 +17,7 @@ from utils.rng import EvaluationDraw, Stream, numpy_generator
 NULL_LABEL = -1  # "no class"; users and data sets only ever see 0..K-1
 LABELS_FILE = "labels.json"  # in a flat folder of pictures: {"000000.png": 3, ...}
 LABEL_MODES = ("balanced", "train", "uniform")
+Names = Sequence[str]  # of picture files; empty for 000000.png ...
 
 
 def requested_labels(
@@ -57,11 +58,12 @@ def requested_labels(
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 
 
-def save_labels(folder: Path, labels: Sequence[int] | None) -> None:
-    """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated. After
+def save_labels(folder: Path, labels: Sequence[int] | None, names: Names = ()) -> None:
+    """Write the classes of pictures to `folder`: it can be trained on, or evaluated. After
     the pictures: until then, and with None, `forget_labels` sees to it that they have none."""
     if labels is not None:
-        named = {f"{i:06d}.png": label for i, label in enumerate(labels)}
+        names = names or [f"{i:06d}.png" for i in range(len(labels))]
+        named = dict(zip(names, labels, strict=True))
         write_text(folder / LABELS_FILE, json.dumps(named))
 
 
@@ -70,9 +72,11 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(folder: Path, images: Iterable[Tensor], labels: Sequence[int] | None) -> None:
-    """Write images, uint8 (C, H, W), as 000000.png ... to `folder`, and then their classes."""
+def save_images(
+    folder: Path, images: Iterable[Tensor], labels: Sequence[int] | None, names: Names = ()
+) -> None:
+    """Write images, uint8 (C, H, W), to `folder`, and then their classes."""
     forget_labels(folder)
     for i, image in enumerate(images):
-        save_image(folder / f"{i:06d}.png", image)
-    save_labels(folder, labels)
+        save_image(folder / (names[i] if names else f"{i:06d}.png"), image)
+    save_labels(folder, labels, names)
