@@ -102,11 +102,11 @@ def shown(planes: Tensor, config: Config) -> Tensor:
     if config.condition_colors is not None:
         colors = to_float(torch.tensor(config.condition_colors).byte())
         return torch.einsum("bnhw,nc->bchw", planes.clamp(min=0), colors)
-    if config.condition != "mask":
-        return planes
-    known, planes = planes[:, -1:].clamp(min=0), planes[:, :-1]
-    mean = planes.sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)
-    return planes + (1 - known) * mean
+    if config.condition == "mask":
+        known, planes = planes[:, -1:].clamp(min=0), planes[:, :-1]
+        mean = planes.sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)
+        planes = planes + (1 - known) * mean
+    return planes
 
 
 def condition_sheet(
@@ -164,16 +164,15 @@ def add_partners(config: Config, dataset: ImageDataset, split: str) -> None:
     """Find the images' pictures in `condition_root`, as `dataset.partners`. Raises a DataError if
     names, up to the suffix, or sizes differ."""
     root = config.model_copy(update=dict(data_root=config.condition_root, label_file=None))
-    ours, theirs = (list_images(source, split).names for source in (config, root))
+    listings = (list_images(source, split) for source in (config, root))
+    ours, theirs = (sorted(listing.names, key=splitext) for listing in listings)
     stems, others = ([splitext(name)[0] for name in names] for names in (ours, theirs))
     if stems != others:
         odd = sorted({*stems} ^ {*others}) or stems
-        rule = (
-            f"needs the names in {show(config.data_root)}, with any suffix; {len(odd)} are not in"
-        )
-        raise DataError(f"{show(config.condition_root)}: {rule} both, first {show(odd[0])}")
+        rule = f"needs the names of {show(config.data_root)}, with any suffix; {len(odd)} are not"
+        raise DataError(f"{show(config.condition_root)}: {rule} in both, first {show(odd[0])}")
     partner = dict(zip(ours, theirs, strict=True))
     names = [partner[name] for name in dataset.names]
-    listing = Listing(open_root(config.condition_root), names, dataset.listing.labels, ())
+    listing = Listing(open_root(config.condition_root), names, [0] * len(names), ())
     dataset.partners = picture_files(config, listing, dataset.spec, read_sizes(dataset.listing))
     dataset.fingerprint = content_key([dataset.fingerprint, dataset.partners.fingerprint])

@@ -97,7 +97,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     if config.condition and pairs is None:
         raise ConfigError(f"this model draws from pictures of real images: {real.missing}")
     if config.conditional and config.condition and mode is None:
-        labels = labels_from = pairs.labels[pairs.paired(range(count))].tolist()
+        labels = pairs.labels[pairs.paired(range(count))].tolist()
     elif config.conditional:
         mode, classes = mode or "balanced", run.classes
         seen = real.sets and real.sets.train.labels
