@@ -463,7 +463,7 @@ def test_the_check_finds_colours_that_are_none(tmp_path, monkeypatch, capsys):
     path.write_text(f"config = {config.model_dump(exclude_defaults=True)!r}")
     code = exit_code_of(partial(datasets.check.main, ["--config", str(path)]))
     assert code == EXIT_USAGE
-    assert "none of condition_colors" in capsys.readouterr().out
+    assert "none of condition_colors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
