@@ -22,7 +22,7 @@ from generation.run import load_run_of
 from utils.cli import Parser, add_sampling_options, image_count, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import describe_device, distributed_runtime
-from utils.errors import EXIT_OK, exit_code_of, say
+from utils.errors import EXIT_OK, ConfigError, exit_code_of, say
 from utils.files import make_output_dir, output_name
 from utils.logs import setup_logging
 
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             tell(format_config(run.config))
             return EXIT_OK
+        if run.config.condition:
+            raise ConfigError("edit.py has no pictures for this model; use sample.py --condition")
         args.output_name = output_name(args.output_name)
         lines = COMMANDS[args.command].run(Job(args, run, runtime))
         tell(f"{run.describe()} on {describe_device(runtime.device)}\n{next(lines)}")

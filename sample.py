@@ -15,6 +15,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.conditions import condition_sheet, planes_at
+from datasets.pictures import read_inputs
 from diffusion import SAMPLERS
 from generation.run import Run, check_labels, load_run_of
 from generation.sample_store import tell_clipped
@@ -48,7 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gif_fps", type=float, default=20.0, help="frames a second")
     add("--gif_final_seconds", type=float, default=2.0, help="how long the last frame stays")
     add("--save_intermediate", action="store_true", help="grids of the steps as PNG files")
-    add("--save_images", action="store_true", help="each image as images/000000.png ...")
+    add("--condition", metavar="DIR|FILE", help="pictures to draw from, --num_samples (1) of each")
+    add("--condition_scale", type=float, help="0 ignores them, 1 is one forward, above 1 guided")
+    add("--save_images", action="store_true", help="images/000000.png ..., or as --condition is")
     add("--npz", action="store_true", help="all images (arr_0) and labels (arr_1) in one file")
     return parser
 
@@ -57,11 +61,14 @@ def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | Non
     """Seeds and labels of the images asked for; a ConfigError if the model cannot draw them."""
     default = len(args.seeds) if args.seeds else run.config.num_samples
     num_samples = default if args.num_samples is None else args.num_samples
+    num_samples = num_samples if args.inputs is None else len(args.inputs.outputs)
     seed = run.config.seed if args.seed is None else args.seed
     seeds = args.seeds or list(range(seed, seed + num_samples))
     if len(seeds) != num_samples:
         given = f"{num_samples} images, {len(seeds)} seeds"
         raise ConfigError(f"{given}: give one non-negative seed per image")
+    if args.captions and args.inputs is not None:
+        raise ConfigError("--captions: rows are named after the pictures of --condition already")
     if not run.config.conditional and not args.labels:
         if args.captions:
             raise ConfigError("--captions: class names, but this model was trained without classes")
@@ -76,12 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with distributed_runtime(args.device) as runtime:
         tell = say if runtime.is_main else (lambda *_: None)
         setup_logging(is_main=runtime.is_main and not args.print_config)
+        if args.condition_scale is not None:
+            args.overrides.append(f"condition_scale={args.condition_scale!r}")
         run = load_run_of(args, runtime.device, args.compile)
         if args.print_config:
             tell(format_config(run.config))
             return EXIT_OK
         asked = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
         sampling = sampling_from(run.config, *asked, has_guide=run.guide is not None)
+        args.inputs = read_inputs(args.condition, run.config, run.spec, args.num_samples or 1)
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")
@@ -94,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_steps = sampling.num_inference_steps if shows_steps else 0
         steps = {number: [] for number in evenly_spaced(num_steps, MAX_GIF_FRAMES)}
         options = dict(sampling=sampling, batch_size=args.batch_size, runtime=runtime)
+        if args.inputs is not None:
+            sources = [i * len(args.inputs) // len(seeds) for i in range(len(seeds))]
+            options["planes_of"] = partial(planes_at, run.config, args.inputs, sources)
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
@@ -114,7 +127,10 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     pictures.check_film(args.gif_fps, args.gif_final_seconds, "--gif_")
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
-        files.check_picture_folder(Path(args.output_dir) / "images", num_images)
+        stems = args.inputs.outputs if args.inputs else files.numbered(num_images)
+        files.check_picture_folder(Path(args.output_dir) / "images", stems)
+    outputs = [f"{args.output_name}.png"] + ["images"] * args.save_images
+    files.check_inputs_stay([Path(args.output_dir, name) for name in outputs], args.condition)
 
 
 def write_outputs(
@@ -135,6 +151,14 @@ def write_outputs(
     images, clipped = pictures.to_file(images, run.values)
     tell_clipped(clipped if args.save_images or args.npz else 0, run.values)
 
+    if inputs := args.inputs:
+        views = pictures.as_pictures(drawn[0], run.config.preview_channels)
+        others = views.unflatten(0, (len(inputs), -1)).unbind(1)
+        chosen = evenly_spaced(len(inputs), -(-pictures.MAX_GRID_IMAGES // (1 + len(others))))
+        planes = planes_at(run.config, inputs, chosen)
+        names = [inputs.names[i] for i in chosen]
+        sheet = condition_sheet(planes, run.config, [x[chosen] for x in others], names)
+
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["arr_1"] = np.array(labels)
@@ -143,6 +167,7 @@ def write_outputs(
         for number, grid in enumerate(grids):
             pictures.save_image(path / f"{number:03d}.png", grid)
 
+    saved = dict(images=images, labels=labels, stems=inputs.outputs if inputs else ())
     count, channels, height, width = images.shape
     seconds = args.gif_final_seconds
     gif = partial(pictures.save_gif, frames=grids, fps=args.gif_fps, final_seconds=seconds)
@@ -150,7 +175,7 @@ def write_outputs(
         f"{name}.png": partial(pictures.save_image, image=sheet),
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
-        "images": args.save_images and partial(save_images, images=images, labels=labels),
+        "images": args.save_images and partial(save_images, **saved),
         f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
         and partial(files.write_npz, **arrays),
     }

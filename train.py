@@ -95,7 +95,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             status,
             best=best_score(config),
             evaluate=evaluation and partial(evaluate, evaluation, run, runtime),
-            preview=partial(preview, run, runtime),
+            preview=partial(preview, run, runtime, images=job.held_out or job.dataset),
         )
         try:
             code = trainer.train()

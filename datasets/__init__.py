@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from datasets import builtin, folder
+from datasets.conditions import add_partners
 from datasets.storage import ClassSubset, ImageDataset, Listing
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Parts, Problem, kind_of, unknown_name
@@ -96,7 +97,10 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
             f"dataset={config.dataset!r}: its builder made images of {dataset.spec}, but the table "
             f"and the config describe {spec}"
         )
-    return dataset if config.classes is None else ClassSubset(dataset, config.classes)
+    dataset = dataset if config.classes is None else ClassSubset(dataset, config.classes)
+    if config.condition == "folder":
+        add_partners(config, dataset, split)
+    return dataset
 
 
 def has_test_split(config: Config) -> bool:
@@ -153,6 +157,19 @@ def check_config(config: Config) -> Iterator[Problem]:
         )
     if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         faults["classes"] = f": {has}, numbered from 0"
+    size = config.image_size or (entry.native and entry.native.shape[1:])
+    channels = config.image_channels or (entry.native.channels if entry.native else 3)
+    kind, colors, factor = config.condition, config.condition_colors or (), config.condition_factor
+    if kind == "folder" and (entry.native is not None or config.condition_root is None):
+        faults["condition"] = " needs dataset='custom' and condition_root, the folder of pictures"
+    if kind == "grey" and channels == 1:
+        faults["condition"] = ": the images are grey already; use RGB ones, or another condition"
+    if kind == "downsample" and any(side % factor for side in size or (1,)):
+        faults["condition_factor"] = ": must divide image_size, height and width"
+    if config.condition_channels not in (None, 1, 3) or (config.condition_channels and colors):
+        faults["condition_channels"] = ": use 1 (grey) or 3 (RGB), or condition_colors"
+    if {*map(len, colors)} not in ({1}, {3}, set()) or len({*colors}) < len(colors):
+        faults["condition_colors"] = ": give different ones, all (red, green, blue) or all (grey,)"
     given = config.model_dump(mode="json", include=set(faults))  # with lists, as they are written
     for key, fault in faults.items():
         yield Problem((key, "dataset"), f"{key}={given[key]!r}{fault}")

@@ -66,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["verdict"] = f"{num_bad} bad image(s): replace or remove, or on_bad_image=skip"
         else:
             for split in splits:
-                if values := build_dataset(config, split).values:
+                dataset = build_dataset(config, split)
+                if values := dataset.values:
                     splits[split]["values"] = values
                     say(_line(f"{split} values", "{}: {:g} is -1, {:g} is 1".format(*values)))
+                partners = getattr(dataset, "partners", ())
+                decoded = map_images(lambda i, p=partners: p[i], len(partners), "decoding pictures")
+                for fault in (result for result in decoded if isinstance(result, DataError)):
+                    raise fault
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:

@@ -110,7 +110,11 @@ def make_resident(
                 sent = part if owner == runtime.rank else torch.empty_like(place, device="cpu")
                 place.copy_(runtime.broadcast(sent, owner))
     labels, class_names = dataset.labels, dataset.class_names
-    return InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    held = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    if partners := getattr(dataset, "partners", None):
+        how = dict(resident=resident, num_workers=num_workers)
+        held.partners = make_resident(partners, runtime, **how)
+    return held
 
 
 def image_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from os.path import splitext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.conditions import picture_files
 from datasets.decoding import decode_image, fit_arrays, read_size
 from datasets.folder import build_custom, children_of, has_test_folder
+from datasets.loader import make_resident
 from datasets.packed import ImagePath, open_root
 from datasets.remarks import passed_over
-from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset
+from datasets.storage import ImageDataset, ImageFileDataset, InMemoryDataset, Listing
 from utils.config import Config
+from utils.distributed import Runtime
 from utils.errors import DataError, show
 from utils.files import looks_like, read_npz
 from utils.images import ImageSpec, Values
@@ -123,6 +127,31 @@ def fitted_pictures(
     image = _in_memory(decode_image(path, spec, values or Values("uint8", 0, 255))[None])
     image.values = values
     return Pictures(image, None, f"{path} is one file")
+
+
+def read_inputs(
+    path: str | None, config: Config, spec: ImageSpec, copies: int
+) -> ImageDataset | None:
+    """The picture at `path`, or those in a folder, for `planes_at`; with their `names`, and the
+    `outputs`, names of `copies` images for each. None for a model without a condition.
+
+    Raises a DataError if there is none, or one does not fit, or the model takes none.
+    """
+    if (path is None) != (config.condition is None):
+        rule = f"this model has condition={config.condition!r}; give pictures unless that is None"
+        raise DataError(f"--condition {show(path)}: {rule}")
+    if path is None:
+        return None
+    root, listing = Path(path), Listing(Path(path).parent, [Path(path).name], [0], ())
+    if open_root(root).is_dir():
+        listing = read_pictures(root, (), image_size=spec.shape[1:]).data.listing
+    held = make_resident(picture_files(config, listing, spec), Runtime(), resident=True)
+    held.partners, held.names = held, [splitext(n)[0].replace("/", "_") for n in listing.names]
+    ends = [f"_{i}" for i in range(copies)] if copies > 1 else [""]
+    held.outputs = [name + end for name in held.names for end in ends]
+    if len({*held.names}) < len(held.names):
+        raise DataError(f"--condition {show(path)}: two pictures have one name; rename one")
+    return held
 
 
 def read_mask(path: str | Path, height: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, has_test_split
+from datasets.conditions import planes_at
 from datasets.loader import image_batches
 from datasets.remarks import passed_over
 from utils.config import Config
@@ -37,6 +38,7 @@ class RealImages:
     class_names: tuple[str, ...] = ()
     passed_over: Sequence[str] = ()  # a line about what lies there too, or none
     values: Values | None = None  # of images that are floats; None: they are uint8
+    planes: Callable[..., Tensor] | None = None  # of the conditions, see `planes_at`
 
     @property
     def num_classes(self) -> int:
@@ -46,6 +48,10 @@ class RealImages:
         """This process's part of `indices`."""
         part = runtime.share(len(self.indices))
         return self.indices[part.start : part.stop]
+
+    def paired(self, places: Iterable[int]) -> list[int]:
+        """The index of the image for each generated one; behind the last comes the first again."""
+        return [self.indices[place % len(self.indices)] for place in places]
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images (len(indices), C, H, W), all in memory."""
@@ -100,6 +106,7 @@ def real_sets(
             class_names=tuple(dataset.class_names),
             passed_over=passed_over(listing),
             values=dataset.values,
+            planes=config.condition and partial(planes_at, config, dataset),
         )
 
     train, test = images_of("train"), None

@@ -95,6 +95,8 @@ class ImageFileDataset:
     files' contents. The constructor raises a DataError if a file does not exist.
     """
 
+    decode = staticmethod(decode_image)  # pictures of other kinds are read in another way
+
     def __init__(self, listing: Listing, *shape: int, values: Values | None = None) -> None:
         self.values = values
         self.listing, self.names, self.class_names = listing, listing.names, listing.class_names
@@ -116,7 +118,7 @@ class ImageFileDataset:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, values = self.listing.path(index), self.values or Values("uint8", 0, 255)
-        return decode_image(path, self.spec, values), self.listing.labels[index]
+        return self.decode(path, self.spec, values), self.listing.labels[index]
 
 
 class ClassSubset(Subset):

@@ -40,6 +40,22 @@ def rescaled(guided: Tensor, out_y: Tensor, share: float) -> Tensor:
     return guided * (share * ratio + (1 - share))
 
 
+def conditioned(model: Model, planes: Tensor | None, scale: float = 1.0) -> Model:
+    """The model with its condition, planes (b, Cc, H, W) that follow the channels of x_t. Outputs
+    are none + scale (given - none), none with zeros as planes; 1 and 0 are a single forward."""
+    if planes is None:
+        return model
+
+    def output(x_t: Tensor, t: Tensor, y: Tensor | None, share: float = scale) -> Tensor:
+        if share not in (0, 1):
+            given, none = (output(x_t, t, y, s).to(x_t.dtype) for s in (1, 0))
+            return none + share * (given - none)
+        beside = (share * planes).repeat(len(x_t) // len(planes), 1, 1, 1)  # y and null together
+        return model(torch.cat([x_t, beside], 1), t, y)
+
+    return output
+
+
 def make_denoiser(
     process: Process,
     model: Model,

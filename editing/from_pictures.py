@@ -20,7 +20,13 @@ from generation.sample_store import tell_clipped
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
-from utils.files import check_inputs_stay, check_picture_folder, write_each, write_npz
+from utils.files import (
+    check_inputs_stay,
+    check_picture_folder,
+    numbered,
+    write_each,
+    write_npz,
+)
 from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, as_pictures, save_image, to_file
 from utils.labels import save_images
 
@@ -63,7 +69,7 @@ def inputs_of(job: Job) -> Pictures:
     outputs = [job.path(kind) for kind, is_written in kinds.items() if is_written]
     check_inputs_stay(outputs, args.input, getattr(args, "mask", None))
     if args.save_images:
-        check_picture_folder(job.path("_images"), count)
+        check_picture_folder(job.path("_images"), numbered(count))
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
     seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
     return Pictures(images.expand(count, -1, -1, -1), labels, seeds)

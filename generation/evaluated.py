@@ -30,7 +30,7 @@ from metrics.report import Report, read_report, save_sweep, summary
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import ConfigError, DataError, show
-from utils.files import content_key, file_sha256
+from utils.files import content_key, file_sha256, numbered
 from utils.images import image_suffix
 from utils.labels import requested_labels, save_labels
 from utils.precision import resolve_precision
@@ -98,7 +98,12 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     config, mode, labels, labels_from = run.config, args.label_mode, None, None
     count, repeats = PRESETS.get(args.preset, (config.eval_num_samples, 1))
     count, repeats = args.num_samples or count, args.repeats or repeats
-    if config.conditional:
+    pairs = real.sets and real.sets.reference
+    if config.condition and pairs is None:
+        raise ConfigError(f"this model draws from pictures of real images: {real.missing}")
+    if config.conditional and config.condition and mode is None:
+        labels = pairs.labels[pairs.paired(range(count))].tolist()
+    elif config.conditional:
         mode, classes = mode or "balanced", run.classes
         seen = real.sets and real.sets.train.labels
         labels = requested_labels(
@@ -122,6 +127,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         "epoch": run.epoch,
         "ema": run.ema,
         "label_mode": mode,
+        **({"conditions": real.facts()} if config.condition else {}),
     }
     if run.guide is not None:
         file = run.guide.checkpoint
@@ -137,11 +143,13 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
             sampling=setting.sampling,
             batch_size=args.batch_size,
             runtime=replace(runtime, rank=0, world_size=1),
+            planes_of=config.condition and partial(pairs.planes, pairs.paired(indices)),
         )
 
     unlabelled = "the model was trained without class labels"
     shown, home = config.preview_channels, run.checkpoint.parent / "eval"
-    generated = Generated(run.spec, count, labels, unlabelled, run.values, shown)
+    own = unlabelled, run.values, shown, config.condition and config
+    generated = Generated(run.spec, count, labels, *own)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
@@ -252,7 +260,8 @@ def score_sets(
         if to_save and not evaluation.runtime.any(len(written) < len(share)) and is_main:
             try:
                 suffix = image_suffix(generated.spec.channels, generated.values is None)
-                save_labels(folder, generated.labels, suffix)
+                names = [stem + suffix for stem in numbered(generated.num_images)]
+                save_labels(folder, generated.labels, names)
             except OSError as error:
                 log.warning("--save_images_dir: the labels are not written: %s", error)
         if report is not None:

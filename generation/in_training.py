@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from datasets import default_flip
+from datasets import ImageDataset, default_flip, has_test_split
+from datasets.conditions import condition_sheet, planes_at
 from datasets.real import real_sets
 from generation.evaluated import Setting
 from generation.run import Run
@@ -38,30 +42,41 @@ def best_score(config: Config) -> BestScore:
     return BestScore(metric or LOSS, lower_is_better=lower)
 
 
-def draw(
-    run: Run, seeds: Sequence[int], labels: Labels, batch_size: int, runtime: Runtime
-) -> Iterator[Tensor]:
+def draw(run: Run, seeds: Sequence[int], labels: Labels, **options: Any) -> Iterator[Tensor]:
     """Sample as the config says, see `generate`, with the model whole. On every rank.
 
     The model stays in eval mode; the trainer puts it back.
     """
     whole, how = replace(run, model=full_model(run.model).eval()), sampling_from(run.config)
-    return generate(whole, seeds, labels, sampling=how, batch_size=batch_size, runtime=runtime)
+    return generate(whole, seeds, labels, sampling=how, **options)
 
 
-def preview(run: Run, runtime: Runtime, epoch: int, step: int) -> Tensor | None:
+def preview(
+    run: Run, runtime: Runtime, epoch: int, step: int, images: ImageDataset | None = None
+) -> Tensor | None:
     """Draw a grid, a row per class, and save it as samples/epoch_0001.png. On every rank.
 
-    The grid is returned on rank 0, uint8 (C, H, W); the other ranks get None.
+    A model with a condition is given those of the first of `images`: a row is picture, what was
+    drawn from it, and image. The grid is returned on rank 0, uint8 (C, H, W), else None.
     """
-    config, count = run.config, run.config.num_samples
+    config, count, planes_of = run.config, run.config.num_samples, None
     labels = block_labels(count, run.classes) if config.conditional else None
+    if config.condition:
+        count = min(count, len(images))
+        planes_of = partial(planes_at, config, images, range(count))
+        labels = labels and images.labels[:count].tolist()
+    options = dict(batch_size=PREVIEW_BATCH_SIZE, runtime=runtime, planes_of=planes_of)
     with runtime.all_or_none("sampling failed on another process"):
-        parts = list(draw(run, range(count), labels, PREVIEW_BATCH_SIZE, runtime))
-    images = gather_images(parts, count, run, runtime)
-    if images is None:
+        parts = list(draw(run, range(count), labels, **options))
+    drawn = gather_images(parts, count, run, runtime)
+    if drawn is None:
         return None
-    grid = make_grid(as_pictures(images, config.preview_channels), grid_rows(count, labels))
+    drawn = as_pictures(drawn, config.preview_channels)
+    grid = make_grid(drawn, grid_rows(count, labels))
+    if config.condition:
+        targets = torch.stack([images[i][0] for i in range(count)])
+        targets = as_pictures(targets, config.preview_channels)
+        grid = condition_sheet(planes_of(), config, [drawn, targets])
     path = config.preview_dir / f"epoch_{epoch:04d}.png"
     save_image(path, grid)
     log.info("preview: %s", path)
@@ -77,12 +92,22 @@ def training_evaluation(job: Job) -> Evaluation | None:
     if not config.eval_interval:
         return None
     count, labels, spec = config.eval_num_samples, None, dataset.spec
-    if config.conditional:
+    split = "test" if config.condition and has_test_split(config) else "train"
+    sets = real_sets(config, runtime, EVAL_BATCH_SIZE, split=split)
+    if config.conditional and config.condition:
+        labels = sets.reference.labels[sets.reference.paired(range(count))].tolist()
+    elif config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
-    sets = real_sets(config, runtime, EVAL_BATCH_SIZE)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
-        Generated(spec, count, labels, values=dataset.values, shown=config.preview_channels),
+        Generated(
+            spec,
+            count,
+            labels,
+            values=dataset.values,
+            shown=config.preview_channels,
+            drawn_from=config if config.condition else None,
+        ),
         Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
         cache_dir=config.run_dir / "eval",
@@ -104,7 +129,9 @@ def evaluate(
     setting, count = Setting(sampling_from(config), config.seed), generated.num_images
     seeds = range(config.seed, config.seed + count)
     facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
-    images = draw(run, seeds, generated.labels, EVAL_BATCH_SIZE, runtime)
+    pairs, options = evaluation.context.real.sets.reference, dict(batch_size=EVAL_BATCH_SIZE)
+    options["planes_of"] = pairs.planes and partial(pairs.planes, pairs.paired(range(count)))
+    images = draw(run, seeds, generated.labels, runtime=runtime, **options)
     report = evaluation.score(images, facts=facts)
     values = None
     if report is not None:

@@ -164,7 +164,8 @@ def with_guide(run: Run, guide: Run) -> Run:
     pair = guide.config.to_dict(), run.config.to_dict()
     if (guide.spec, guide.values) != (run.spec, run.values):
         raise ConfigError(f"--guide {guide.checkpoint} draws {guide.spec}, the model {run.spec}")
-    if changed := changed_settings(*pair, keys_by_resume("meaning")):
+    keys = (*keys_by_resume("meaning"), "condition", "condition_channels", "condition_colors")
+    if changed := changed_settings(*pair, keys):
         belong = f"--guide {guide.checkpoint}: must be trained with the model's settings:"
         raise ConfigError("\n       ".join([belong, *changed]))
     return replace(run, guide=guide)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion import SAMPLERS, Step, make_denoiser, timestep_grid
-from diffusion.guidance import Denoiser
+from diffusion.guidance import Denoiser, conditioned
 from generation.run import Run
 from utils.config import Config, guidance_problem, steps_problem
 from utils.distributed import Runtime
@@ -45,6 +45,7 @@ class Sampling:
     cfg_rescale: float = 0.0
     spacing_shift: float = 1.0
     has_guide: bool = False  # the run's guide takes the place of the model without labels
+    condition_scale: float = 1.0
 
     @property
     def options(self) -> dict[str, float]:
@@ -72,6 +73,7 @@ class Sampling:
         forwards = SAMPLERS[self.method].forwards_per_step
         steps = f"{self.num_inference_steps} steps" + f" of {forwards} forwards" * (forwards > 1)
         options = [f"{name} {value:g}" for name, value in self.options.items() if value]
+        options += [f"condition_scale {self.condition_scale:g}"] * (self.condition_scale != 1)
         return ", ".join([self.method, steps, *options, kind])
 
 
@@ -121,7 +123,7 @@ def sampling_from(
     if problem:
         raise ConfigError(problem)
     kept = config.cfg_interval, config.threshold, config.timestep_spacing, config.conditional
-    more = config.cfg_rescale, config.timestep_spacing_shift, has_guide
+    more = config.cfg_rescale, config.timestep_spacing_shift, has_guide, config.condition_scale
     return Sampling(chosen, steps, eta, float(scale), *kept, *more)
 
 
@@ -210,14 +212,20 @@ def generate(
     batch_size: int,
     runtime: Runtime,
     frames: Frames | None = None,
+    planes_of: Callable[[slice], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Sample this rank's share of one image per seed: batches (b, C, H, W), see `run_steps`.
 
-    Images on the way are kept in `frames`, see `run_steps`.
+    Images on the way are kept in `frames`, see `run_steps`. A model with a condition needs the
+    planes of any rows of the seeds, see `conditioned`.
     """
     device = runtime.device
     for rows in batch_rows(len(seeds), batch_size, runtime):
-        steps = sample_steps(run, seeds[rows], labels and labels[rows], sampling, device)
+        planes = planes_of and planes_of(rows).to(device)
+        given = partial(conditioned, planes=planes, scale=sampling.condition_scale)
+        guide = run.guide and replace(run.guide, model=given(run.guide.model))
+        member = replace(run, model=given(run.model), guide=guide)
+        steps = sample_steps(member, seeds[rows], labels and labels[rows], sampling, device)
         yield run_steps(run, steps, len(seeds[rows]), device, frames)
 
 

@@ -14,6 +14,7 @@ from metrics.class_accuracy import ClassAccuracy, FdDomain, PrdcDomain
 from metrics.fid import Fid, InceptionScore, Kid
 from metrics.lpips_score import Lpips
 from metrics.memorization import Memorization
+from metrics.paired import Psnr, Ssim
 from metrics.prdc import Prdc
 from metrics.sanity import Sanity
 from metrics.weights import Network
@@ -27,6 +28,8 @@ _METRICS = {  # in the order of the report
     "is": InceptionScore,
     "prdc": Prdc,
     "lpips": Lpips,
+    "psnr": Psnr,
+    "ssim": Ssim,
     "class_acc": ClassAccuracy,
     "fd_domain": FdDomain,
     "prdc_domain": PrdcDomain,

@@ -22,6 +22,7 @@ from datasets.real import RealSets
 from metrics.reference import Reference
 from metrics.weights import Network, Weights
 from reporting.pages import Picture
+from utils.config import Config
 from utils.distributed import Runtime
 from utils.images import ImageSpec, Values
 
@@ -51,6 +52,7 @@ class Generated(NamedTuple):
     unlabelled: str = "no class was asked for"  # why there are no labels
     values: Values | None = None  # of images that are floats; None: they are uint8
     shown: Sequence[int] | None = None  # which channels, see `as_pictures`
+    drawn_from: Config | None = None  # whose `condition` made them, each from its own real image
 
 
 class Real(NamedTuple):
@@ -129,6 +131,8 @@ class Metric:
     statistics_suffice: ClassVar[bool] = False  # given mean and covariance can take their place
     classes: ClassVar[bool] = False  # it needs the classes of the real images
     labels: ClassVar[bool] = False  # it needs the class that each generated image was asked for
+    paired: ClassVar[bool] = False  # it needs images that were drawn from pictures of real ones
+    package: ClassVar[str | None] = None  # an optional one that it needs
     collector: ClassVar[type[Collector] | None] = None  # shared; None: the metric is one itself
     keeps: ClassVar[str] = ""  # what a shared collector has to keep for this metric
 

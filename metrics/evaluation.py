@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import logging
 import time
@@ -52,6 +53,10 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
+            if metric.paired and generated.drawn_from is None:
+                self.skip([name], "these images were not drawn from pictures of real ones")
+            if metric.package and importlib.util.find_spec(metric.package) is None:
+                self.skip([name], f"{metric.package} is missing: pip install scikit-image")
         if image_suffix(generated.spec.channels, generated.values is None) != ".png":
             reason = "needs 8-bit images of 1 or 3 channels, for its network"
             self.skip([name for name in names if METRICS[name].network], reason)

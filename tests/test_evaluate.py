@@ -149,6 +149,9 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     single = read(tmp_path / "alone/report.json")
     for name, result in single["metrics"].items():
         expected = report["sweep"][2]["metrics"][name]
+        if name in ("psnr", "ssim"):  # of models with a condition alone
+            assert result["status"] == "skipped"
+            continue
         assert result["value"] == pytest.approx(expected, rel=1e-6), name
     left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
     assert left == [".html"] * 5 + [".json"] * 5

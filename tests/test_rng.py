@@ -35,6 +35,8 @@ def test_the_numbers_of_the_streams_never_change():
         "EVALUATION": 8,
         "CLASSIFIER": 9,
         "VALIDATION": 10,
+        "CONDITION": 11,
+        "CONDITION_DROPOUT": 12,
     }
 
 

@@ -49,7 +49,8 @@ def job_of(count: int, runtime: Runtime = ALONE, **settings) -> SimpleNamespace:
 
 
 def examples_of(job) -> list:
-    return list(validation_examples(job.config, job.held_out, job.runtime))
+    examples = validation_examples(job.config, job.held_out, job.runtime)
+    return [example[:-1] for example in examples]  # without a condition, as there is none
 
 
 def columns_of(batches) -> list[torch.Tensor]:
@@ -100,7 +101,7 @@ def test_the_loss_is_the_mean_of_every_single_example():
     job = job_of(21, loss_weighting="min_snr")
     values = validate(job, Net(), 1, 1)
     singles = [
-        [x[i : i + 1] for x in batch] for batch in examples_of(job) for i in range(len(batch.t))
+        [x[i : i + 1] for x in batch] for batch in examples_of(job) for i in range(len(batch[2]))
     ]
     losses = torch.cat([job.process.loss(net, *single) for single in singles]).double()
     t = torch.cat([single[2] for single in singles])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from datasets.remarks import remarks_on
+from diffusion.guidance import conditioned
 from models import backend_of
 from training.job import Job
 from training.learner import Learner
@@ -44,7 +45,7 @@ def try_batch(job: Job, sheet: str | None) -> None:
     """
     example = next(job.examples(0))
     with torch.no_grad():
-        loss = job.process.loss(job.model, *example).mean()
+        loss = job.process.loss(conditioned(job.model, example.planes), *example[:-1]).mean()
     log.info("dry run: one batch has loss %.4f; nothing was written", float(loss))
     if sheet is None or not job.runtime.is_main:
         return
@@ -127,6 +128,7 @@ def log_start(job: Job) -> None:
     shown = show(", ".join(names[:CLASSES_NAMED])) + (", ..." if names[CLASSES_NAMED:] else "")
     classes = f"{spec.num_classes} classes ({shown})" if spec.num_classes else "unlabelled"
     used = "conditional" if config.conditional else "unconditional"
+    used += f", condition {config.condition!r}" * (config.condition is not None)
     count = sum(p.numel() for p in job.model.parameters())
     trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     log.info(f"run:    {config.run_dir}")

@@ -26,7 +26,12 @@ from utils.errors import UserError, show
 from utils.precision import resolve_precision
 from utils.rng import seed_everything
 
-OF_A_NODE = ("gpu_ids", "data_root", "num_workers")  # keys that may differ between processes
+OF_A_NODE = (
+    "gpu_ids",
+    "data_root",
+    "condition_root",
+    "num_workers",
+)  # keys that may differ between processes
 
 log = logging.getLogger("diffusion")
 
@@ -45,7 +50,7 @@ class Job:
     precision: str = "fp32"  # resolved: fp32, bf16 or fp16
     resume: Resume | None = None
     seen: Seen = frozenset()  # the run's checkpoints when it was decided where to begin
-    held_out: datasets.ImageDataset | None = None  # the test split, with `val_interval`
+    held_out: datasets.ImageDataset | None = None  # the test split, if needed
 
 
 def prepare(config: Config, runtime: Runtime) -> Job | None:
@@ -73,7 +78,8 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
             raise UserError(f"{place}; set save_dir and sample_dir to folders outside")
     with runtime.main_first():  # it may download
         dataset = datasets.build_dataset(config, "train")
-        held_out = datasets.build_dataset(config, "test") if config.val_interval else None
+        needed = config.val_interval or (config.condition and datasets.has_test_split(config))
+        held_out = datasets.build_dataset(config, "test") if needed else None
     if runtime.any(runtime.broadcast_object(dataset.fingerprint) != dataset.fingerprint):
         raise UserError("the processes have different images; data_root needs the same everywhere")
     if resume is not None:

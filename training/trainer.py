@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.guidance import conditioned
 from training.job import Job
 from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
@@ -112,14 +113,14 @@ class Trainer:
         network, device = learner.network, self.runtime.device
         loss_sum, losses = torch.zeros((), device=device), []
         chunks = [[None] * num_parts if x is None else x.chunk(num_parts) for x in example]
-        for i, part in enumerate(zip(*chunks, strict=True)):
+        for i, (*part, planes) in enumerate(zip(*chunks, strict=True)):
             # dropout draws from the global generator: key it by this step and these rows
             key = self.step, self.runtime.rank * num_parts + i
             torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL_DROPOUT, *key))
             is_last = i == num_parts - 1
             with contextlib.nullcontext() if is_last else no_gradient_sync(network):
                 with autocast(learner.precision, device):
-                    per_example = self.job.process.loss(network, *part)
+                    per_example = self.job.process.loss(conditioned(network, planes), *part)
                     loss = per_example.mean() / num_parts
                 # A loss that is not finite makes all gradients NaN, so every rank hears of it.
                 seed = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)

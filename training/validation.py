@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from datasets import ImageDataset
+from datasets.conditions import planes_at
 from datasets.loader import image_batches
 from datasets.real import chosen_images
+from diffusion.guidance import conditioned
 from training.job import Job
 from training.objective import QUARTILES, Example, quartile_of
 from training.sharding import full_model
@@ -49,7 +51,11 @@ def validation_examples(
         noise = draw((len(keys), VAL_LEVELS, *dataset.spec.shape)).flatten(0, 1)
         images, labels = (x.to(runtime.device).repeat_interleave(VAL_LEVELS, 0) for x in batch)
         y = labels if config.conditional else None
-        yield Example(to_float(images), y, t.to(runtime.device), noise)
+        planes = None
+        if config.condition is not None:
+            planes = planes_at(config, dataset, chosen, slice(start, start + IMAGES_AT_ONCE))
+            planes = planes.to(runtime.device).repeat_interleave(VAL_LEVELS, 0)
+        yield Example(to_float(images), y, t.to(runtime.device), noise, planes)
 
 
 @torch.no_grad()
@@ -65,7 +71,8 @@ def validate(job: Job, model: nn.Module, epoch: int, step: int) -> dict[str, flo
     with runtime.all_or_none("it failed on another process"), autocast(job.precision, device):
         for example in validation_examples(config, job.held_out, runtime):
             quartile = quartile_of(example.t, config.num_timesteps)
-            rows.append(torch.stack([job.process.loss(whole, *example), quartile]))
+            network = conditioned(whole, example.planes)
+            rows.append(torch.stack([job.process.loss(network, *example[:-1]), quartile]))
         losses, quartiles = torch.cat(rows, 1).cpu().double()
     weights = losses, torch.ones_like(losses)
     totals = [torch.bincount(quartiles.long(), weight, len(QUARTILES)) for weight in weights]

@@ -250,6 +250,10 @@ def check_values(config: Config) -> Iterable[Problem]:
         yield Problem(("cfg_interval",), message)
     if message := guidance_problem(config, config.guidance_scale):
         yield Problem(("cfg_scale", "cfg_dropout_prob"), message)
+    if config.condition and config.condition_scale != 1 and config.condition_dropout_prob == 0:
+        message = f"condition_scale={config.condition_scale:g} needs training with dropped ones, "
+        message += "condition_dropout_prob above 0; without them, use 1"
+        yield Problem(("condition_scale", "condition_dropout_prob"), message)
     if config.conditional and config.num_classes == 0:
         message = "conditional=True needs classes, but num_classes=0"
         yield Problem(("num_classes", "conditional"), message)

@@ -152,14 +152,20 @@ def check_inputs_stay(outputs: Iterable[Path], *inputs: str | None) -> None:
             raise ConfigError(f"{message}; write to another place")
 
 
-def check_picture_folder(folder: Path, num_images: int) -> None:
-    """Raise a UserError if older pictures in `folder` would stay among the new 000000.png ..."""
-    replaced = {f"{i:06d}{end}" for i in range(num_images) for end in (".png", ".npy")}
+def numbered(num_images: int) -> list[str]:
+    """What picture files are called, without their suffix: 000000, 000001, ..."""
+    return [f"{i:06d}" for i in range(num_images)]
+
+
+def check_picture_folder(folder: Path, stems: Sequence[str]) -> None:
+    """Raise a UserError if older pictures in `folder` would stay among the new ones, which are
+    called `stems` and a suffix."""
+    replaced = {stem + suffix for stem in stems for suffix in (".png", ".npy")}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"
         advice = "choose another folder, or remove them"
-        message = f"{older} that these {num_images} would not replace; {advice}"
+        message = f"{older} that these {len(stems)} would not replace; {advice}"
         raise UserError(f"the images are to be saved, but {message}")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import write_text
+from utils.files import numbered, write_text
 from utils.images import image_suffix, save_image
 from utils.rng import EvaluationDraw, Stream, numpy_generator
 
@@ -57,11 +57,11 @@ def requested_labels(
     return torch.searchsorted(edges[:-1], torch.from_numpy(drawn), right=True).tolist()
 
 
-def save_labels(folder: Path, labels: Sequence[int] | None, suffix: str = ".png") -> None:
-    """Write the classes of 000000.png ... to `folder`: it can be trained on, or evaluated. After
+def save_labels(folder: Path, labels: Sequence[int] | None, names: Sequence[str]) -> None:
+    """Write the classes of pictures to `folder`: it can be trained on, or evaluated. After
     the pictures: until then, and with None, `forget_labels` sees to it that they have none."""
     if labels is not None:
-        named = {f"{i:06d}{suffix}": label for i, label in enumerate(labels)}
+        named = dict(zip(names, labels, strict=True))
         write_text(folder / LABELS_FILE, json.dumps(named))
 
 
@@ -70,10 +70,13 @@ def forget_labels(folder: Path) -> None:
     (folder / LABELS_FILE).unlink(missing_ok=True)
 
 
-def save_images(folder: Path, images: Tensor, labels: Sequence[int] | None) -> None:
-    """Write images (B, C, H, W) as 000000.png ... to `folder`, and then their classes."""
+def save_images(
+    folder: Path, images: Tensor, labels: Sequence[int] | None, stems: Sequence[str] = ()
+) -> None:
+    """Write images (B, C, H, W) to `folder`, as `stems` or 000000 ..., and then their classes."""
     forget_labels(folder)
     suffix = image_suffix(images.shape[1], images.dtype == torch.uint8)
+    names = [stem + suffix for stem in stems or numbered(len(images))]
     for i, image in enumerate(images):
-        save_image(folder / f"{i:06d}{suffix}", image)
-    save_labels(folder, labels, suffix)
+        save_image(folder / names[i], image)
+    save_labels(folder, labels, names)

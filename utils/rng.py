@@ -30,6 +30,8 @@ class Stream(IntEnum):
     EVALUATION = 8  # index: what is drawn
     CLASSIFIER = 9  # index: epoch
     VALIDATION = 10  # index: image of the test split
+    CONDITION = 11  # index: step, row of the global batch
+    CONDITION_DROPOUT = 12  # index: step
 
 
 class EvaluationDraw(IntEnum):
@@ -41,6 +43,7 @@ class EvaluationDraw(IntEnum):
     STAND_INS_FOR_TEST_IMAGES = 6
     NEIGHBOUR_ROWS = 7
     LABELS = 8
+    HOLES = 9
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
