@@ -145,7 +145,9 @@ def read_inputs(
     root, listing = Path(path), Listing(Path(path).parent, [Path(path).name], [0], ())
     if open_root(root).is_dir():
         listing = read_pictures(root, (), image_size=spec.shape[1:]).data.listing
-    held = make_resident(picture_files(config, listing, spec), Runtime(), resident=True)
+    held = make_resident(
+        picture_files(config, listing, spec), Runtime(torch.device("cpu")), resident=True
+    )
     held.partners, held.names = held, [splitext(n)[0].replace("/", "_") for n in listing.names]
     ends = [f"_{i}" for i in range(copies)] if copies > 1 else [""]
     held.outputs = [name + end for name in held.names for end in ends]

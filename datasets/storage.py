@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -95,7 +95,7 @@ class ImageFileDataset:
     files' contents. The constructor raises a DataError if a file does not exist.
     """
 
-    decode = staticmethod(decode_image)  # pictures of other kinds are read in another way
+    decode: Callable[..., Tensor] | None = None  # how pictures of other kinds are read
 
     def __init__(self, listing: Listing, *shape: int, values: Values | None = None) -> None:
         self.values = values
@@ -118,7 +118,8 @@ class ImageFileDataset:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, values = self.listing.path(index), self.values or Values("uint8", 0, 255)
-        return self.decode(path, self.spec, values), self.listing.labels[index]
+        image = (self.decode or decode_image)(path, self.spec, values)
+        return image, self.listing.labels[index]
 
 
 class ClassSubset(Subset):

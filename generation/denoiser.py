@@ -46,6 +46,8 @@ class SigmaDenoiser(nn.Module):
 
     def __init__(self, run: Run, *, cfg_scale: float = 1.0, unit_range: bool = False) -> None:
         super().__init__()
+        if run.config.condition is not None:
+            raise ConfigError(f"condition={run.config.condition!r}: D takes no pictures")
         if cfg_scale != 1 and run.config.label_dropout == 0:
             raise ConfigError(f"cfg_scale={cfg_scale:g}: needs training with dropped labels; use 1")
         self.model, self.process, self.cfg_scale = run.model, run.process, cfg_scale

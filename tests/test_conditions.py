@@ -183,7 +183,7 @@ def pairs(folder: Path, count: int = 6, **settings) -> Config:
 def test_partners_keep_step_with_their_images(resident, tmp_path):
     settings = dict(num_workers=0, horizontal_flip=True, condition_dropout_prob=0, batch_size=4)
     config = pairs(tmp_path, **settings)
-    dataset = make_resident(build_dataset(config), CPU, resident=resident)
+    dataset = make_resident(build_dataset(config), Runtime(CPU), resident=resident)
     for start in (0, 5):
         made = training_examples(config, build_process(config), dataset, ALONE, start)
         for _ in range(4):

@@ -71,7 +71,9 @@ def test_gradients_reach_the_image_and_no_weight():
     assert all(p.grad is None for p in D.parameters())
 
 
-def test_a_scale_that_was_not_trained_is_one_line():
+def test_what_a_model_was_not_trained_for_is_one_line():
+    with pytest.raises(ConfigError, match="condition='edges': D takes no pictures"):
+        SigmaDenoiser(make_run(condition="edges"))
     with pytest.raises(ConfigError, match="cfg_scale=2: needs training with dropped labels; use 1"):
         SigmaDenoiser(make_run(cfg_dropout_prob=0.0), cfg_scale=2.0)
 
