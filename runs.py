@@ -1,7 +1,9 @@
-"""List training runs, or make one page that shows what they have done.
+"""List training runs, make one page that shows what they have done, or train some steps of a run
+again to see whether they give the same losses.
 
 python runs.py
 python runs.py report checkpoints/digits_unet checkpoints/digits_dit --output report.html
+python runs.py verify checkpoints/digits_unet --steps 100
 """
 
 from __future__ import annotations
@@ -10,20 +12,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from reporting import run_files
 from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
-from utils.cli import Parser, normalized
+from utils.cli import Parser, normalized, whole_number
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say, show
 from utils.files import write_text
 
-REPORT = "report"
+REPORT, VERIFY = "report", "verify"
 
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
-    """The parser of `python runs.py`, or of `python runs.py report`."""
+    """The parser of `python runs.py`, or of one of its commands."""
     parser = Parser(
         prog=f"runs.py {command}".strip(),
         description=__doc__,
@@ -39,16 +42,28 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         add("--output", help="the page; default: report.html in the folder of the first run")
         parser.set_defaults(save_dir=None)
         return parser
+    if command == VERIFY:
+        add("folders", nargs=1, type=Path, metavar="RUN", help="the folder of a run")
+        add(
+            "--steps",
+            type=partial(whole_number, least=1),
+            default=20,
+            help="train at least so many; default: 20",
+        )
+        add("--checkpoint", type=Path, help="begin at this checkpoint of the run, not anew")
+        add("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
+        parser.set_defaults(save_dir=None)
+        return parser
     add("folders", nargs="*", metavar="FOLDER", help="runs, or folders that hold runs")
     add("--save_dir", help="as in a config: the folder that holds the runs; default: checkpoints")
     add("--json", action="store_true", help="print JSON")
-    parser.epilog = "python runs.py report --help"
+    parser.epilog = "python runs.py report --help, python runs.py verify --help"
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with `command`: "report", or an empty text for the list."""
-    command = REPORT if argv[:1] == [REPORT] else ""
+    """The arguments, with `command`: "report", "verify", or an empty text for the list."""
+    command = argv[0] if argv[:1] in ([REPORT], [VERIFY]) else ""
     return make_parser(command).parse_intermixed_args(normalized(argv[len(command) > 0 :]))
 
 
@@ -57,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == REPORT and not args.print_config:
         write_report(args.folders, args.output, dry_run=args.dry_run)
         return EXIT_OK
+    if args.command == VERIFY and not args.print_config:
+        return verify(args)
     named = [*args.folders, *filter(None, [args.save_dir])]
     folders = named or [Config.model_fields["save_dir"].default]
     runs = by_name(find_runs(folders))
@@ -93,6 +110,19 @@ def write_report(folders: Sequence[Path], output: str | None, *, dry_run: bool =
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     end = "not written" if dry_run else "open it in a browser"
     say(f"{path}: {len(text) / 1e6:.1f} MB, {end}")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Train steps of a run again, and tell of the result. Returns the exit code."""
+    from reporting.verify import verify_run  # torch, which the list does without
+    from utils.distributed import distributed_runtime
+
+    options = dict(num_steps=args.steps, checkpoint=args.checkpoint, dry_run=args.dry_run)
+    with distributed_runtime(args.device) as runtime:
+        code, line = verify_run(args.folders[0], runtime, **options)
+        if runtime.is_main:
+            say(line)
+    return code
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:

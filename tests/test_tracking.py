@@ -147,7 +147,7 @@ def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
 
 def test_metrics_jsonl_goes_on_when_a_full_disk_has_room_again(tmp_path, warnings):
     """However long it was full; a row that fits in half leaves nothing behind."""
-    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0)
     path = tmp_path / "run" / "metrics.jsonl"
     for step in range(1, 10):
         is_full = 3 <= step < 8
@@ -180,7 +180,7 @@ def test_no_failure_gets_out(warnings, method):
 
 
 def test_numbers_that_are_none_stay_out(tmp_path):
-    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0)
     values = {"a": 1, "b": math.nan, "c": math.inf, "d": torch.tensor(2.0)}
     group.log_scalars(values, 1)
     text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
@@ -189,7 +189,7 @@ def test_numbers_that_are_none_stay_out(tmp_path):
 
 def test_other_ranks_track_nothing(tmp_path):
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=False, start_step=0, run_id="x")
+    group = start_trackers(config, is_main=False, start_step=0, earlier={"tracker_run_id": "x"})
     group.log_scalars({"x": 1.0}, 1)
     group.finish()
     assert list((tmp_path / "run").iterdir()) == []
@@ -222,12 +222,14 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(tmp_path, warnings, mon
         return tracker
 
     path = config_in(tmp_path).run_dir / "metrics.jsonl"
-    group = TrackerGroup(MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_id="before")
+    group = TrackerGroup(
+        MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_ids={"tracker_run_id": "before"}
+    )
     began = time.monotonic()
     for step in range(30):
         group.log_scalars({"x": 1.0}, step)
         group.log_image("samples", IMAGE, step)
-    assert group.run_id == "before"
+    assert group.run_ids == {"tracker_run_id": "before"}
     group.finish()
     assert time.monotonic() - began < 5
     assert steps_in(tmp_path / "run" / "metrics.jsonl") == list(range(30))
@@ -315,21 +317,21 @@ def test_modes(tmp_path, fake, monkeypatch, mode, environment, key, used):
 def test_a_run_goes_on_under_its_id(tmp_path, fake, warnings):
     module = fake(api_key="key")
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=True, start_step=3, run_id="a" * 21)
+    group = start_trackers(config, is_main=True, start_step=3, earlier={"tracker_run_id": "a" * 21})
     group.finish()
-    assert group.run_id == "a" * 21
+    assert group.run_ids["tracker_run_id"] == "a" * 21
     assert (module.inits[0]["id"], module.inits[0]["resume"]) == ("a" * 21, "allow")
-    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config, is_main=True, start_step=0)
     group.finish()
-    assert group.run_id == "new id"
+    assert group.run_ids["tracker_run_id"] == "new id"
 
 
 def test_the_id_survives_a_tracker_that_does_not_start(tmp_path, fake, warnings):
     fake(api_key="key", failing_modes=("online", "offline"))
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=True, start_step=3, run_id="known")
+    group = start_trackers(config, is_main=True, start_step=3, earlier={"tracker_run_id": "known"})
     group.finish()
-    assert group.run_id == "known"
+    assert group.run_ids["tracker_run_id"] == "known"
     assert "not started, the run goes on" in warnings()[-1]
 
 
@@ -357,12 +359,12 @@ def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr("getpass.getpass", ask)
     config = config_in(tmp_path, use_swanlab=True, learning_rate=0.0123)
-    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config, is_main=True, start_step=0)
     group.log_scalars({"train/loss": 0.5}, 1)
     group.log_image("samples", torch.zeros(1, 8, 8, dtype=torch.uint8), 1)
     group.log_image("samples", torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
     group.finish()
-    assert group.run_id
+    assert group.run_ids["tracker_run_id"]
     (folder,) = (tmp_path / "run" / "swanlog").glob("run-*")
     assert "0.0123" in (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     assert b"train/loss" in next(folder.glob("*.swanlab")).read_bytes()
@@ -401,7 +403,7 @@ def rows_in(path: Path) -> dict[int, dict[str, float]]:
 def test_tensorboard_has_what_metrics_jsonl_has_also_after_a_resume(tmp_path, warnings):
     config = config_in(tmp_path, use_tensorboard=True)
     for start, steps in ((0, range(1, 8)), (4, range(5, 10))):  # killed after 7, went on from 4
-        group = start_trackers(config, is_main=True, start_step=start, run_id=None)
+        group = start_trackers(config, is_main=True, start_step=start)
         for step in steps:
             group.log_scalars(
                 {"train/loss": 1 / step + start, "epoch": step, "nan": math.nan}, step
@@ -454,7 +456,7 @@ from training.tracking import start_trackers
 from pathlib import Path
 Path("run").mkdir()
 config = Config(save_dir=".", experiment_name="run")
-start_trackers(config, is_main=True, start_step=0, run_id=None).finish()
+start_trackers(config, is_main=True, start_step=0).finish()
 print("tensorboard" in sys.modules)
 """
     done = subprocess.run(
