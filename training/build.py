@@ -91,6 +91,7 @@ def build_trainer(
 def fixed_state(job: Job) -> dict[str, Any]:
     """Collect what every checkpoint of this run says about its origin. Plain types only."""
     backend, schedule, dataset = backend_of(job.model), job.schedule, job.dataset
+    device = job.runtime.device
     versions = {"torch": str(torch.__version__), "numpy": str(np.__version__)}
     return {
         "format_version": FORMAT_VERSION,
@@ -100,7 +101,7 @@ def fixed_state(job: Job) -> dict[str, Any]:
         "data_fingerprint": dataset.fingerprint,
         "backend": backend and list(backend),
         "extended_steps": schedule.total_steps if schedule.is_extension else None,
-        "device": f"{describe_device(job.runtime.device)}, {job.precision}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world_size": job.runtime.world_size,
         "num_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},

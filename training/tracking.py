@@ -125,9 +125,10 @@ class WandbTracker(HostedTracker):
     def __init__(self, config: Config, run_id: str | None) -> None:
         import wandb
 
-        # Silent, it takes a missing key for an error; else it would ask for one on a terminal.
-        ends = {"finish_timeout": FINISH_SECONDS}
-        settings = wandb.Settings(silent=True, console="off", **ends)
+        # Silent, it takes a missing key for an error; else it would ask for one on a terminal. It
+        # ends each wait before a lane would be left behind, as its own exit would wait on.
+        patience = dict.fromkeys(("init_timeout", "finish_timeout"), FINISH_SECONDS / 2)
+        settings = wandb.Settings(silent=True, console="off", **patience)
         wandb.setup(settings=settings)
         options = dict(project=config.project_name, name=config.experiment_name, settings=settings)
         options |= dict(config=config.to_dict(), dir=str(config.run_dir))
