@@ -58,7 +58,7 @@ def test_a_run_is_the_same_again_from_any_checkpoint_and_nothing_is_written(trai
     )
     checkpoint = FOLDER / "model_epoch_0001.pth"
     assert verify("--checkpoint", checkpoint) == EXIT_OK
-    start = "checkpoints/a: steps 5 to 12, 4 rows of metrics.jsonl"
+    start = "checkpoints/a: steps 6 to 12, 4 rows of metrics.jsonl"
     assert capsys.readouterr().out == f"{start}: the same again, bit for bit\n"
     assert verify("--checkpoint", checkpoint, "--dry_run") == EXIT_OK
     assert capsys.readouterr().out == f"{start}: not trained again\n"

@@ -50,14 +50,16 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     `no_weight_decay()` are spared from `weight_decay`.
 
     Under Muon the first group is the matrices that it is made for: the two-dimensional weights in
-    the model's `blocks`. Raises a ConfigError if there are none.
+    the model's `blocks` that see tokens, so not their modulations, which see one vector an image.
+    Raises a ConfigError if there are none.
     """
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     matrices, decayed, others = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            in_block = name.startswith("blocks.") and name.endswith(".weight")
-            is_matrix = config.optimizer == MUON and in_block and p.ndim == 2
+            of_tokens = name.startswith("blocks.") and ".modulation." not in name
+            is_weight = name.endswith(".weight") and p.ndim == 2  # else a table, say, or decays
+            is_matrix = config.optimizer == MUON and of_tokens and is_weight
             (others if name in spared else matrices if is_matrix else decayed).append(p)
     if config.optimizer == MUON and not matrices:
         fault = f"optimizer='muon' trains matrices in blocks, and {config.model_type} has none"
