@@ -1,5 +1,4 @@
-"""List training runs, make one page that shows what they have done, or train some steps of a run
-again to see whether they give the same losses.
+"""List training runs, make one page of what they have done, or train the steps of one again.
 
 python runs.py
 python runs.py report checkpoints/digits_unet checkpoints/digits_dit --output report.html
@@ -33,26 +32,20 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, save_dir=None)
     add = parser.add_argument
     add("--print_config", action="store_true", help="print the configs of the runs and stop")
     add("--dry_run", action="store_true", help="check everything, write nothing")
     if command == REPORT:
         add("folders", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
         add("--output", help="the page; default: report.html in the folder of the first run")
-        parser.set_defaults(save_dir=None)
         return parser
     if command == VERIFY:
         add("folders", nargs=1, type=Path, metavar="RUN", help="the folder of a run")
-        add(
-            "--steps",
-            type=partial(whole_number, least=1),
-            default=20,
-            help="train at least so many; default: 20",
-        )
+        count = partial(whole_number, least=1)
+        add("--steps", type=count, default=20, help="train at least so many; default: 20")
         add("--checkpoint", type=Path, help="begin at this checkpoint of the run, not anew")
         add("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
-        parser.set_defaults(save_dir=None)
         return parser
     add("folders", nargs="*", metavar="FOLDER", help="runs, or folders that hold runs")
     add("--save_dir", help="as in a config: the folder that holds the runs; default: checkpoints")
@@ -73,7 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_report(args.folders, args.output, dry_run=args.dry_run)
         return EXIT_OK
     if args.command == VERIFY and not args.print_config:
-        return verify(args)
+        from reporting.verify import distributed_runtime, verify_run  # torch, which the list omits
+
+        options = dict(num_steps=args.steps, checkpoint=args.checkpoint, dry_run=args.dry_run)
+        with distributed_runtime(args.device) as runtime:
+            line = verify_run(args.folders[0], runtime, **options)
+            say(line) if runtime.is_main else None
+        return EXIT_OK
     named = [*args.folders, *filter(None, [args.save_dir])]
     folders = named or [Config.model_fields["save_dir"].default]
     runs = by_name(find_runs(folders))
@@ -110,19 +109,6 @@ def write_report(folders: Sequence[Path], output: str | None, *, dry_run: bool =
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     end = "not written" if dry_run else "open it in a browser"
     say(f"{path}: {len(text) / 1e6:.1f} MB, {end}")
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Train steps of a run again, and tell of the result. Returns the exit code."""
-    from reporting.verify import verify_run  # torch, which the list does without
-    from utils.distributed import distributed_runtime
-
-    options = dict(num_steps=args.steps, checkpoint=args.checkpoint, dry_run=args.dry_run)
-    with distributed_runtime(args.device) as runtime:
-        code, line = verify_run(args.folders[0], runtime, **options)
-        if runtime.is_main:
-            say(line)
-    return code
 
 
 def format_table(runs: Sequence[RunFacts]) -> str:

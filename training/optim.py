@@ -14,23 +14,13 @@ from training.progress import Schedule
 from utils.config import Config
 from utils.errors import ConfigError
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 MUON = "muon"
-
-
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time."""
-    groups = parameter_groups(model, config)
-    options = {"lr": config.learning_rate, "betas": config.adam_betas, "fused": True}
-    return OPTIMIZERS.get(config.optimizer, MuonAdamW)(groups, **options)
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the first of `groups`, AdamW with these options for the others.
-
-    The steps of a matrix (m, n) are scaled by 0.2 sqrt(max(m, n)), to the root mean square of
-    AdamW's (Liu et al. 2025, arXiv 2502.16982, eq. 4): one `lr` and one weight decay serve both.
-    """
+    Muon's steps have the root mean square of AdamW's, so that one `lr` and one weight decay serve
+    both: those of a matrix (m, n) are scaled by 0.2 sqrt(max(m, n)), arXiv 2502.16982, eq. 4."""
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, **options: Any) -> None:
         matrices = torch.optim.Muon(groups[:1], lr=lr, adjust_lr_fn="match_rms_adamw")
@@ -45,13 +35,22 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, MUON: MuonAdamW}
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time."""
+    groups = parameter_groups(model, config)
+    options = {"lr": config.learning_rate, "betas": config.adam_betas, "fused": True}
+    return OPTIMIZERS[config.optimizer](groups, **options)
+
+
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """What the optimizer changes: frozen parameters are left out, and those that the model lists in
     `no_weight_decay()` are spared from `weight_decay`.
 
-    Under Muon the first group is the matrices that it is made for: the two-dimensional weights in
-    the model's `blocks` that see tokens, so not their modulations, which see one vector an image.
-    Raises a ConfigError if there are none.
+    Under Muon the first group is its matrices: the two-dimensional weights in the model's `blocks`
+    that see tokens; modulations see one vector an image. A ConfigError if there are none.
     """
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     matrices, decayed, others = [], [], []

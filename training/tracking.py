@@ -66,26 +66,23 @@ class MetricsFile:
 
 
 class HostedTracker:
-    """What SwanLab and W&B have in common. Neither ever asks for input; by its `run_id` a run that
-    is resumed online continues."""
+    """SwanLab or W&B, which never ask for input. By its `run_id`, which checkpoints hold, a run
+    resumed online continues. Where `mode` fails and `asked` is "auto", it logs offline."""
 
-    name: str
-    id_key: str  # of a checkpoint, which holds the id
-
-    def __init__(self, module: Any, init: Callable[..., Any], *, run_id: str | None) -> None:
-        self._module, self._init, self.run_id = module, init, run_id
-
-    def _start(self, mode: str, *, may_be_offline: bool) -> None:
-        """Begin to log in this mode of the module's; offline, if it may be, where that fails."""
-        goes_on = {"id": self.run_id, "resume": "allow"} if self.run_id and mode == "online" else {}
+    def __init__(
+        self, module: Any, config: Config, run_id: str | None, *, asked: str, mode: str, **own: Any
+    ) -> None:
+        own |= {"project": config.project_name, "name": config.experiment_name}
+        own |= {"id": run_id, "resume": "allow"} if run_id and mode == "online" else {}
+        start = partial(module.init, config=config.to_dict(), **own)
         try:
-            run = self._init(mode=mode, **goes_on)
+            run = start(mode=mode)
         except Exception as error:
-            if not may_be_offline or mode == "offline":
+            if asked != "auto" or mode == "offline":
                 raise
             log.warning("%s: not online (%s); logging offline", self.name, _reason(error))
-            run = self._init(mode="offline", **goes_on)
-        self.run_id = run.id
+            run = start(mode="offline")
+        self._module, self.run_id = module, run.id
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         self._module.log(dict(scalars), step=step)
@@ -110,11 +107,8 @@ class SwanlabTracker(HostedTracker):
         mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
         if mode == "auto":
             mode = "online" if settings.api_key else "offline"
-        options = dict(project=config.project_name, name=config.experiment_name)
-        options |= dict(config=config.to_dict(), log_dir=str(log_dir), settings=settings)
-        super().__init__(swanlab, partial(swanlab.init, **options), run_id=run_id)
-        auto = config.swanlab_mode == "auto"
-        self._start("online" if mode == "cloud" else mode, may_be_offline=auto)
+        mode, own = mode.replace("cloud", "online"), {"log_dir": str(log_dir), "settings": settings}
+        super().__init__(swanlab, config, run_id, asked=config.swanlab_mode, mode=mode, **own)
 
 
 class WandbTracker(HostedTracker):
@@ -125,16 +119,13 @@ class WandbTracker(HostedTracker):
     def __init__(self, config: Config, run_id: str | None) -> None:
         import wandb
 
-        # Silent, it takes a missing key for an error; else it would ask for one on a terminal. It
-        # ends each wait before a lane would be left behind, as its own exit would wait on.
+        # Silent it does not ask for a key, and what a lane leaves behind would delay the exit.
         patience = dict.fromkeys(("init_timeout", "finish_timeout"), FINISH_SECONDS / 2)
-        settings = wandb.Settings(silent=True, console="off", **patience)
-        wandb.setup(settings=settings)
-        options = dict(project=config.project_name, name=config.experiment_name, settings=settings)
-        options |= dict(config=config.to_dict(), dir=str(config.run_dir))
-        super().__init__(wandb, partial(wandb.init, **options), run_id=run_id)
-        mode, auto = os.environ.get("WANDB_MODE") or config.wandb_mode, config.wandb_mode == "auto"
-        self._start("online" if mode == "auto" else mode, may_be_offline=auto)
+        own = {"settings": wandb.Settings(silent=True, console="off", **patience)}
+        wandb.setup(**own)
+        own["dir"], asked = str(config.run_dir), config.wandb_mode
+        mode = (os.environ.get("WANDB_MODE") or asked).replace("auto", "online")
+        super().__init__(wandb, config, run_id, asked=asked, mode=mode, **own)
 
 
 class TensorboardTracker:
@@ -263,8 +254,7 @@ def check_trackers(config: Config) -> Iterator[Problem]:
 def start_trackers(
     config: Config, *, is_main: bool, start_step: int, earlier: Mapping[str, Any] = {}
 ) -> TrackerGroup:
-    """metrics.jsonl always, others if asked for; nothing on other ranks. A run that goes on has the
-    ids that are in `earlier`, its checkpoint."""
+    """metrics.jsonl always, others if asked for; on rank 0. `earlier` is a resumed checkpoint."""
     ids = {key: earlier.get(key) for key in ID_KEYS}
     if not is_main:
         return TrackerGroup(earlier_ids=ids)
