@@ -74,6 +74,6 @@ def verify_run(
 
 def _values_of(path: Path) -> dict[tuple[int, str], float]:
     """(step, name) -> value of all rows of training, without what is measured."""
-    train = [key for key in (series := read_series(path)[0]) if key.startswith("train/")]
-    rows = ((at, key, x) for key in train if key not in MEASURED for at, x in series[key])
-    return {(int(at), key): x for at, key, x in rows if math.isfinite(x)}
+    series = read_series(path)[0]
+    names = [key for key in series if key.startswith("train/") and key not in MEASURED]
+    return {(int(at), key): x for key in names for at, x in series[key] if math.isfinite(x)}
