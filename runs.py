@@ -1,7 +1,8 @@
-"""List training runs, or make one page that shows what they have done.
+"""List training runs, make one page of what they have done, or train the steps of one again.
 
 python runs.py
 python runs.py report checkpoints/digits_unet checkpoints/digits_dit --output report.html
+python runs.py verify checkpoints/digits_unet --steps 100
 """
 
 from __future__ import annotations
@@ -10,45 +11,52 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from reporting import run_files
 from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
-from utils.cli import Parser, normalized
+from utils.cli import Parser, normalized, whole_number
 from utils.config import Config
 from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say, show
 from utils.files import write_text
 
-REPORT = "report"
+REPORT, VERIFY = "report", "verify"
 
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
-    """The parser of `python runs.py`, or of `python runs.py report`."""
+    """The parser of `python runs.py`, or of one of its commands."""
     parser = Parser(
         prog=f"runs.py {command}".strip(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, save_dir=None)
     add = parser.add_argument
     add("--print_config", action="store_true", help="print the configs of the runs and stop")
     add("--dry_run", action="store_true", help="check everything, write nothing")
     if command == REPORT:
         add("folders", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
         add("--output", help="the page; default: report.html in the folder of the first run")
-        parser.set_defaults(save_dir=None)
+        return parser
+    if command == VERIFY:
+        add("folders", nargs=1, type=Path, metavar="RUN", help="the folder of a run")
+        count = partial(whole_number, least=1)
+        add("--steps", type=count, default=20, help="train at least so many; default: 20")
+        add("--checkpoint", type=Path, help="begin at this checkpoint of the run, not anew")
+        add("--device", help="cpu, cuda, cuda:1 or mps; default: the best there is")
         return parser
     add("folders", nargs="*", metavar="FOLDER", help="runs, or folders that hold runs")
     add("--save_dir", help="as in a config: the folder that holds the runs; default: checkpoints")
     add("--json", action="store_true", help="print JSON")
-    parser.epilog = "python runs.py report --help"
+    parser.epilog = "python runs.py report --help, python runs.py verify --help"
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with `command`: "report", or an empty text for the list."""
-    command = REPORT if argv[:1] == [REPORT] else ""
+    """The arguments, with `command`: "report", "verify", or an empty text for the list."""
+    command = argv[0] if argv[:1] in ([REPORT], [VERIFY]) else ""
     return make_parser(command).parse_intermixed_args(normalized(argv[len(command) > 0 :]))
 
 
@@ -56,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == REPORT and not args.print_config:
         write_report(args.folders, args.output, dry_run=args.dry_run)
+        return EXIT_OK
+    if args.command == VERIFY and not args.print_config:
+        from reporting.verify import distributed_runtime, verify_run  # torch, which the list omits
+
+        options = dict(num_steps=args.steps, checkpoint=args.checkpoint, dry_run=args.dry_run)
+        with distributed_runtime(args.device) as runtime:
+            line = verify_run(args.folders[0], runtime, **options)
+            say(line) if runtime.is_main else None
         return EXIT_OK
     named = [*args.folders, *filter(None, [args.save_dir])]
     folders = named or [Config.model_fields["save_dir"].default]

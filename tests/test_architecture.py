@@ -28,8 +28,8 @@ FLOORS = (
 )
 ROOMS = tuple(room for floor in FLOORS[:-1] for room in floor)
 OURS = (*SCRIPTS, *ROOMS, "benchmarks", "tests")
-OPTIONAL = ("swanlab", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm", "causal_conv1d")
-OPTIONAL += ("diffusers", "safetensors", "models.triton_scan")
+OPTIONAL = ("swanlab", "wandb", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm")
+OPTIONAL += ("causal_conv1d", "diffusers", "safetensors", "models.triton_scan")
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
 MAY_LEAVE_THE_DEVICE = ("generation/sampling.py",)
 

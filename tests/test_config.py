@@ -601,6 +601,8 @@ MUTATIONS = [
     "learning_rate='2e-4x'",
     "learning_rate=10**400",
     "weight_decay=-0.1",
+    "adam_betas=0.9",
+    "adam_betas=(0.9, 1.0)",
     "grad_clip=0",
     "precision='fp8'",
     "compile='yes'",
@@ -619,6 +621,7 @@ MUTATIONS = [
     "eval_metrics=(1,)",
     "log_interval=0",
     "swanlab_mode='of'",
+    "wandb_mode='cloud'",
 ]
 
 
@@ -672,7 +675,8 @@ def test_doubtful_settings_warn():
     assert warnings_of(Config(ema_decay=0.9, ddim_eta=1.0)) == []
     (warning,) = warnings_of(Config(label_file="x.json", use_subdirs=False))[1:]
     assert warning == "label_file has no effect without dataset='custom'"
-    for key, value in dict(step_size=3, gamma=0.5, min_snr_gamma=2.0, swanlab_mode="local").items():
+    unused = dict(step_size=3, gamma=0.5, min_snr_gamma=2.0, swanlab_mode="local")
+    for key, value in (unused | dict(wandb_mode="online")).items():
         (warning,) = warnings_of(Config(**{key: value}))
         assert warning.startswith(f"{key} has no effect without")
     assert warnings_of(Config()) == []

@@ -52,6 +52,7 @@ REFUSED = {
 WARNED = {
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
+    "adam_betas": [0.9, 0.95],
     "grad_clip": None,
     "ema_decay": 0.99,
     "loss_type": "l1",

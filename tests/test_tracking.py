@@ -23,6 +23,7 @@ from training.tracking import (
     MetricsFile,
     SwanlabTracker,
     TrackerGroup,
+    WandbTracker,
     start_trackers,
 )
 from utils.config import Config
@@ -147,7 +148,7 @@ def test_three_failures_in_a_row_drop_a_tracker_and_no_other(warnings, error):
 
 def test_metrics_jsonl_goes_on_when_a_full_disk_has_room_again(tmp_path, warnings):
     """However long it was full; a row that fits in half leaves nothing behind."""
-    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0)
     path = tmp_path / "run" / "metrics.jsonl"
     for step in range(1, 10):
         is_full = 3 <= step < 8
@@ -180,7 +181,7 @@ def test_no_failure_gets_out(warnings, method):
 
 
 def test_numbers_that_are_none_stay_out(tmp_path):
-    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config_in(tmp_path), is_main=True, start_step=0)
     values = {"a": 1, "b": math.nan, "c": math.inf, "d": torch.tensor(2.0)}
     group.log_scalars(values, 1)
     text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
@@ -189,7 +190,7 @@ def test_numbers_that_are_none_stay_out(tmp_path):
 
 def test_other_ranks_track_nothing(tmp_path):
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=False, start_step=0, run_id="x")
+    group = start_trackers(config, is_main=False, start_step=0, earlier={"tracker_run_id": "x"})
     group.log_scalars({"x": 1.0}, 1)
     group.finish()
     assert list((tmp_path / "run").iterdir()) == []
@@ -222,12 +223,14 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(tmp_path, warnings, mon
         return tracker
 
     path = config_in(tmp_path).run_dir / "metrics.jsonl"
-    group = TrackerGroup(MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_id="before")
+    group = TrackerGroup(
+        MetricsFile(path, 0), [Lane(make, "SwanLab")], earlier_ids={"tracker_run_id": "before"}
+    )
     began = time.monotonic()
     for step in range(30):
         group.log_scalars({"x": 1.0}, step)
         group.log_image("samples", IMAGE, step)
-    assert group.run_id == "before"
+    assert group.run_ids == {"tracker_run_id": "before"}
     group.finish()
     assert time.monotonic() - began < 5
     assert steps_in(tmp_path / "run" / "metrics.jsonl") == list(range(30))
@@ -315,21 +318,21 @@ def test_modes(tmp_path, fake, monkeypatch, mode, environment, key, used):
 def test_a_run_goes_on_under_its_id(tmp_path, fake, warnings):
     module = fake(api_key="key")
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=True, start_step=3, run_id="a" * 21)
+    group = start_trackers(config, is_main=True, start_step=3, earlier={"tracker_run_id": "a" * 21})
     group.finish()
-    assert group.run_id == "a" * 21
+    assert group.run_ids["tracker_run_id"] == "a" * 21
     assert (module.inits[0]["id"], module.inits[0]["resume"]) == ("a" * 21, "allow")
-    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config, is_main=True, start_step=0)
     group.finish()
-    assert group.run_id == "new id"
+    assert group.run_ids["tracker_run_id"] == "new id"
 
 
 def test_the_id_survives_a_tracker_that_does_not_start(tmp_path, fake, warnings):
     fake(api_key="key", failing_modes=("online", "offline"))
     config = config_in(tmp_path, use_swanlab=True)
-    group = start_trackers(config, is_main=True, start_step=3, run_id="known")
+    group = start_trackers(config, is_main=True, start_step=3, earlier={"tracker_run_id": "known"})
     group.finish()
-    assert group.run_id == "known"
+    assert group.run_ids["tracker_run_id"] == "known"
     assert "not started, the run goes on" in warnings()[-1]
 
 
@@ -357,18 +360,135 @@ def test_swanlab_for_real_without_key_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr("getpass.getpass", ask)
     config = config_in(tmp_path, use_swanlab=True, learning_rate=0.0123)
-    group = start_trackers(config, is_main=True, start_step=0, run_id=None)
+    group = start_trackers(config, is_main=True, start_step=0)
     group.log_scalars({"train/loss": 0.5}, 1)
     group.log_image("samples", torch.zeros(1, 8, 8, dtype=torch.uint8), 1)
     group.log_image("samples", torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
     group.finish()
-    assert group.run_id
+    assert group.run_ids["tracker_run_id"]
     (folder,) = (tmp_path / "run" / "swanlog").glob("run-*")
     assert "0.0123" in (folder / "files" / "config.yaml").read_text(encoding="utf-8")
     assert b"train/loss" in next(folder.glob("*.swanlab")).read_bytes()
     assert len(list(folder.rglob("*.png"))) == 2
     assert steps_in(tmp_path / "run" / "metrics.jsonl") == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) in (["home", "run"], ["run"])
+
+
+# --- W&B
+
+
+class FakeWandb(FakeSwanlab):
+    """What `WandbTracker` uses of the package; without a key it refuses to be online."""
+
+    __name__ = "wandb"
+
+    def setup(self, settings):
+        self.set_up = settings
+
+    def Settings(self, **options):  # noqa: N802
+        self.settings.append(options)
+        return options
+
+    def init(self, **arguments):
+        assert self.set_up["silent"], "else it asks on a terminal"
+        if arguments["mode"] == "online" and self.api_key is None:
+            raise ValueError("No API key configured")
+        return super().init(**arguments)
+
+    def Image(self, array):  # noqa: N802
+        return array.shape
+
+    def log(self, values, step):
+        self.inits.append((values, step))
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def install(**options) -> FakeWandb:
+        module = FakeWandb(**options)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return module
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "key", "used"),
+    [
+        ("auto", None, None, "offline"),
+        ("auto", None, "key", "online"),
+        ("auto", "disabled", "key", "disabled"),
+        ("offline", None, "key", "offline"),
+        ("offline", "online", "key", "online"),
+        ("disabled", None, "key", "disabled"),
+        ("online", None, "key", "online"),
+    ],
+)
+def test_modes_of_wandb(tmp_path, fake_wandb, monkeypatch, warnings, mode, environment, key, used):
+    module = fake_wandb(api_key=key)
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    config = config_in(tmp_path, wandb_mode=mode, learning_rate=0.0123)
+    tracker = WandbTracker(config, None)
+    tracker.log_scalars({"train/loss": 0.5}, 1)
+    tracker.log_image("samples", IMAGE, 1)
+    call, *logged = module.inits
+    assert (call["mode"], call["dir"]) == (used, str(tmp_path / "run"))
+    assert call["config"]["learning_rate"] == 0.0123
+    assert "id" not in call
+    assert logged == [({"train/loss": 0.5}, 1), ({"samples": (4, 4)}, 1)]
+    assert len(warnings()) == (key is None)
+
+
+def test_swanlab_and_wandb_keep_their_ids_apart(tmp_path, fake, fake_wandb, warnings):
+    """Of a run that is resumed online, in each; also where one of them does not start."""
+    modules = fake(api_key="key"), fake_wandb(api_key="key")
+    config = config_in(tmp_path, use_swanlab=True, use_wandb=True)
+    ids = {"tracker_run_id": "a", "wandb_run_id": "b"}
+    group = start_trackers(config, is_main=True, start_step=3, earlier=ids)
+    group.finish()
+    assert group.run_ids == ids
+    assert [module.inits[0]["id"] for module in modules] == ["a", "b"]
+    assert [module.inits[0]["resume"] for module in modules] == ["allow"] * 2
+    fake_wandb(api_key="key", failing_modes=("online", "offline"))
+    group = start_trackers(config, is_main=True, start_step=0, earlier={"wandb_run_id": "b"})
+    group.finish()
+    assert group.run_ids == {"tracker_run_id": "new id", "wandb_run_id": "b"}
+    assert "W&B: not started, the run goes on" in warnings()[-1]
+
+
+def test_a_run_that_wandb_fails_in_is_the_same_run(tiny, fake_wandb, monkeypatch):
+    """... and its checkpoints hold the id."""
+    module = fake_wandb(api_key="key")
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "log", Failing("log_scalars").log_scalars)
+    run(tiny, "without", "max_steps=6", "log_interval=1")
+    assert run(tiny, "with", "max_steps=6", "log_interval=1", "use_wandb=true") == EXIT_OK
+    assert_same_training(state_of("without"), state_of("with"))
+    assert state_of("with")["wandb_run_id"] == "new id"
+    rows = [rows_in(Path("checkpoints") / name / "metrics.jsonl") for name in ("with", "without")]
+    assert rows[0].keys() == rows[1].keys()
+
+
+def test_wandb_for_real_without_key_or_network(tmp_path, monkeypatch, warnings):
+    """`auto` without a key logs offline, asks nothing, and keeps scalars and images."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("W&B asked for input"))
+    config = config_in(tmp_path, use_wandb=True, learning_rate=0.0123)
+    group = start_trackers(config, is_main=True, start_step=0)
+    group.log_scalars({"train/loss": 0.5}, 1)
+    group.log_image("samples", IMAGE, 1)
+    group.finish()
+    assert group.run_ids["wandb_run_id"]
+    assert "logging offline" in warnings()[0]
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert b"train/loss" in next(folder.glob("*.wandb")).read_bytes()
+    assert len(list(folder.rglob("*.png"))) == 1
 
 
 # --- TensorBoard
@@ -401,7 +521,7 @@ def rows_in(path: Path) -> dict[int, dict[str, float]]:
 def test_tensorboard_has_what_metrics_jsonl_has_also_after_a_resume(tmp_path, warnings):
     config = config_in(tmp_path, use_tensorboard=True)
     for start, steps in ((0, range(1, 8)), (4, range(5, 10))):  # killed after 7, went on from 4
-        group = start_trackers(config, is_main=True, start_step=start, run_id=None)
+        group = start_trackers(config, is_main=True, start_step=start)
         for step in steps:
             group.log_scalars(
                 {"train/loss": 1 / step + start, "epoch": step, "nan": math.nan}, step
@@ -435,11 +555,12 @@ def test_a_real_run_in_tensorboard_and_the_same_weights(tiny):
     assert found == {step: pytest.approx(row, rel=1e-6) for step, row in wanted.items()}
 
 
-def test_missing_tensorboard_is_one_line_before_anything_is_written(tiny, monkeypatch):
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line_before_anything_is_written(tiny, monkeypatch, package):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        run(tiny, "a", "use_tensorboard=true")
-    assert "pip install tensorboard" in str(caught.value)
+        run(tiny, "a", f"use_{package}=true")
+    assert f"pip install {package}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not Path("checkpoints").exists()
     assert run(tiny, "a", "max_steps=1") == EXIT_OK
@@ -454,7 +575,7 @@ from training.tracking import start_trackers
 from pathlib import Path
 Path("run").mkdir()
 config = Config(save_dir=".", experiment_name="run")
-start_trackers(config, is_main=True, start_step=0, run_id=None).finish()
+start_trackers(config, is_main=True, start_step=0).finish()
 print("tensorboard" in sys.modules)
 """
     done = subprocess.run(

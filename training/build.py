@@ -70,16 +70,15 @@ def build_trainer(
     *,
     best: BestScore,
     evaluate: Callable[[int, int], dict[str, float | None]] | None,
-    preview: Callable[[int, int], torch.Tensor | None],
+    preview: Callable[[int, int], torch.Tensor | None] | None,
 ) -> Trainer:
     """Put the trainer together, and take it to the step where the run begins or goes on.
 
     `best` decides which model becomes best_model.pth; for `evaluate` and `preview` see `Trainer`.
     """
     config, runtime, resume = job.config, job.runtime, job.resume
-    step = 0 if resume is None else resume.step
-    run_id = None if resume is None else resume.state.get("tracker_run_id")
-    tracker = start_trackers(config, is_main=runtime.is_main, start_step=step, run_id=run_id)
+    step, state = (0, {}) if resume is None else (resume.step, resume.state)
+    tracker = start_trackers(config, is_main=runtime.is_main, start_step=step, earlier=state)
     folder, state = config.run_dir, fixed_state(job)
     saver = Saver(folder, config.keep_last, runtime, best=best, status=status, fixed_state=state)
     guard = NonFiniteGuard(config, job.dataset, runtime)
@@ -93,6 +92,7 @@ def build_trainer(
 def fixed_state(job: Job) -> dict[str, Any]:
     """Collect what every checkpoint of this run says about its origin. Plain types only."""
     backend, schedule, dataset = backend_of(job.model), job.schedule, job.dataset
+    device = job.runtime.device
     versions = {"torch": str(torch.__version__), "numpy": str(np.__version__)}
     return {
         "format_version": FORMAT_VERSION,
@@ -103,6 +103,7 @@ def fixed_state(job: Job) -> dict[str, Any]:
         **({"values": list(dataset.values)} if dataset.values else {}),
         "backend": backend and list(backend),
         "extended_steps": schedule.total_steps if schedule.is_extension else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "world_size": job.runtime.world_size,
         "num_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},

@@ -16,6 +16,7 @@ import models
 from datasets.loader import make_resident
 from models.lora import add_adapters
 from training.objective import Example, training_examples
+from training.optim import parameter_groups
 from training.pretrained import load_initial_weights
 from training.progress import Schedule
 from training.resume import Resume, check_backend, check_data, find_resume, plan_steps
@@ -94,6 +95,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
         load_initial_weights(model, config, dataset.class_names)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha)
+    parameter_groups(model, config)  # raises where the optimizer is not for this model
     check_backend(resume, models.backend_of(model), runtime)
     process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime, resident=config.resident, num_workers=workers)

@@ -12,26 +12,60 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from training.progress import Schedule
 from utils.config import Config
+from utils.errors import ConfigError
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+MUON = "muon"
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the first of `groups`, AdamW with these options for the others.
+    Muon's steps have the root mean square of AdamW's, so that one `lr` and one weight decay serve
+    both: those of a matrix (m, n) are scaled by 0.2 sqrt(max(m, n)), arXiv 2502.16982, eq. 4."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, **options: Any) -> None:
+        matrices = torch.optim.Muon(groups[:1], lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._parts = matrices, torch.optim.AdamW(groups[1:], lr=lr, **options)
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:
+        """Take a step with both; there is no `closure`."""
+        groups = self.param_groups  # which, like the state, loading a checkpoint replaces
+        for part, own in zip(self._parts, (groups[:1], groups[1:]), strict=True):
+            part.param_groups, part.state = own, self.state
+            part.step()
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, MUON: MuonAdamW}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time."""
     groups = parameter_groups(model, config)
-    return OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, fused=True)
+    options = {"lr": config.learning_rate, "betas": config.adam_betas, "fused": True}
+    return OPTIMIZERS[config.optimizer](groups, **options)
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """What the optimizer changes: frozen parameters are left out, and those that the model lists in
-    `no_weight_decay()` are spared from `weight_decay`."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    `no_weight_decay()` are spared from `weight_decay`.
+
+    Under Muon the first group is its matrices: the two-dimensional weights in the model's `blocks`
+    that see tokens; modulations see one vector an image. A ConfigError if there are none.
+    """
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    decayed = [p for name, p in trained.items() if name not in spared]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if others := [p for name, p in trained.items() if name in spared]:
-        groups.append({"params": others, "weight_decay": 0.0})
-    return groups
+    matrices, decayed, others = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            of_tokens = name.startswith("blocks.") and ".modulation." not in name
+            is_weight = name.endswith(".weight") and p.ndim == 2  # else a table, say, or decays
+            is_matrix = config.optimizer == MUON and of_tokens and is_weight
+            (others if name in spared else matrices if is_matrix else decayed).append(p)
+    if config.optimizer == MUON and not matrices:
+        fault = f"optimizer='muon' trains matrices in blocks, and {config.model_type} has none"
+        raise ConfigError(f"{fault}; use optimizer='adamw', or model_type dit, jit or dim")
+    groups = [{"params": part, "weight_decay": config.weight_decay} for part in (matrices, decayed)]
+    groups.append({"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def lr_factor(config: Config, schedule: Schedule, step: int) -> float:

@@ -15,8 +15,9 @@ from datasets import ImageDataset
 from models import computing_params, skeleton
 from models.lora import add_adapters
 from training.ema import WIDTHS, trained_parameters
-from training.optim import parameter_groups
+from training.optim import MUON, parameter_groups
 from training.progress import Schedule
+from training.tracking import ID_KEYS
 from utils import checkpoint as files
 from utils.config import RULES, Config, RawConfig, keys_by_resume, validate
 from utils.distributed import Runtime, world_size
@@ -141,7 +142,9 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
     for group in parameter_groups(model, config):
         numbers.append(list(range(len(moments), len(moments) + len(group["params"]))))
         for p in group["params"]:
-            moments[len(moments)] = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            adam = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            is_muon = config.optimizer == MUON and len(numbers) == 1
+            moments[len(moments)] = {"momentum_buffer": p} if is_muon else adam
     saved = state["optimizer_state_dict"]["state"]
     if saved or state.get("scaler_state_dict") or len(state.get("nonfinite_steps", ())) == step:
         # The others have had no gradient, or no step was taken yet.
@@ -177,7 +180,7 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         "world_size": files.is_count,
         "num_threads": files.is_count,
         "backend": lambda names: names is None or [type(name) for name in names] == [str, str],
-        "tracker_run_id": lambda name: name is None or isinstance(name, str),
+        **dict.fromkeys(ID_KEYS, lambda name: name is None or isinstance(name, str)),
     }
     return needed | {key: form for key, form in optional.items() if key in state}
 

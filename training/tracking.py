@@ -11,10 +11,11 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -64,46 +65,67 @@ class MetricsFile:
             self._has_warned = True
 
 
-class SwanlabTracker:
-    """All use of SwanLab. Never asks for input; `run_id` lets a resumed run continue."""
+class HostedTracker:
+    """SwanLab or W&B, which never ask for input. By its `run_id`, which checkpoints hold, a run
+    resumed online continues. Where `mode` fails and `asked` is "auto", it logs offline."""
+
+    def __init__(
+        self, module: Any, config: Config, run_id: str | None, *, asked: str, mode: str, **own: Any
+    ) -> None:
+        own |= {"project": config.project_name, "name": config.experiment_name}
+        own |= {"id": run_id, "resume": "allow"} if run_id and mode == "online" else {}
+        start = partial(module.init, config=config.to_dict(), **own)
+        try:
+            run = start(mode=mode)
+        except Exception as error:
+            if asked != "auto" or mode == "offline":
+                raise
+            log.warning("%s: not online (%s); logging offline", self.name, _reason(error))
+            run = start(mode="offline")
+        self._module, self.run_id = module, run.id
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(scalars), step=step)
+
+    def log_image(self, name: str, image: Tensor, step: int) -> None:
+        self._module.log({name: self._module.Image(to_array(image))}, step=step)
+
+    def finish(self) -> None:
+        self._module.finish()
+
+
+class SwanlabTracker(HostedTracker):
+    """SwanLab, whose files go to the run's `swanlog/`."""
+
+    name, id_key = "SwanLab", "tracker_run_id"
 
     def __init__(self, config: Config, run_id: str | None) -> None:
         import swanlab
 
-        self._swanlab, log_dir = swanlab, config.run_dir / "swanlog"
+        log_dir, settings = config.run_dir / "swanlog", swanlab.Settings(interactive=False)
+        log_dir.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
-        settings = swanlab.Settings(interactive=False)
         if mode == "auto":
             mode = "online" if settings.api_key else "offline"
-        mode = "online" if mode == "cloud" else mode
-        log_dir.mkdir(parents=True, exist_ok=True)
-        goes_on = {"id": run_id, "resume": "allow"} if run_id and mode == "online" else {}
-        init = partial(
-            swanlab.init,
-            project=config.project_name,
-            name=config.experiment_name,
-            config=config.to_dict(),
-            log_dir=str(log_dir),
-            settings=settings,
-            **goes_on,
-        )
-        try:
-            run = init(mode=mode)
-        except Exception as error:
-            if config.swanlab_mode != "auto" or mode == "offline":
-                raise
-            log.warning("SwanLab: no connection (%s); logging offline", _reason(error))
-            run = init(mode="offline")
-        self.run_id: str | None = run.id
+        mode, own = mode.replace("cloud", "online"), {"log_dir": str(log_dir), "settings": settings}
+        super().__init__(swanlab, config, run_id, asked=config.swanlab_mode, mode=mode, **own)
 
-    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        self._swanlab.log(dict(scalars), step=step)
 
-    def log_image(self, name: str, image: Tensor, step: int) -> None:
-        self._swanlab.log({name: self._swanlab.Image(to_array(image))}, step=step)
+class WandbTracker(HostedTracker):
+    """Weights & Biases, whose files go to the run's `wandb/`."""
 
-    def finish(self) -> None:
-        self._swanlab.finish()
+    name, id_key = "W&B", "wandb_run_id"
+
+    def __init__(self, config: Config, run_id: str | None) -> None:
+        import wandb
+
+        # Silent it does not ask for a key, and what a lane leaves behind would delay the exit.
+        patience = dict.fromkeys(("init_timeout", "finish_timeout"), FINISH_SECONDS / 2)
+        own = {"settings": wandb.Settings(silent=True, console="off", **patience)}
+        wandb.setup(**own)
+        own["dir"], asked = str(config.run_dir), config.wandb_mode
+        mode = (os.environ.get("WANDB_MODE") or asked).replace("auto", "online")
+        super().__init__(wandb, config, run_id, asked=asked, mode=mode, **own)
 
 
 class TensorboardTracker:
@@ -125,7 +147,8 @@ class TensorboardTracker:
         self._writer.close()
 
 
-Tracker = SwanlabTracker | TensorboardTracker
+Tracker = HostedTracker | TensorboardTracker
+ID_KEYS = SwanlabTracker.id_key, WandbTracker.id_key
 
 
 class Lane:
@@ -187,13 +210,13 @@ class TrackerGroup:
 
     record: MetricsFile | None = None
     lanes: Sequence[Lane] = ()
-    earlier_id: str | None = None  # what SwanLab called the run that goes on
+    earlier_ids: Mapping[str, str | None] = field(default_factory=dict)  # of a run that goes on
 
     @property
-    def run_id(self) -> str | None:
-        """What SwanLab calls the run, for checkpoints."""
-        ids = (getattr(lane.tracker, "run_id", None) for lane in self.lanes)
-        return next(filter(None, ids), self.earlier_id)
+    def run_ids(self) -> dict[str, str | None]:
+        """What SwanLab and W&B call the run, by the keys of checkpoints."""
+        hosted = [lane.tracker for lane in self.lanes if isinstance(lane.tracker, HostedTracker)]
+        return {**self.earlier_ids, **{tracker.id_key: tracker.run_id for tracker in hosted}}
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Log numbers by name; those that are not finite are left out."""
@@ -215,35 +238,38 @@ class TrackerGroup:
 
 
 def check_trackers(config: Config) -> Iterator[Problem]:
-    """TensorBoard and SwanLab's local dashboard have to be there where they are asked for; the rest
-    of SwanLab comes with requirements.txt."""
+    """TensorBoard, W&B and SwanLab's local dashboard have to be there where they are asked for; the
+    rest of SwanLab comes with requirements.txt."""
     mode = os.environ.get("SWANLAB_MODE") or config.swanlab_mode
     if config.use_swanlab and mode == "local" and find_spec("swanboard") is None:
         advice = "pip install 'swanlab[dashboard]'; or swanlab_mode=offline"
         message = f"swanlab_mode='local' needs a package that is not there: {advice}"
         yield Problem(("swanlab_mode",), message)
-    if config.use_tensorboard and find_spec("tensorboard") is None:
-        message = "use_tensorboard=True needs a package that is not there: pip install tensorboard"
-        yield Problem(("use_tensorboard",), message)
+    for package in ("tensorboard", "wandb"):
+        if getattr(config, f"use_{package}") and find_spec(package) is None:
+            message = f"needs a package that is not there: pip install {package}"
+            yield Problem((f"use_{package}",), f"use_{package}=True {message}")
 
 
 def start_trackers(
-    config: Config, *, is_main: bool, start_step: int, run_id: str | None
+    config: Config, *, is_main: bool, start_step: int, earlier: Mapping[str, Any] = {}
 ) -> TrackerGroup:
-    """metrics.jsonl always, SwanLab and TensorBoard if asked for; nothing on other ranks."""
+    """metrics.jsonl always, others if asked for; on rank 0. `earlier` is a resumed checkpoint."""
+    ids = {key: earlier.get(key) for key in ID_KEYS}
     if not is_main:
-        return TrackerGroup(earlier_id=run_id)
+        return TrackerGroup(earlier_ids=ids)
     path, events = config.run_dir / "metrics.jsonl", config.run_dir / "tensorboard"
     record, lanes = None, []
     try:
         record = MetricsFile(path, start_step)
     except OSError as error:
         log.warning(NOT_STARTED, path.name, _reason(error))
-    if config.use_swanlab:
-        lanes.append(Lane(lambda: SwanlabTracker(config, run_id), "SwanLab"))
+    asked = ((config.use_swanlab, SwanlabTracker), (config.use_wandb, WandbTracker))
+    for hosted in (kind for is_asked, kind in asked if is_asked):
+        lanes.append(Lane(partial(hosted, config, ids[hosted.id_key]), hosted.name))
     if config.use_tensorboard:
         lanes.append(Lane(lambda: TensorboardTracker(events, start_step), "TensorBoard"))
-    return TrackerGroup(record, lanes, run_id)
+    return TrackerGroup(record, lanes, ids)
 
 
 def _reason(error: BaseException) -> str:

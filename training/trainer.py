@@ -264,7 +264,7 @@ class Trainer:
             "nonfinite_steps": list(self.guard.seen),
             "loss_stats": self._loss.values.cpu(),
             **self.learner.state_dict(),
-            "tracker_run_id": self.tracker.run_id,
+            **self.tracker.run_ids,
             **({} if self.learner.ema is None else self.learner.ema.state_dict()),
         }
 

@@ -61,7 +61,7 @@ class Config(BaseModel):
 
     # --- run
     project_name: str = "diffusion"
-    """SwanLab project"""
+    """project in SwanLab and W&B"""
     experiment_name: str = key("", also="name")
     """names the run's folder; default: the config file's name"""
     resume_path: PathText | None = key(None, also="resume")
@@ -213,8 +213,10 @@ class Config(BaseModel):
     gradient_accumulation_steps: PositiveInt = key(1, resume="warn", also="accum")
     """micro-batches a batch is cut into: less memory, the same result up to rounding and dropout
     masks"""
-    optimizer: Literal["adam", "adamw"] = key("adamw", resume="run")
-    """fused where possible"""
+    optimizer: Literal["adam", "adamw", "muon"] = key("adamw", resume="run")
+    """muon: matrices in a transformer's blocks by Muon, the rest by AdamW"""
+    adam_betas: tuple[BelowOne, BelowOne] = key((0.9, 0.999), resume="warn", also="betas")
+    """decays of the moments of Adam and AdamW"""
     learning_rate: PositiveFloat = key(2e-4, resume="warn", also="lr")
     """peak learning rate"""
     weight_decay: NonNegativeFloat = key(0.0, resume="warn", also="wd")
@@ -306,6 +308,12 @@ class Config(BaseModel):
         "auto", needs=having(use_swanlab=True)
     )
     """auto: cloud with a key, else offline"""
+    use_wandb: Bool = False
+    """log to Weights & Biases, too (`pip install wandb`)"""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = key(
+        "auto", needs=having(use_wandb=True)
+    )
+    """auto: online with a key, else offline"""
     use_tensorboard: Bool = False
     """write event files to the run's `tensorboard/`, too"""
 

@@ -303,7 +303,9 @@ class Lab:
 def environment() -> dict[str, str]:
     """One thread, and nothing of a launcher or tracker that this shell may know."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in hidden and "SWANLAB" not in k}
+    kept = {
+        k: v for k, v in os.environ.items() if k not in hidden and not re.match("SWANLAB|WANDB", k)
+    }
     ours = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore"}
     return {**kept, **ours, "PYTHONPATH": str(ROOT)}
 
