@@ -93,7 +93,7 @@ def test_a_users_file_says_what_training_says(kind, tmp_path):
     assert torch.equal(planes_at(config, inputs, range(3)), planes)
     single = read_inputs(str(tmp_path / "1.png"), config, ImageSpec(3, 8, 8, 0), 2)
     assert torch.equal(planes_at(config, single, [0]), planes[1:2])
-    assert single.outputs == ["1_0.png", "1_1.png"]
+    assert single.outputs == ["1_0", "1_1"]
 
 
 @pytest.mark.parametrize("kind", OF_IMAGES)
