@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -16,6 +17,37 @@ import torch
 from torch import Tensor
 
 from diffusion.process import Model, Process
+from diffusion.schedules import timestep_grid
+
+NUM_TIMESTEPS = 50  # an error of less than 0.01 bits for each value of Gaussian data
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """`log_likelihood` by one model, without guidance, on its device."""
+
+    process: Process
+    model: Model
+    conditional: bool
+    device: torch.device
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Evenly spread in the logarithm of noise over signal, ascending."""
+        process, T = self.process, self.process.num_timesteps
+        count = min(NUM_TIMESTEPS, T)
+        return timestep_grid(T, count, "log_snr", half_log_snr=process.half_log_snr)[::-1]
+
+    @property
+    def num_forwards(self) -> int:
+        """How many forwards of the network, each with its gradient, an image takes."""
+        return 2 * (len(self.timesteps) - 1)
+
+    def __call__(self, images: Tensor, labels: Tensor, probes: Tensor) -> Tensor:
+        """(B,) float64 on the CPU. Images and probes (B, C, H, W), labels (B,) int64."""
+        images, labels, probes = (x.to(self.device) for x in (images, labels, probes))
+        y = labels if self.conditional else None
+        return log_likelihood(self.process, self.model, images, y, probes, self.timesteps).cpu()
 
 
 def log_likelihood(

@@ -19,6 +19,7 @@ from datasets.loader import image_batches
 from datasets.packed import open_root
 from datasets.pictures import folder_settings, read_pictures
 from datasets.real import chosen_images, real_sets
+from diffusion.likelihood import Likelihood
 from generation.run import Run
 from generation.sample_store import remove, resumed, saved, tell_clipped
 from generation.sampling import Sampling, generate, sampling_from
@@ -149,6 +150,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     unlabelled = "the model was trained without class labels"
     shown, home = config.preview_channels, run.checkpoint.parent / "eval"
     own = unlabelled, run.values, shown, config.condition and config
+    if run.values is None and config.condition is None:
+        own += (Likelihood(run.process, run.model, config.conditional, runtime.device),)
     generated = Generated(run.spec, count, labels, *own)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from metrics.base import Metric
 from metrics.class_accuracy import ClassAccuracy, FdDomain, PrdcDomain
 from metrics.fid import Fid, InceptionScore, Kid
+from metrics.likelihood import Nll
 from metrics.lpips_score import Lpips
 from metrics.memorization import Memorization
 from metrics.paired import Psnr, Ssim
@@ -33,6 +34,7 @@ _METRICS = {  # in the order of the report
     "class_acc": ClassAccuracy,
     "fd_domain": FdDomain,
     "prdc_domain": PrdcDomain,
+    "nll": Nll,
     "memorization": Memorization,
     "sanity": Sanity,
 }
@@ -43,6 +45,7 @@ HINTS = {  # what else metrics are called -> the name here
     **dict.fromkeys(("inception_score", "isc"), "is"),
     "accuracy": "class_acc",
     "duplicates": "sanity",
+    **dict.fromkeys(("likelihood", "bpd", "bits_per_dim"), "nll"),
 }
 
 

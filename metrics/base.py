@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from datasets.real import RealSets
+from diffusion.likelihood import Likelihood
 from metrics.reference import Reference
 from metrics.weights import Network, Weights
 from reporting.pages import Picture
@@ -53,6 +54,7 @@ class Generated(NamedTuple):
     values: Values | None = None  # of images that are floats; None: they are uint8
     shown: Sequence[int] | None = None  # which channels, see `as_pictures`
     drawn_from: Config | None = None  # whose `condition` made them, each from its own real image
+    likelihood: Likelihood | None = None  # by the model that drew them
 
 
 class Real(NamedTuple):
@@ -131,6 +133,7 @@ class Metric:
     statistics_suffice: ClassVar[bool] = False  # given mean and covariance can take their place
     classes: ClassVar[bool] = False  # it needs the classes of the real images
     labels: ClassVar[bool] = False  # it needs the class that each generated image was asked for
+    likelihood: ClassVar[bool] = False  # it needs the model itself
     paired: ClassVar[bool] = False  # it needs images that were drawn from pictures of real ones
     package: ClassVar[str | None] = None  # an optional one that it needs
     collector: ClassVar[type[Collector] | None] = None  # shared; None: the metric is one itself
@@ -146,6 +149,10 @@ class Metric:
 
     def pictures(self) -> dict[str, Picture]:
         """Pictures for the page, by name; asked for on the main process, after `compute`."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """Texts to write beside the report, by the ends of their names; as `pictures`."""
         return {}
 
     @classmethod

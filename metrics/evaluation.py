@@ -23,6 +23,7 @@ from metrics.scoring import Part, Scoring
 from metrics.weights import Network, Weights, find_weights
 from utils.distributed import Runtime
 from utils.errors import MissingWeightsError
+from utils.files import write_text
 from utils.images import image_suffix
 
 log = logging.getLogger("diffusion")
@@ -53,6 +54,9 @@ class Plan:
                 self.skip([name], no_classes)
             if metric.labels and not generated.labels:
                 self.skip([name], generated.unlabelled)
+            if metric.likelihood and generated.likelihood is None:
+                what = "a model of 8-bit images without a condition, after its training"
+                self.skip([name], f"needs {what}")
             if metric.paired and generated.drawn_from is None:
                 self.skip([name], "these images were not drawn from pictures of real ones")
             if metric.package and importlib.util.find_spec(metric.package) is None:
@@ -202,6 +206,8 @@ class Evaluation:
         for part in self.scoring.alive:
             for metric in part.metrics.values():
                 pictures |= metric.pictures()
+                for end, text in metric.files().items():
+                    write_text(path.with_name(f"{path.stem}_{end}"), text)
         save_report(path, report, pictures)
 
     def write_reference(self, path: Path) -> None:

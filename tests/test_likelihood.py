@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import diffusion.likelihood
+import evaluate
+import metrics.likelihood
+import train
 from diffusion import build_process, timestep_grid
 from diffusion.likelihood import log_likelihood
+from tests.conftest import ROOT
 from utils.config import Config
+from utils.errors import EXIT_OK
+from utils.labels import save_images
+
+DIGITS = str(ROOT / "configs" / "digits_unet.py")
 
 PROCESSES = {
     "cosine": dict(beta_schedule="cosine", prediction_type="v"),
@@ -63,3 +74,41 @@ def test_the_estimate_of_a_divergence_has_the_right_mean():
     exact = log_likelihood(process, model, images[:16], None, one, steps).mean()
     error = sampled.std() / math.sqrt(len(sampled))
     assert abs(float(sampled.mean() - exact)) < 4 * float(error)
+
+
+def test_evaluate_reports_bits_and_those_of_each_image(tiny, monkeypatch, capsys):
+    """Real digits are likelier than noise, whatever images are drawn; the same again by batches."""
+    monkeypatch.setattr(metrics.likelihood, "NUM_IMAGES", 6)
+    monkeypatch.setattr(diffusion.likelihood, "NUM_TIMESTEPS", 12)
+    options = ["max_steps=8", "learning_rate=5e-3", "beta_schedule=cosine", "prediction_type=v"]
+    assert train.main(["--config", str(tiny), *options]) == EXIT_OK
+    arguments = ["--checkpoint", "checkpoints/tiny", "--n", "2", "--steps", "2"]
+    arguments += ["--metrics", "nll", "--output", "out"]
+
+    def measure() -> tuple[dict, list[str]]:
+        assert evaluate.main(arguments) == EXIT_OK
+        report = json.loads(Path("out/report.json").read_text())
+        return report["metrics"]["nll"], Path("out/report_nll.csv").read_text().splitlines()
+
+    found, rows = measure()
+    assert found["status"] == "ok"
+    assert (found["n"], found["split"], found["forwards"]) == (6, "test", 22)
+    values = [float(row.split(",")[1]) for row in rows[1:]]
+    assert len(values) == 6
+    assert found["value"] == pytest.approx(sum(values) / 6, abs=1e-5)
+    assert 0 < found["value"] < 9  # evenly distributed levels have 8
+    monkeypatch.setattr(metrics.likelihood, "BATCH", 4)
+    again, _ = measure()
+    assert again["value"] == pytest.approx(found["value"], rel=1e-4)
+    assert "bits per value, +-" in capsys.readouterr().out
+
+
+def test_pictures_have_no_likelihood_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_images(Path("pictures"), torch.zeros(3, 1, 16, 16, dtype=torch.uint8), None)
+    assert (
+        evaluate.main(["--images", "pictures", "--config", DIGITS, "--metrics", "nll"]) == EXIT_OK
+    )
+    report = json.loads(Path("pictures_eval/report.json").read_text())
+    assert report["metrics"]["nll"]["status"] == "skipped"
+    assert "needs a model of 8-bit images" in report["metrics"]["nll"]["reason"]

@@ -44,6 +44,7 @@ class EvaluationDraw(IntEnum):
     NEIGHBOUR_ROWS = 7
     LABELS = 8
     HOLES = 9
+    GAPS = 10
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
