@@ -21,6 +21,7 @@ config = dict(
         attention_resolutions=(16,),
     ),
     epochs=200,
+    keep_last=10,
     batch_size=64,
     learning_rate=2e-4,
     ema_decay=0.999,

@@ -28,6 +28,7 @@ config = dict(
     learning_rate=2e-4,
     ema_decay=0.9999,
     save_interval=25,
+    keep_last=10,
     sample_interval=25,
     num_samples=16,
     eval_metrics=("psnr", "ssim", "sanity"),

@@ -44,10 +44,10 @@ class Likelihood:
         return 2 * (len(self.timesteps) - 1)
 
     def __call__(self, images: Tensor, labels: Tensor, probes: Tensor) -> Tensor:
-        """(B,) float64 on the CPU. Images and probes (B, C, H, W), labels (B,) int64."""
+        """(B,) float64 on the device. Images and probes (B, C, H, W), labels (B,) int64."""
         images, labels, probes = (x.to(self.device) for x in (images, labels, probes))
         y = labels if self.conditional else None
-        return log_likelihood(self.process, self.model, images, y, probes, self.timesteps).cpu()
+        return log_likelihood(self.process, self.model, images, y, probes, self.timesteps)
 
 
 def log_likelihood(

@@ -121,18 +121,8 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         sampling = sampling_from(config, *asked, has_guide=run.guide is not None)
         seeds = (first_seed + i * count for i in range(repeats))  # no image shares another's
         settings += [Setting(sampling, seed, repeats > 1, width) for seed in seeds]
-    facts = {
-        "checkpoint": str(run.checkpoint),
-        "sha256": file_sha256(run.checkpoint),
-        "step": run.step,
-        "epoch": run.epoch,
-        "ema": run.ema,
-        "label_mode": mode,
-        **({"conditions": real.facts()} if config.condition else {}),
-    }
-    if run.guide is not None:
-        file = run.guide.checkpoint
-        facts |= {"guide": str(file), "guide_sha256": file_sha256(file), "guide_ema": run.guide.ema}
+    facts = _origin_of(run) | {"label_mode": mode}
+    facts |= {"conditions": real.facts()} if config.condition else {}
 
     def draw(setting: Setting, indices: range) -> Iterator[Tensor]:
         if setting.ema_width is not None:
@@ -154,6 +144,21 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
         own += (Likelihood(run.process, run.model, config.conditional, runtime.device),)
     generated = Generated(run.spec, count, labels, *own)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
+
+
+def _origin_of(run: Run) -> dict[str, Any]:
+    """Which weights these are, and which guide them, for the report."""
+    facts = {
+        "checkpoint": str(run.checkpoint),
+        "sha256": file_sha256(run.checkpoint),
+        "step": run.step,
+        "epoch": run.epoch,
+        "ema": run.ema,
+    }
+    if run.guide is not None:
+        file = run.guide.checkpoint
+        facts |= {"guide": str(file), "guide_sha256": file_sha256(file), "guide_ema": run.guide.ema}
+    return facts
 
 
 def existing_images(args: argparse.Namespace, config: Config, real: Real) -> ImageSets:

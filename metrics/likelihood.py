@@ -51,7 +51,7 @@ class Nll(Metric, Collector):
             gaps = np.stack([rng.random(x.shape[1:], np.float32) - 0.5 for rng in draws])
             probes = np.stack([rng.integers(2, size=x.shape[1:]) * 2 - 1 for rng in draws])
             x = to_float(x).cpu() + torch.from_numpy(gaps) / 127.5
-            nats = self.model(x, y, torch.from_numpy(probes).float()) / x[0].numel()
+            nats = self.model(x, y, torch.from_numpy(probes).float()).cpu() / x[0].numel()
             of_each = math.log2(127.5) - nats / math.log(2)
             self.bits |= dict(zip(part, of_each.tolist(), strict=True))
 
