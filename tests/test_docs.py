@@ -100,7 +100,7 @@ def place_of(page: Path, target: str) -> tuple[str, int]:
     headings = [text for _, text in HEADING.findall(prose_of(path))] if anchor else []
     anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
     number = anchors.index(anchor) if anchor else -1
-    return path.relative_to(ROOT).as_posix().replace("_zh.md", ".md"), number
+    return path.relative_to(ROOT).as_posix().replace("_zh.", "."), number
 
 
 def is_same_but_for_a_comment(line: str, translated: str) -> bool:
