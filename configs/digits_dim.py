@@ -1,4 +1,4 @@
-"""Handwritten digits with a small Diffusion Mamba: the run of digits_unet.py, another backbone.
+"""Handwritten digits with a small Diffusion Mamba: the run of digits_unet.py, another backbone and t.
 
 python train.py --config configs/digits_dim.py
 
@@ -7,6 +7,7 @@ python train.py --config configs/digits_dim.py
 
 config = dict(
     _base_="digits_unet.py",
+    timestep_sampling="uniform",
     model_type="dim",
     model_params=dict(
         patch_size=2,

@@ -1,4 +1,4 @@
-"""Handwritten digits with a small DiT: the run of digits_unet.py with another backbone.
+"""Handwritten digits with a small DiT: the run of digits_unet.py with another backbone and t.
 
 python train.py --config configs/digits_dit.py
 
@@ -7,6 +7,7 @@ python train.py --config configs/digits_dit.py
 
 config = dict(
     _base_="digits_unet.py",
+    timestep_sampling="uniform",
     model_type="dit",
     model_params=dict(
         patch_size=2,

@@ -20,6 +20,7 @@ config = dict(
     ),
     beta_schedule="cosine",
     prediction_type="v",
+    timestep_sampling="logit_normal",
     cfg_scale=2.0,
     epochs=30,
     batch_size=64,

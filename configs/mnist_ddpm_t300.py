@@ -22,6 +22,7 @@ config = dict(
     beta_start=1e-4,
     beta_end=0.05,
     prediction_type="eps",
+    timestep_sampling="uniform",
     sampling_method="ddpm",
     num_inference_steps=300,
     epochs=20,

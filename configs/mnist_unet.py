@@ -2,8 +2,9 @@
 
 python train.py --config configs/mnist_unet.py
 
-2 CPU cores, 23 minutes with batch_size=64 max_steps=2200: requested-class accuracy 1.00, without
-guidance 0.96 (docs/results.md).
+2 CPU cores, 23 minutes with batch_size=64 max_steps=2200 timestep_sampling=uniform:
+requested-class accuracy 1.00, without guidance 0.96. Logit-normal timesteps come nearer to the
+data in 250 steps (docs/results.md).
 """
 
 config = dict(
@@ -20,6 +21,7 @@ config = dict(
     ),
     beta_schedule="cosine",
     prediction_type="v",
+    timestep_sampling="logit_normal",
     cfg_scale=2.0,
     epochs=10,
     batch_size=128,

@@ -25,6 +25,7 @@ config = dict(
     model_params=dict(attention_resolutions=(8,)),
     beta_schedule="linear",
     prediction_type="eps",
+    timestep_sampling="uniform",
     sampling_method="ddim",
     num_inference_steps=50,
     epochs=6,
