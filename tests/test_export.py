@@ -471,6 +471,11 @@ def test_a_card_quotes_odd_names():
     assert "'_a" not in text
 
 
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_anything")
+
+
 class FakeHub:
     """What export.py asks of the Hub's client; `files` are in the repository already."""
 
@@ -490,7 +495,7 @@ class FakeHub:
         return type("Commit", (), {"commit_url": f"https://hub/{name}/commit/1"})
 
 
-def test_an_export_is_pushed_with_its_card(monkeypatch, capsys):
+def test_an_export_is_pushed_with_its_card(monkeypatch, capsys, token):
     pytest.importorskip("diffusers")
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     path = write_checkpoint()
@@ -513,7 +518,9 @@ def test_an_export_is_pushed_with_its_card(monkeypatch, capsys):
         ({"error": RuntimeError("[Errno -3] name resolution")}, "name resolution"),
     ],
 )
-def test_what_the_hub_refuses_is_a_line_and_the_export_stays(attributes, message, monkeypatch):
+def test_what_the_hub_refuses_is_a_line_and_the_export_stays(
+    attributes, message, monkeypatch, token
+):
     pytest.importorskip("huggingface_hub")
     api = type("Hub", (FakeHub,), attributes)
     monkeypatch.setattr("huggingface_hub.HfApi", api)
@@ -523,6 +530,18 @@ def test_what_the_hub_refuses_is_a_line_and_the_export_stays(attributes, message
     assert "\n" not in str(it.value)
     assert load_run("w.safetensors", CPU).step == 7
     assert Path("w.md").is_file()
+
+
+def test_without_a_token_the_export_stays(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    path = write_checkpoint(model_params=TINY["unet"])
+    with pytest.raises(
+        UserError, match=r"no token; log in by `hf auth login`.*w.safetensors stays"
+    ):
+        run_export(path, "safetensors", "w.safetensors", "--push", "me/w")
+    assert {file.name for file in Path().iterdir()} == {"made.pth", "w.safetensors", "w.md"}
 
 
 def test_a_push_that_cannot_be_is_refused_before_anything_is_written(monkeypatch):
