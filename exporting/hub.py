@@ -35,7 +35,7 @@ def reports_of(run: Run) -> dict[str, Report]:
     reports, weights = {}, [file_sha256(run.checkpoint), run.ema, next(iter(run.averages), None)]
     for path in sorted(run.checkpoint.parent.glob("eval/report*.json")):
         try:
-            made = (report := read_report(path, "")).get("provenance", {})
+            made = (report := read_report(path, "")).get("provenance") or {}
             if [made.get(key) for key in ("sha256", "ema", "ema_width")] != weights:
                 raise ConfigError(f"{show(path)}: it scored other weights")
             reports[path.name] = report
