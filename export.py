@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 from exporting.diffusers_pipeline import to_pipeline, write_folder
+from exporting.hub import LICENSES, REPOSITORY, model_card, push
 from exporting.safetensors import save_weights
 from generation.run import load_run_of
 from utils.checkpoint import WEIGHTS_SUFFIX
 from utils.cli import add_checkpoint_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require, say
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require, say, show
 from utils.logs import setup_logging
 
 
@@ -30,6 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ema_width", type=float, help="average over this share of the training, from snapshots")
     add("--format", required=True, choices=("safetensors", "diffusers"), help="what to write")
     add("--output", required=True, help="the file or folder to write; it must not exist")
+    add("--license", choices=LICENSES.split(), help="what the model card names")
+    add("--push", metavar="USER/NAME", help="upload it to this repository of the Hub, too")
     return parser
 
 
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(make_parser(), sys.argv[1:] if argv is None else argv)
     setup_logging(is_main=not args.print_config)
     output = Path(args.output)
-    check_output(output, args.format)
+    check_output(output, args.format, args.push)
     run = load_run_of(args, choose_device(args.device))
     run.model.cpu()
     if args.print_config:
@@ -46,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(run.describe())
     if args.format == "safetensors":
         require("safetensors")
-        write = partial(save_weights, output, run)
+        write = partial(save_weights, output, run, model_card(run, output, args.license, None))
     else:
         pipeline, sampling, difference = to_pipeline(run)
         say(f"network outputs differ by {difference:.1e} of the largest value")
-        write = partial(write_folder, output, pipeline, run, sampling)
+        card = model_card(run, output, args.license, sampling)
+        write = partial(write_folder, output, pipeline, card)
     if args.dry_run:
         return EXIT_OK
     try:
@@ -58,18 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}") from error
     say(f"wrote {output}")
+    if args.push is not None:
+        say(f"uploaded: {push(args.push, output)}")
     return EXIT_OK
 
 
-def check_output(output: Path, file_format: str) -> None:
-    """Raises ConfigError unless `output` is free and of the format's kind."""
+def check_output(output: Path, file_format: str, repository: str | None) -> None:
+    """Raises ConfigError unless all that is to be written is free, and named as it has to be."""
     if file_format == "safetensors" and output.suffix != WEIGHTS_SUFFIX:
         needed = f"--format safetensors writes a file named *{WEIGHTS_SUFFIX}"
         raise ConfigError(f"--output {output}: {needed}")
-    if output.exists():
-        raise ConfigError(f"--output {output}: exists already; remove it, or give another name")
+    card = output.with_suffix(".md") if file_format == "safetensors" else output
+    for taken in filter(Path.exists, (output, card)):
+        raise ConfigError(f"--output {taken}: exists already; remove it, or give another name")
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: {output.parent} is not a folder")
+    if repository is not None:
+        require("huggingface_hub")
+        if not REPOSITORY.fullmatch(repository):
+            raise ConfigError(f"--push {show(repository)}: give USER/NAME, as the Hub has them")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""A run as a folder that diffusers loads: a DDIMPipeline, and how to use it in a README.md."""
+"""A run as a folder that diffusers loads: a DDIMPipeline."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
@@ -19,10 +17,9 @@ from generation.run import Run
 from generation.sampling import Sampling, sampler_names, sampling_from
 from utils.config import Config
 from utils.errors import ConfigError, UserError, require
-from utils.files import atomic_path
+from utils.files import atomic_path, write_text
 
 MAX_DIFFERENCE = 1e-4  # between the networks' outputs, over our largest; rounding gives 1e-6
-MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
 
 _PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 _NO_MAXIMUM = 1e9  # their cap on a dynamic threshold, which ours does not have
@@ -97,14 +94,11 @@ def ddim_scheduler_config(config: Config, sampling: Sampling) -> dict[str, Any]:
     )
 
 
-def write_folder(output: Path, pipeline: Any, run: Run, sampling: Sampling) -> None:
-    """Write the pipeline and a README.md on its use: all of it, or nothing and an OSError."""
-    text = MODEL_CARD.read_text(encoding="utf-8")
-    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)
-    card = template.render(run=run, sampling=sampling, folder=json.dumps(output.name))
+def write_folder(output: Path, pipeline: Any, card: str) -> None:
+    """Write the pipeline and the card, its README.md: all of it, or nothing and an OSError."""
     try:
         with atomic_path(output) as temporary:
             pipeline.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            write_text(temporary / "README.md", card)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

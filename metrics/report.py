@@ -110,17 +110,17 @@ def save_sweep(
     save_report(path, report)
 
 
-def read_report(path: str | Path) -> Report:
-    """Read a report.json of this project; raises a ConfigError if it is not one."""
+def read_report(path: str | Path, option: str = "--compare ") -> Report:
+    """Read a report.json of this project. A ConfigError that begins with `option`: it is none."""
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > MAX_BYTES:
             raise ValueError("no such file, or none of a report's size")
         report = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--compare {show(path)}: cannot be read ({one_line(error)})") from error
+        raise ConfigError(f"{option}{show(path)}: cannot be read ({one_line(error)})") from error
     entries = report.get("metrics") if isinstance(report, dict) else None
     if not isinstance(entries, dict) or not entries or not all(map(_is_entry, entries.values())):
-        raise ConfigError(f"--compare {show(path)}: is no report.json of a single evaluation")
+        raise ConfigError(f"{option}{show(path)}: is no report.json of a single evaluation")
     return report
 
 

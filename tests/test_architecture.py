@@ -29,7 +29,7 @@ FLOORS = (
 ROOMS = tuple(room for floor in FLOORS[:-1] for room in floor)
 OURS = (*SCRIPTS, *ROOMS, "benchmarks", "tests")
 OPTIONAL = ("swanlab", "wandb", "tensorboard", "lpips", "torch_fidelity", "mamba_ssm")
-OPTIONAL += ("causal_conv1d", "diffusers", "safetensors", "models.triton_scan")
+OPTIONAL += ("causal_conv1d", "diffusers", "huggingface_hub", "safetensors", "models.triton_scan")
 # The one place in diffusion/ where tensors leave the device: images handed to the caller.
 MAY_LEAVE_THE_DEVICE = ("generation/sampling.py",)
 

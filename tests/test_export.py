@@ -22,10 +22,12 @@ from exporting.diffusers_pipeline import ddim_scheduler_config
 from exporting.diffusers_unet import module_names, to_unet2d, unet2d_config
 from generation.run import CONFIG_CHECKS, expected_spec, load_run
 from generation.sampling import Sampling, sample_steps, sampling_from
+from metrics.report import build_report, save_report
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
+from utils.files import file_sha256
 from utils.images import ImageSpec, to_uint8
 from utils.rng import sample_noise
 
@@ -404,6 +406,154 @@ def test_damaged_and_foreign_files_are_refused():
         load_run("absent.safetensors", CPU)
 
 
+# --- the model card, and the Hub -----------------------------------------------------------------
+
+
+def write_report(checkpoint: Path, name: str, **facts) -> None:
+    """A report on the EMA weights of a checkpoint, or on what `facts` say instead."""
+    made = dict(sha256=file_sha256(checkpoint), ema=True, n=64, sampler="ddim", steps=10, seed=3)
+    entries = {
+        "fid": dict(status="unreliable", value=12.25, reason="too few | images", name="fid_64"),
+        "kid": dict(status="skipped", value=None, reason="no weights"),
+    }
+    entries = {key: {"better": "lower", "n": 64} | entry for key, entry in entries.items()}
+    save_report(Path("eval", name), build_report(entries, provenance=made | facts))
+
+
+def card_of(path: str) -> tuple[dict, str]:
+    """The front matter as the Hub's client reads it, and the text below."""
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(Path(path).read_text(encoding="utf-8"))
+    return card.data.to_dict(), card.text
+
+
+def test_a_card_has_the_metrics_of_these_weights_alone(capsys):
+    path = write_checkpoint(model_params=TINY["unet"], data_root="/home/somebody/pictures")
+    write_report(path, "report.json", step=7)
+    write_report(path, "report_other.json", sha256="0" * 64)
+    write_report(path, "report_raw.json", ema=False, steps=25)
+    Path("eval/report_cut.json").write_text("{")
+    for name, option in (("w", "--use_ema"), ("again", "--use_ema"), ("raw", "--no_ema")):
+        assert run_export(path, "safetensors", f"{name}.safetensors", option) == EXIT_OK
+    said = capsys.readouterr().out
+    assert said.count("report_other.json: it scored other weights") == 3
+    assert said.count("leaves out eval/report_cut.json: cannot be read") == 3
+
+    head, text = card_of("w.md")
+    assert head["metrics"] == ["fid"]
+    assert head["tags"] == ["diffusion", "ddpm", "unet"]
+    assert "license" not in head
+    assert "None was named." in text
+    assert "64 images from seed 3: ddim, 10 steps" in text
+    assert r"| fid_64 | 12.25 | lower | unreliable, n 64; too few \| images |" in text
+    assert "| kid | none | lower | skipped, n 64 |" in text
+    assert "10 classes" in text
+    assert 'experiment_name = "made"' in text
+    whole = json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0])
+    shown = load_run(path, CPU).config.to_dict() | {"data_root": ".../pictures"}
+    assert whole == shown
+    assert "25 steps" not in text
+    assert "25 steps" in card_of("raw.md")[1]
+    same = Path("again.md").read_text().replace("again.safetensors", "w.safetensors")
+    assert same == Path("w.md").read_text(), "the same export gives the same bytes"
+
+
+def test_a_card_quotes_odd_names():
+    name = "_a* [x](y) <b>"
+    path = write_checkpoint(model_params=TINY["unet"], experiment_name=name)
+    assert run_export(path, "safetensors", "it's a.safetensors", "--license", "mit") == EXIT_OK
+    head, text = card_of("it's a.md")
+    assert head["license"] == "mit"
+    assert head["library_name"] == "diffusion-models"
+    assert r"# \_a\* \[x\](y) \<b\>" in text
+    assert """python sample.py --checkpoint 'it'"'"'s a.safetensors' --num_samples 16\n""" in text
+    assert "No metric was measured" in text
+    assert "'_a" not in text
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_anything")
+
+
+class FakeHub:
+    """What export.py asks of the Hub's client; `files` are in the repository already."""
+
+    files, error = (".gitattributes",), None
+
+    def create_repo(self, name, *, private, exist_ok):
+        assert private
+        assert exist_ok
+
+    def list_repo_files(self, name):
+        return list(self.files)
+
+    def create_commit(self, name, parts, *, commit_message):
+        if self.error is not None:
+            raise self.error
+        FakeHub.sent = {part.path_in_repo: Path(part.path_or_fileobj) for part in parts}
+        return type("Commit", (), {"commit_url": f"https://hub/{name}/commit/1"})
+
+
+def test_an_export_is_pushed_with_its_card(monkeypatch, capsys, token):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    path = write_checkpoint()
+    assert run_export(path, "safetensors", "w.safetensors", "--push", "me/w") == EXIT_OK
+    assert FakeHub.sent == {"w.safetensors": Path("w.safetensors"), "README.md": Path("w.md")}
+    assert "https://hub/me/w/commit/1" in capsys.readouterr().out
+    assert run_export(path, "diffusers", "out", "--push", "me/out") == EXIT_OK
+    assert FakeHub.sent.keys() >= {"README.md", "model_index.json", "unet/config.json"}
+    assert card_of("out/README.md")[0]["library_name"] == "diffusers"
+    for name, file in FakeHub.sent.items():
+        assert file == Path("out", name)
+        assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"files": ("README.md",)}, "it has README.md already; remove it there"),
+        ({"error": OSError("401 Client Error:\n\nInvalid username")}, "Error: Invalid username"),
+        ({"error": RuntimeError("[Errno -3] name resolution")}, "name resolution"),
+    ],
+)
+def test_what_the_hub_refuses_is_a_line_and_the_export_stays(
+    attributes, message, monkeypatch, token
+):
+    pytest.importorskip("huggingface_hub")
+    api = type("Hub", (FakeHub,), attributes)
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+    path = write_checkpoint(model_params=TINY["unet"])
+    with pytest.raises(UserError, match=f"^--push me/w: .*{message}.*; w.safetensors stays$") as it:
+        run_export(path, "safetensors", "w.safetensors", "--push", "me/w")
+    assert "\n" not in str(it.value)
+    assert load_run("w.safetensors", CPU).step == 7
+    assert Path("w.md").is_file()
+
+
+def test_without_a_token_the_export_stays(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    path = write_checkpoint(model_params=TINY["unet"])
+    with pytest.raises(
+        UserError, match=r"no token; log in by `hf auth login`.*w.safetensors stays"
+    ):
+        run_export(path, "safetensors", "w.safetensors", "--push", "me/w")
+    assert {file.name for file in Path().iterdir()} == {"made.pth", "w.safetensors", "w.md"}
+
+
+def test_a_push_that_cannot_be_is_refused_before_anything_is_written(monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    path = write_checkpoint(model_params=TINY["unet"])
+    export_it = path, "safetensors", "w.safetensors", "--push"
+    for name in ("w", "me/", "/w", "me/w/x", "me/a--b", "me/w.git", "me/ w", "me/w\n", ""):
+        assert_refused(ConfigError, "^--push .*: give USER/NAME", *export_it, name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert_refused(UserError, "^huggingface_hub: not installed; pip install", *export_it, "me/w")
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -460,6 +610,8 @@ def test_outputs_that_cannot_be_are_refused():
     Path("w.safetensors").touch()
     assert_refused(ConfigError, "exists already", path, "safetensors", "w.safetensors")
     assert_refused(CheckpointError, "no such", "absent", "diffusers", "new")
+    Path("digits.md").touch()
+    assert_refused(ConfigError, r"digits\.md: exists", path, "safetensors", "digits.safetensors")
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "diffusers"])
@@ -471,11 +623,13 @@ def test_absent_packages_are_named(file_format, monkeypatch):
     assert_refused(UserError, message, path, file_format, "out.safetensors")
 
 
-def test_a_dry_run_writes_nothing(capsys):
+def test_a_dry_run_writes_nothing(capsys, monkeypatch):
     pytest.importorskip("diffusers")
     path = write_checkpoint()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("asked the Hub"))
     for file_format in ("diffusers", "safetensors"):
-        assert run_export(path, file_format, "out.safetensors", "--dry_run") == EXIT_OK
+        options = "--dry_run", "--push", "me/digits"
+        assert run_export(path, file_format, "out.safetensors", *options) == EXIT_OK
     assert [found.name for found in Path().iterdir()] == [path.name]
     assert "network outputs differ by" in capsys.readouterr().out
 
