@@ -1,4 +1,4 @@
-"""Handwritten digits with a small Diffusion Mamba: the run of digits_unet.py, another backbone and t.
+"""Handwritten digits with a small Diffusion Mamba: the run of digits_unet.py, another backbone.
 
 python train.py --config configs/digits_dim.py
 

@@ -1,4 +1,4 @@
-"""Handwritten digits with a small DiT: the run of digits_unet.py with another backbone and t.
+"""Handwritten digits with a small DiT: the run of digits_unet.py with another backbone.
 
 python train.py --config configs/digits_dit.py
 
