@@ -93,7 +93,7 @@ def test_a_users_file_says_what_training_says(kind, tmp_path):
     assert torch.equal(planes_at(config, inputs, range(3)), planes)
     single = read_inputs(str(tmp_path / "1.png"), config, ImageSpec(3, 8, 8, 0), 2)
     assert torch.equal(planes_at(config, single, [0]), planes[1:2])
-    assert single.outputs == ["1_0.png", "1_1.png"]
+    assert single.outputs == ["1_0", "1_1"]
 
 
 @pytest.mark.parametrize("kind", OF_IMAGES)
@@ -105,7 +105,7 @@ def test_conditions_depend_on_the_image_and_its_index_alone(kind):
     floats = to_float(dataset.images)
     ours = planes_of(config, floats, None, [KEY] * 40)
     rounded = planes_of(config, dataset.images, None, [KEY] * 40)
-    assert 0 < (ours - rounded).abs().max() < 0.02 or kind == "mask"  # floats are not rounded
+    assert 0 < (ours - rounded).abs().max() < 0.02 or kind in ("mask", "edges")  # in units
 
 
 def test_what_one_has_without_a_model():
