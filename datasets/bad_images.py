@@ -96,10 +96,7 @@ def read_sizes(listing: Listing, channels: int, dtype: str | None = None) -> lis
     Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
-    sizes = map_images(
-        lambda i: read_size(listing.path(i), channels, dtype), count, "reading sizes"
-    )
-    results = [*sizes]
+    results = [*map_images(lambda i: read_size(listing.path(i), channels, dtype), count, "sizes")]
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
         raise DataError(_summary(listing, errors))

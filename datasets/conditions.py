@@ -70,11 +70,10 @@ def planes_of(config: Config, images: Tensor, partners: Tensor | None, keys: Ite
     there are any. Holes follow from `keys`, one an image, see `numpy_generator`."""
     reduce, expand, _ = KINDS[config.condition]
     if partners is None:
-        known = None
+        known, is_float = None, images.is_floating_point()
         if config.condition == "mask":
             known = [known_pixels(numpy_generator(*key), *images.shape[2:]) for key in keys]
             known = torch.stack(known).to(images.device)
-        is_float = images.is_floating_point()
         levels = reduce((images + 1) * 127.5 if is_float else images.float(), config, known)
         is_float = is_float and config.condition in IN_UNITS
         partners = levels / 127.5 - 1 if is_float else (levels + 0.5).clamp(max=255).byte()

@@ -146,8 +146,7 @@ def read_inputs(
     values = values if config.condition in IN_UNITS else None
     root, listing = Path(path), Listing(Path(path).parent, [Path(path).name], [0], ())
     if open_root(root).is_dir():
-        channels = file_channels(config, spec)
-        shape = dict(image_size=spec.shape[1:], image_channels=channels)
+        shape = dict(image_size=spec.shape[1:], image_channels=file_channels(config, spec))
         listing = read_pictures(root, (), **shape, values=values).data.listing
     files = picture_files(config, listing, spec, values=values)
     held = make_resident(files, Runtime(torch.device("cpu")), resident=True)
