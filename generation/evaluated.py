@@ -146,10 +146,9 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
             planes_of=config.condition and partial(pairs.planes, pairs.paired(indices)),
         )
 
-    unlabelled = "the model was trained without class labels"
-    shown, home = config.preview_channels, run.checkpoint.parent / "eval"
-    own = unlabelled, run.values, shown, config.condition and config
-    generated = Generated(run.spec, count, labels, *own)
+    own = run.values, config.preview_channels, config.condition and config
+    unlabelled, home = "the model was trained without class labels", run.checkpoint.parent / "eval"
+    generated = Generated(run.spec, count, labels, unlabelled, *own)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
