@@ -136,7 +136,7 @@ def evaluate(args: argparse.Namespace, config: Config, run: Run | None, runtime:
         own = config.data_root if config.dataset == "custom" else None
         files.check_inputs_stay(folders, args.reference, own)
         for folder in folders:
-            files.check_picture_folder(folder, files.numbered(count))
+            files.check_picture_folder(folder, files.numbered(count), run.suffix)
         files.make_output_dir(args.save_images_dir, "--save_images_dir")
 
     evaluation.prepare()

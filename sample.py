@@ -91,11 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_OK
         asked = args.sampling_method, args.num_inference_steps, args.ddim_eta, args.cfg_scale
         sampling = sampling_from(run.config, *asked, has_guide=run.guide is not None)
-        args.inputs = read_inputs(args.condition, run.config, run.spec, args.num_samples or 1)
+        args.inputs = read_inputs(
+            args.condition, run.config, run.spec, args.num_samples or 1, run.values
+        )
         seeds, labels = plan(args, run)
         tell(f"{run.describe()} on {describe_device(runtime.device)}")
         tell(f"{len(seeds)} images: {sampling.describe()}")
-        check_outputs(args, len(seeds))
+        check_outputs(args, run, len(seeds))
         if args.dry_run:
             return EXIT_OK
         files.make_output_dir(args.output_dir, "--output_dir")
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def check_outputs(args: argparse.Namespace, num_images: int) -> None:
+def check_outputs(args: argparse.Namespace, run: Run, num_images: int) -> None:
     """Raise a UserError before sampling if the files asked for cannot be written."""
     if args.create_gif and num_images > pictures.MAX_GRID_IMAGES:
         most = f"--create_gif shows at most {pictures.MAX_GRID_IMAGES} images"
@@ -128,7 +130,8 @@ def check_outputs(args: argparse.Namespace, num_images: int) -> None:
     args.output_name = files.output_name(args.output_name)
     if args.save_images:
         stems = args.inputs.outputs if args.inputs else files.numbered(num_images)
-        files.check_picture_folder(Path(args.output_dir) / "images", stems)
+        folder = Path(args.output_dir) / "images"
+        files.check_picture_folder(folder, stems, run.suffix)
     outputs = [f"{args.output_name}.png"] + ["images"] * args.save_images
     files.check_inputs_stay([Path(args.output_dir, name) for name in outputs], args.condition)
 

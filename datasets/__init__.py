@@ -16,7 +16,7 @@ from datasets.storage import ClassSubset, ImageDataset, Listing
 from datasets.synthetic import build_synthetic
 from utils.config import Config, Parts, Problem, kind_of, unknown_name
 from utils.errors import DataError
-from utils.images import ImageSpec
+from utils.images import ImageSpec, image_suffix
 
 SPLITS = ("train", "test")
 
@@ -98,6 +98,10 @@ def build_dataset(config: Config, split: str = "train") -> ImageDataset:
             f"and the config describe {spec}"
         )
     dataset = dataset if config.classes is None else ClassSubset(dataset, config.classes)
+    is_picture = image_suffix(dataset.spec.channels, dataset.values is None) == ".png"
+    if config.condition == "mask" and not is_picture:
+        fault = "a picture with a hole is a PNG of 8 bits, the images are arrays"
+        raise DataError(f"condition='mask': {fault}; edit.py inpaint fills holes of such images")
     if config.condition == "folder":
         add_partners(config, dataset, split)
     return dataset

@@ -20,12 +20,12 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.decoding import BadImageError, decode_image, is_array, opened, read_size
+from datasets.decoding import BadImageError, decode_image, is_array, opened, read_size, type_of
 from datasets.packed import ImagePath
 from datasets.storage import Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.images import ImageSpec, Values
+from utils.images import ImageSpec, Values, is_range
 
 THREADS = 8  # opening files waits for the disk or the network, not for Python
 NUM_QUEUED = 4096  # images that may wait for a thread, or as results; the data set may be large
@@ -72,7 +72,7 @@ def values_of(
     first, dtype = root / names[0], "uint8"
     if is_array(first):
         with opened(first, spec.channels, True) as header:
-            dtype = getattr(header, "dtype", np.dtype(dtype)).name
+            dtype = type_of(header, first)
     if dtype == "uint8":
         if given is not None:
             raise DataError(f"{show(first)}: value_range={list(given)}, but 8 bits are 0 to 255")
@@ -85,18 +85,18 @@ def values_of(
                 raise image
             given = min(given[0], image.min().item()), max(given[1], image.max().item())
         log.info("value_range=%r,%r: measured on %d images, %s", *given, len(names), dtype)
-    if not given[0] < given[1] < np.inf:
+    if not is_range(*given):
         raise DataError("{}: no value_range goes from {:g} to {:g}".format(show(root), *given))
     return Values(dtype, *given)
 
 
-def read_sizes(listing: Listing, channels: int) -> list[tuple[int, int]]:
-    """(height, width) of every image, from the files' headers.
+def read_sizes(listing: Listing, channels: int, dtype: str | None = None) -> list[tuple[int, int]]:
+    """(height, width) of every image, from the files' headers, which must be of that type.
 
     Raises a DataError that names at most ten files, if some are no images, broken or too large.
     """
     count = len(listing.names)
-    results = [*map_images(lambda i: read_size(listing.path(i), channels), count, "reading sizes")]
+    results = [*map_images(lambda i: read_size(listing.path(i), channels, dtype), count, "sizes")]
     errors = {i: result for i, result in enumerate(results) if isinstance(result, DataError)}
     if errors:
         raise DataError(_summary(listing, errors))

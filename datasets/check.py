@@ -21,7 +21,7 @@ from typing import Any
 
 from datasets import DATASETS, SPLITS, build_dataset, check_config, has_test_split
 from datasets.bad_images import map_images
-from datasets.decoding import bit_depth, decode_image, read_size
+from datasets.decoding import bit_depth, decode_image, is_array, read_size
 from datasets.remarks import ARRAY, extent, remarks
 from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
@@ -70,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if values := dataset.values:
                     splits[split]["values"] = values
                     say(_line(f"{split} values", "{}: {:g} is -1, {:g} is 1".format(*values)))
-                partners = getattr(dataset, "partners", ())
-                decoded = map_images(lambda i, p=partners: p[i], len(partners), "decoding pictures")
-                for fault in (result for result in decoded if isinstance(result, DataError)):
-                    raise fault
+                again = [dataset] if is_array(getattr(dataset, "names", " ")[0]) else []
+                for part in (*again, getattr(dataset, "partners", ())):
+                    decoded = map_images(part.__getitem__, len(part), "comparing types")
+                    for fault in (result for result in decoded if isinstance(result, DataError)):
+                        raise fault
             report["verdict"] = "ready to train"
         say(_line("verdict", report["verdict"]))
     except DataError as error:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from datasets.bad_images import read_sizes
-from datasets.decoding import decode_image, read_size
+from datasets.decoding import decode_image, opened, read_size
 from datasets.folder import list_images
 from datasets.packed import ImagePath, open_root
 from datasets.storage import ImageDataset, ImageFileDataset, Listing
@@ -47,6 +47,7 @@ def edges(x: Tensor, *_: object) -> Tensor:
 # How images become pictures, both of levels 0 to 255 (b, c, H, W), with the pixels that a hole
 # leaves; how pictures in [-1, 1] become planes, what a network is given, in which nothing is 0 but
 # a hole, so that dropped conditions differ from all others; what one has without a model.
+IN_UNITS = ("downsample", "grey")  # of images that are floats; other pictures are of 8 bits
 KINDS = {
     "downsample": (
         lambda x, c, _: F.avg_pool2d(x, c.condition_factor),
@@ -69,11 +70,12 @@ def planes_of(config: Config, images: Tensor, partners: Tensor | None, keys: Ite
     there are any. Holes follow from `keys`, one an image, see `numpy_generator`."""
     reduce, expand, _ = KINDS[config.condition]
     if partners is None:
-        is_float, known = images.is_floating_point(), None
+        known, is_float = None, images.is_floating_point()
         if config.condition == "mask":
             known = [known_pixels(numpy_generator(*key), *images.shape[2:]) for key in keys]
             known = torch.stack(known).to(images.device)
         levels = reduce((images + 1) * 127.5 if is_float else images.float(), config, known)
+        is_float = is_float and config.condition in IN_UNITS
         partners = levels / 127.5 - 1 if is_float else (levels + 0.5).clamp(max=255).byte()
     return expand(to_float(partners), config).clamp(-1, 1)
 
@@ -124,8 +126,8 @@ def decode_picture(path: ImagePath, spec: ImageSpec, values: Values, config: Con
     Raises a DataError if there is no hole, or a colour that is none."""
     if config.condition == "mask":
         image = decode_image(path, spec._replace(channels=spec.channels - 1), values)
-        with path.open("rb") as file:
-            opacity = ImageOps.exif_transpose(Image.open(file)).convert("RGBA").getchannel("A")
+        with opened(path, image.shape[0]) as file:
+            opacity = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
         if opacity.getextrema()[0] >= 128:
             raise DataError(f"{show(path)}: has no hole; make its pixels transparent, alpha < 128")
         return torch.cat([image, torch.from_numpy(np.array(opacity))[None]])
@@ -143,20 +145,33 @@ def decode_picture(path: ImagePath, spec: ImageSpec, values: Values, config: Con
     return (fitted == torch.arange(len(colors))[:, None, None]).byte() * 255
 
 
+def file_channels(config: Config, spec: ImageSpec) -> int:
+    """How many channels the file of a picture is read with."""
+    if config.condition_colors:
+        return len(config.condition_colors[0])
+    return condition_channels(config, spec.channels) - (config.condition == "mask")
+
+
 def picture_files(
-    config: Config, listing: Listing, spec: ImageSpec, sizes: Sequence[tuple[int, int]] = ()
+    config: Config,
+    listing: Listing,
+    spec: ImageSpec,
+    sizes: Sequence[tuple[int, int]] = (),
+    values: Values | None = None,
 ) -> ImageFileDataset:
-    """Files as pictures for images of `spec`. A DataError names the first that has another (height,
-    width) than its image, of `sizes`, or without these than the kind needs."""
+    """Files as pictures for images of `spec` and `values`. A DataError names the first that has
+    another type, or (height, width) than its image, of `sizes`, or without these than the kind
+    needs."""
     factor = config.condition_factor if config.condition == "downsample" else 1
     wanted = spec.height // factor, spec.width // factor
     sizes = sizes or [wanted] * len(listing.names)
     channels = condition_channels(config, spec.channels)
-    for name, own, size in zip(listing.names, read_sizes(listing, channels), sizes, strict=True):
+    owns = read_sizes(listing, file_channels(config, spec), values.dtype if values else "uint8")
+    for name, own, size in zip(listing.names, owns, sizes, strict=True):
         if own != size:
             text = f"is {own[0]} x {own[1]} (height x width), must be {size[0]} x {size[1]}"
             raise DataError(f"{show(listing.root / name)}: {text}; crop or resize it")
-    files = ImageFileDataset(listing, channels, *wanted)
+    files = ImageFileDataset(listing, channels, *wanted, values=values)
     files.decode = partial(decode_picture, config=config)
     return files
 
@@ -164,7 +179,9 @@ def picture_files(
 def add_partners(config: Config, dataset: ImageDataset, split: str) -> None:
     """Find the images' pictures in `condition_root`, as `dataset.partners`. Raises a DataError if
     names, up to the suffix, or sizes differ."""
-    root = config.model_copy(update=dict(data_root=config.condition_root, label_file=None))
+    channels = file_channels(config, dataset.spec)
+    theirs = dict(data_root=config.condition_root, label_file=None, image_channels=channels)
+    root = config.model_copy(update=theirs)
     listings = (list_images(source, split) for source in (config, root))
     ours, theirs = (sorted(listing.names, key=splitext) for listing in listings)
     stems, others = ([splitext(name)[0] for name in names] for names in (ours, theirs))

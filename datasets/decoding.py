@@ -55,12 +55,21 @@ def has_image_suffix(name: object, suffixes: tuple[str, ...] = IMAGE_EXTENSIONS)
 is_array = functools.partial(has_image_suffix, suffixes=ARRAY_EXTENSIONS)
 
 
-def read_size(path: Path, channels: int = 3) -> tuple[int, int]:
+def type_of(image: np.ndarray | Image.Image, path: Path, wanted: str | None = None) -> str:
+    """What the values of an `opened` image are; a DataError if that is not the `wanted` type."""
+    dtype = getattr(image, "dtype", np.dtype("uint8")).name
+    if wanted not in (None, dtype):
+        raise DataError(f"{show(path)}: holds {dtype}, not {wanted}; convert it")
+    return dtype
+
+
+def read_size(path: Path, channels: int = 3, dtype: str | None = None) -> tuple[int, int]:
     """(height, width) of an image as a viewer shows it, from the file's header alone.
 
     Raises what `decode_image` does, but sees no fault in the pixels.
     """
     with opened(path, channels, True) as image:
+        type_of(image, path, dtype)
         if isinstance(image, np.ndarray):
             return image.shape[1:]
         # Pillow decodes a whole PNG to look for an EXIF block behind the pixels.
@@ -77,9 +86,7 @@ def decode_image(path: Path, spec: ImageSpec, values: Values | None = None) -> T
     large or no image, a DataError if it cannot be read, or is not of the type of `values`.
     """
     with opened(path, spec.channels) as image:
-        dtype = getattr(image, "dtype", np.dtype("uint8")).name
-        if values is not None and dtype != values.dtype:
-            raise DataError(f"{show(path)}: holds {dtype}, not {values.dtype} as the others")
+        dtype = type_of(image, path, values and values.dtype)
         if not isinstance(image, np.ndarray):
             image.load()
             return torch.from_numpy(fit_image(image, spec.height, spec.width, spec.channels))
@@ -163,16 +170,16 @@ def _array_in(file: IO, path: Path, channels: int, header_only: bool) -> np.ndar
         raise DataError(f"{show(path)}: holds {array.dtype}; use {', '.join(types)}")
     x = array[None] if array.ndim == 2 else array
     counts = (1, 3) if array.dtype == np.uint8 and channels in (1, 3) else (channels,)
-    axes = [axis for axis in (0, 2)[: array.ndim - 1] if x.shape[axis] in counts]
-    if array.ndim not in (2, 3) or len(axes) != 1:
+    axes = [a for a in {2: (0,), 3: (0, 2)}.get(array.ndim, ()) if x.shape[a] in counts]
+    if len(axes) != 1:
         fault = f"its shape {array.shape} has image_channels={channels} not just once"
-        fix = f"is it {min(x.shape[0], x.shape[-1])}? Give (H, W), (C, H, W) or (H, W, C)"
+        fix = f"is it {min(x.shape, default=0)}? Give (H, W), (C, H, W) or (H, W, C)"
         raise DataError(f"{show(path)}: {fault}; {fix}")
     x = np.moveaxis(x, axes[0], 0)
     if x[0].size > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{x.shape[2]} x {x.shape[1]}")
-    if not np.isfinite(x).all():
-        raise ValueError("it holds NaN or infinite values")
+    if not x.size or not np.isfinite(x).all():
+        raise ValueError(f"it holds {'NaN or infinite' if x.size else 'no'} values")
     if counts == (channels,):
         return x
     return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0).copy())

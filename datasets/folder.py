@@ -17,6 +17,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from datasets.packed import ImagePath, Member, open_root, split_of
 from datasets.storage import ImageFileDataset, Listing
 from utils.config import Config
 from utils.errors import DataError, show
-from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
+from utils.files import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, PICTURE_EXTENSIONS
 from utils.images import ImageSpec
 
 TEST_KINDS = ("test", "val")  # in order of preference
@@ -57,6 +58,7 @@ class Children(NamedTuple):
     folders: list[str]
     images: list[str]  # files with the extension of an image
     others: Counter[str]  # how many other files, by their extension, and `junk/` folders
+    suffixes: tuple[str, ...]  # those of images
 
 
 def build_custom(config: Config, split: str) -> ImageFileDataset:
@@ -123,16 +125,26 @@ def list_images(config: Config, split: str) -> Listing:
         listing = _list_labelled(config, root)
     else:
         listing = _list_folder(config, folders, split)
-    kinds = {is_array(name): show(name) for name in reversed(listing.names)}
-    if len(kinds) > 1 or (False in kinds and (config.image_channels or 3) not in (1, 3)):
-        fault = f"holds {' and '.join(kinds.values())}, and image_channels={config.image_channels}"
-        fix = f"keep pictures alone, with 1 or 3, or {' '.join(ARRAY_EXTENSIONS)} alone"
-        raise DataError(f"{show(root)}: {fault}; {fix}")
     told = {kind: count for kind, count in listing.passed_over.items() if not COMPANIONS(kind)}
     return listing._replace(passed_over=told).of_classes(config.classes)
 
 
-def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
+def suffixes_of(root: ImagePath, channels: int | None = None) -> tuple[str, ...]:
+    """Those of the images under `root`: of pictures if there is one, which have 1 or 3 channels,
+    else of arrays."""
+    walk = Member.walk if isinstance(root, Member) else os.walk
+    for _, folders, files in walk(root, onerror=None) if channels in (None, 1, 3) else ():
+        folders[:] = filter(_is_seen, folders)
+        if any(has_image_suffix(n, PICTURE_EXTENSIONS) for n in files if not n.startswith(".")):
+            return PICTURE_EXTENSIONS
+    return IMAGE_EXTENSIONS if channels in (None, 1, 3) else ARRAY_EXTENSIONS
+
+
+def _is_seen(folder: str) -> bool:
+    return not folder.startswith(".") and not JUNK_FOLDERS(folder)
+
+
+def children_of(folder: ImagePath, suffixes: tuple[str, ...], *, deep: bool = False) -> Children:
     """What lies in a folder; if `deep`, the files at any depth as `a/b.png`, and no folders.
 
     Raises a DataError if a folder cannot be read, or one passed through is a link, which might
@@ -142,11 +154,11 @@ def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
     def refuse(error: OSError) -> None:
         raise DataError(f"{show(error.filename)}: cannot be read: {error.strerror}") from error
 
-    children = Children([], [], Counter())
+    children = Children([], [], Counter(), suffixes)
     walk = Member.walk if isinstance(folder, Member) else os.walk
     for path, folders, files in walk(folder, onerror=refuse):
         children.others.update(f"{name}/" for name in folders if JUNK_FOLDERS(name))
-        folders[:] = [n for n in folders if not n.startswith(".") and not JUNK_FOLDERS(n)]
+        folders[:] = filter(_is_seen, folders)
         if not deep:
             children.folders.extend(sorted(folders, key=os.fsencode))
             folders.clear()
@@ -158,7 +170,7 @@ def children_of(folder: ImagePath, *, deep: bool = False) -> Children:
                 )
         inside = os.path.join(path, "")[len(os.path.join(str(folder), "")) :]
         for name in files:
-            if has_image_suffix(name) and not name.startswith("."):
+            if has_image_suffix(name, suffixes) and not name.startswith("."):
                 children.images.append(inside + name)
             elif not name.startswith("."):
                 text = " (text)" if PLAIN_TEXTS(name) else ""
@@ -175,12 +187,13 @@ def _split_folders(config: Config) -> dict[str, ImagePath]:
     folders are one split.
     """
     root = open_root(config.data_root)
-    whole = children_of(root)
+    list_folder = partial(children_of, suffixes=suffixes_of(root, config.image_channels))
+    whole = list_folder(root)
     if config.label_file is not None or whole.images:
         return {"train": root}
     named = defaultdict(list)
     for name in filter(split_of, whole.folders):
-        inside = children_of(root / name)
+        inside = list_folder(root / name)
         if inside.folders if config.use_subdirs else inside.images:
             named[split_of(name)].append(name)
     test = next((kind for kind in TEST_KINDS if kind in named), None)
@@ -201,10 +214,11 @@ def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> L
         folders: that of each split; the class folders of train have the labels 0, 1, ...
     """
     root, folder, train = open_root(config.data_root), folders[split], folders["train"]
-    children = children_of(folder)
-    inside = {name: children_of(folder / name, deep=True) for name in children.folders}
+    list_folder = partial(children_of, suffixes=suffixes_of(root, config.image_channels))
+    children = list_folder(folder)
+    inside = {name: list_folder(folder / name, deep=True) for name in children.folders}
     filled = [f"{name}/" for name in inside if inside[name].images]
-    class_names = children_of(train).folders if config.use_subdirs else []
+    class_names = list_folder(train).folders if config.use_subdirs else []
     wanted, unwanted, needs = children.folders, children.images, "a folder per class"
     if not config.use_subdirs:
         wanted, unwanted, needs = children.images, filled, "the images directly in this folder"
@@ -225,7 +239,7 @@ def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> L
         )
     passed_over, prefix = sum((files.others for files in inside.values()), children.others), ""
     if folder != root:  # train/1.png is not test/1.png
-        prefix, beside = f"{os.path.basename(str(folder))}/", children_of(root)
+        prefix, beside = f"{os.path.basename(str(folder))}/", list_folder(root)
         unused = [name for name in beside.folders if root / name not in folders.values()]
         passed_over += beside.others + Counter(f"{name}/" for name in unused)
     if not config.use_subdirs:
@@ -276,7 +290,7 @@ def _seen(children: Children, filled: Sequence[str] = ()) -> str:
     if places:
         return " and ".join(places)
     saw = ", ".join(f"{count} {suffix}" for suffix, count in children.others.most_common(5))
-    return f"no images (looked for {' '.join(IMAGE_EXTENSIONS)}; saw {show(saw or 'no files')})"
+    return f"no images (looked for {' '.join(children.suffixes)}; saw {show(saw or 'no files')})"
 
 
 def _list_labelled(config: Config, root: ImagePath) -> Listing:
@@ -287,7 +301,10 @@ def _list_labelled(config: Config, root: ImagePath) -> Listing:
     if not path.is_file() and Path(config.label_file).is_file():
         path = Path(config.label_file)
     labels = read_label_file(path, root, config.num_classes)
-    children = children_of(root, deep=True)
+    children = children_of(root, suffixes_of(root, config.image_channels), deep=True)
+    if odd := [name for name in labels if not has_image_suffix(name, children.suffixes)]:
+        kinds = f"{' '.join(children.suffixes)} is read here, and not both kinds"
+        raise DataError(f"{show(path)}: {show(odd[0])}: {kinds}; label one of them")
     unlisted = [name for name in children.images if name not in labels]
     if unlisted:
         raise DataError(

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.conditions import picture_files
+from datasets.conditions import IN_UNITS, file_channels, picture_files
 from datasets.decoding import decode_image, fit_arrays, read_size
-from datasets.folder import build_custom, children_of, has_test_folder
+from datasets.folder import build_custom, children_of, has_test_folder, suffixes_of
 from datasets.loader import make_resident
 from datasets.packed import ImagePath, open_root
 from datasets.remarks import passed_over
@@ -50,7 +50,7 @@ def folder_settings(path: str | Path) -> dict[str, Any]:
         fault = "is a file, not a folder" if root.exists() else "no such folder"
         what = looks_like(root) if root.is_file() else None
         raise DataError(f"{show(path)}: {what or fault}; {FIX}")
-    children = children_of(root)
+    children = children_of(root, suffixes_of(root))
     use_subdirs = bool(children.folders) and not children.images
     labelled = not use_subdirs and (root / LABELS_FILE).is_file()
     return {
@@ -130,10 +130,11 @@ def fitted_pictures(
 
 
 def read_inputs(
-    path: str | None, config: Config, spec: ImageSpec, copies: int
+    path: str | None, config: Config, spec: ImageSpec, copies: int, values: Values | None = None
 ) -> ImageDataset | None:
     """The picture at `path`, or those in a folder, for `planes_at`; with their `names`, and the
-    `outputs`, names of `copies` images for each. None for a model without a condition.
+    `outputs`, names of `copies` images for each. `values` are those of the images. None for a
+    model without a condition.
 
     Raises a DataError if there is none, or one does not fit, or the model takes none.
     """
@@ -142,12 +143,13 @@ def read_inputs(
         raise DataError(f"--condition {show(path)}: {rule}")
     if path is None:
         return None
+    values = values if config.condition in IN_UNITS else None
     root, listing = Path(path), Listing(Path(path).parent, [Path(path).name], [0], ())
     if open_root(root).is_dir():
-        listing = read_pictures(root, (), image_size=spec.shape[1:]).data.listing
-    held = make_resident(
-        picture_files(config, listing, spec), Runtime(torch.device("cpu")), resident=True
-    )
+        shape = dict(image_size=spec.shape[1:], image_channels=file_channels(config, spec))
+        listing = read_pictures(root, (), **shape, values=values).data.listing
+    files = picture_files(config, listing, spec, values=values)
+    held = make_resident(files, Runtime(torch.device("cpu")), resident=True)
     held.partners, held.names = held, [splitext(n)[0].replace("/", "_") for n in listing.names]
     ends = [f"_{i}" for i in range(copies)] if copies > 1 else [""]
     held.outputs = [name + end for name in held.names for end in ends]

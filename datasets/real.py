@@ -93,7 +93,6 @@ def real_sets(
     def images_of(name: str) -> RealImages:
         with runtime.main_first():  # it may download
             dataset = build_dataset(config, name)
-        listing = getattr(dataset, "listing", None)
         return RealImages(
             labels=dataset.labels.cpu(),
             indices=chosen_images(len(dataset), limit if name == split else None),
@@ -104,7 +103,7 @@ def real_sets(
             fingerprint=dataset.fingerprint,
             split=name,
             class_names=tuple(dataset.class_names),
-            passed_over=passed_over(listing),
+            passed_over=passed_over(getattr(dataset, "listing", None)),
             values=dataset.values,
             planes=config.condition and partial(planes_at, config, dataset),
         )

@@ -11,7 +11,7 @@ from datasets.bad_images import map_images
 from datasets.decoding import bit_depth
 from datasets.storage import ImageDataset, Listing
 from utils.errors import show
-from utils.files import IMAGE_EXTENSIONS
+from utils.files import ARRAY_EXTENSIONS, PICTURE_EXTENSIONS
 
 MAX_KINDS = 20  # of files, in one line
 ARRAY = 32  # bits: a float in memory, whatever the files hold
@@ -26,7 +26,8 @@ def passed_over(listing: Listing | None) -> list[str]:
         kinds[MAX_KINDS:]
     )
     names = show(", ".join(told))
-    read = f"passed over: {names} (images are read from {' '.join(IMAGE_EXTENSIONS)})"
+    kinds = f"{' '.join(PICTURE_EXTENSIONS)}, or without these {' '.join(ARRAY_EXTENSIONS)}"
+    read = f"passed over: {names} (images are read from {kinds})"
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []
 
 

@@ -69,7 +69,7 @@ def inputs_of(job: Job) -> Pictures:
     outputs = [job.path(kind) for kind, is_written in kinds.items() if is_written]
     check_inputs_stay(outputs, args.input, getattr(args, "mask", None))
     if args.save_images:
-        check_picture_folder(job.path("_images"), numbered(count))
+        check_picture_folder(job.path("_images"), numbered(count), run.suffix)
     labels = job.labels(own and [own[i] for i in chosen], count, missing)
     seeds = spread(seeds, count, "--seeds") if seeds else [job.first_seed + i for i in range(count)]
     return Pictures(images.expand(count, -1, -1, -1), labels, seeds)

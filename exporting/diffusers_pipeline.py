@@ -33,6 +33,9 @@ def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
     UserError if it is not installed, or its network computes something else.
     """
     sampling = sampling_from(run.config, sampler_names(run.config, [ddim])[0])
+    if run.suffix != ".png":
+        reason = "diffusers' DDIMPipeline makes 8-bit images of 1 or 3 channels"
+        raise ConfigError(f"{run.spec}: {reason}. Use --format safetensors")
     scheduler = ddim_scheduler_config(run.config, sampling)
     arguments = unet2d_config(run.model, run.config, run.spec)
     require("diffusers", "safetensors")
@@ -65,7 +68,7 @@ def ddim_scheduler_config(config: Config, sampling: Sampling) -> dict[str, Any]:
     T, steps = config.num_timesteps, sampling.num_inference_steps
     other = "diffusers has no pipeline that computes the same. Use --format safetensors"
     shown = "condition", "process", "noise_scale", "timestep_spacing_shift", "cfg_rescale"
-    for key in (*shown, "value_range"):
+    for key in shown:
         if (value := getattr(config, key)) != Config.model_fields[key].default:
             raise ConfigError(f"{key}={value!r}: {other}")
     betas = SCHEDULES[config.beta_schedule](T, config.beta_start, config.beta_end)

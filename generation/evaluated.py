@@ -137,12 +137,11 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
             planes_of=config.condition and partial(pairs.planes, pairs.paired(indices)),
         )
 
-    unlabelled = "the model was trained without class labels"
-    shown, home = config.preview_channels, run.checkpoint.parent / "eval"
-    own = unlabelled, run.values, shown, config.condition and config
+    own = run.values, config.preview_channels, config.condition and config
     if run.values is None and config.condition is None:
         own += (Likelihood(run.process, run.model, config.conditional, runtime.device),)
-    generated = Generated(run.spec, count, labels, *own)
+    unlabelled, home = "the model was trained without class labels", run.checkpoint.parent / "eval"
+    generated = Generated(run.spec, count, labels, unlabelled, *own)
     return ImageSets(run.describe(), home, generated, facts, settings, draw, labels_from)
 
 
@@ -184,14 +183,12 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         batches = image_batches(dataset, chosen[indices.start : indices.stop], args.batch_size)
         return (images for images, _ in batches)
 
-    generated = Generated(
-        dataset.spec._replace(num_classes=train.num_classes if train else 0),
-        len(chosen),
+    spec = dataset.spec._replace(num_classes=train.num_classes if train else 0)
+    labels, own = (
         labels and [labels[i] for i in chosen],
-        pictures.unlabelled or "",
-        dataset.values,
-        config.preview_channels,
+        (pictures.unlabelled or "", dataset.values),
     )
+    generated = Generated(spec, len(chosen), labels, *own, config.preview_channels)
     facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
     home = Path(os.path.abspath(path))  # of `.` and `..`, too
     home = home.with_name(f"{home.stem}_eval")

@@ -98,16 +98,10 @@ def training_evaluation(job: Job) -> Evaluation | None:
         labels = sets.reference.labels[sets.reference.paired(range(count))].tolist()
     elif config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
+    made = dict(values=dataset.values, shown=config.preview_channels)
     evaluation = Evaluation(
         check_metric_names(config.eval_metrics),
-        Generated(
-            spec,
-            count,
-            labels,
-            values=dataset.values,
-            shown=config.preview_channels,
-            drawn_from=config if config.condition else None,
-        ),
+        Generated(spec, count, labels, drawn_from=config.condition and config, **made),
         Real(sets, name=config.dataset, flip=default_flip(config)),
         runtime=runtime,
         cache_dir=config.run_dir / "eval",

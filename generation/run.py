@@ -31,7 +31,7 @@ from utils.config import (
     warnings_of,
 )
 from utils.errors import CheckpointError, ConfigError, show
-from utils.images import ImageSpec, Values
+from utils.images import ImageSpec, Values, image_suffix
 from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
@@ -65,6 +65,11 @@ class Run:
     def classes(self) -> Sequence[int]:
         """The classes it was trained on, in [0, K)."""
         return self.config.classes or range(self.spec.num_classes)
+
+    @property
+    def suffix(self) -> str:
+        """That of files for its images."""
+        return image_suffix(self.spec.channels, self.values is None)
 
     def describe(self) -> str:
         weights = "EMA weights" if self.ema else "raw weights"
@@ -115,7 +120,7 @@ def load_run(
         raw.sources.update(given.sources)
     config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
     resolve_precision(config.precision, device)
-    if changed := changed_settings(state["config"], config.to_dict(), SAME_MODEL):
+    if changed := changed_settings(state["config"], config.to_dict(), (*SAME_MODEL, "value_range")):
         belong = f"{path}: these settings belong to the weights:"
         raise ConfigError("\n       ".join([belong, *changed]))
     spec = ImageSpec(*state["spec"])

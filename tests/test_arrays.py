@@ -17,11 +17,13 @@ import export
 import sample
 import train
 from datasets import build_dataset, check
-from datasets.pictures import read_pictures
+from datasets.conditions import planes_at
+from datasets.pictures import read_inputs, read_pictures
 from metrics.memorization import nearest_images
 from tests.image_files import custom
 from utils.checkpoint import load_any
-from utils.errors import EXIT_OK, EXIT_USAGE, DataError, exit_code_of
+from utils.errors import EXIT_OK, EXIT_USAGE, DataError, UserError, exit_code_of
+from utils.files import check_picture_folder
 from utils.images import Values, as_pictures, save_image, to_file
 
 TINY = """
@@ -312,6 +314,8 @@ BAD = {
     "nan": (dict(a=FIELD, b=FIELD * np.nan), (), "b.npy: broken image (it holds NaN"),
     "two types": (dict(a=FIELD, b=FIELD.astype(float)), (), "holds float64, not float32"),
     "two sizes": (dict(a=FIELD, b=FIELD[:, :4]), (), "set image_size"),
+    "empty": (dict(a=FIELD[:, :0]), ("image_size=8",), "a.npy: broken image (it holds no values)"),
+    "too wide": (dict(a=FIELD), ("value_range=-1e308,1e308",), "goes from -1e+308 to 1e+308"),
     "constant": (dict(a=FIELD * 0), (), "no value_range goes from 0 to 0"),
     "descending": (dict(a=FIELD), ("value_range=3,1",), "goes from 3 to 1"),
     "8 bits": (dict(a=FIELD.astype(np.uint8)), ("value_range=0,9",), "8 bits are 0 to 255"),
@@ -336,10 +340,14 @@ def test_bad_arrays_are_one_line(run, tmp_path, case):
 def test_bad_kinds_of_files_are_one_line(tmp_path, monkeypatch):
     fields(tmp_path / "data", a=FIELD)
     Image.new("RGB", (8, 8)).save(tmp_path / "data/b.png")
-    with pytest.raises(DataError, match=r"holds b\.png and a\.npy"):
-        build_dataset(custom(tmp_path / "data", use_subdirs=False, image_channels=5))
+    for channels, name, other in ((None, "b.png", ".npy"), (5, "a.npy", ".png")):
+        dataset = build_dataset(
+            custom(tmp_path / "data", use_subdirs=False, image_channels=channels)
+        )
+        assert dataset.names == [name]
+        assert dataset.listing.passed_over == {other: 1}
     (tmp_path / "data/a.npy").unlink()
-    with pytest.raises(DataError, match=r"b\.png, and image_channels=5; keep pictures alone"):
+    with pytest.raises(DataError, match=r"looked for \.npy \.npz \.tif \.tiff; saw 1 \.png"):
         build_dataset(custom(tmp_path / "data", use_subdirs=False, image_channels=5, image_size=8))
     (tmp_path / "data/b.png").unlink()
     (tmp_path / "data/a.npz").write_bytes(b"PK")
@@ -350,6 +358,51 @@ def test_bad_kinds_of_files_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install tifffile") as caught:
         build_dataset(custom(tmp_path / "data", use_subdirs=False, image_channels=5))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_check_finds_the_first_file_of_another_type(run, tmp_path):
+    fields(tmp_path / "data", a=np.zeros((8, 8), np.uint8), b=FIELD[0])
+    words = ("use_subdirs=false", "conditional=false", "image_channels=1", "image_size=8")
+    code, said = run(check.main, "--config", "run.py", *words)
+    assert code == EXIT_USAGE
+    assert "b.npy: holds float32, not uint8; convert it" in said
+
+
+def test_pictures_of_arrays_are_arrays_in_their_units(tmp_path):
+    fields(tmp_path / "data", a=FIELD, b=2 * FIELD)
+    fields(tmp_path / "low", a=FIELD.reshape(5, 4, 2, 4, 2).mean((2, 4)))
+    fields(tmp_path / "wrong", a=np.zeros((4, 4, 5)))
+    settings = dict(use_subdirs=False, image_channels=5, condition_factor=2)
+    config = custom(tmp_path / "data", condition="downsample", **settings)
+    dataset = build_dataset(config)
+    read = partial(read_inputs, config=config, spec=dataset.spec, copies=1, values=dataset.values)
+    ours, theirs = (
+        planes_at(config, dataset, [0]),
+        planes_at(config, read(str(tmp_path / "low")), [0]),
+    )
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    with pytest.raises(DataError, match=r"holds float64, not float32; convert it"):
+        read(str(tmp_path / "wrong/a.npy"))
+    with pytest.raises(DataError, match=r"condition='mask': a picture with a hole is a PNG"):
+        build_dataset(custom(tmp_path / "data", condition="mask", **settings))
+
+
+def test_pictures_lie_beside_images_of_any_number_of_channels(tmp_path):
+    fields(tmp_path / "data", a=FIELD)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8), (0, 128, 255)).save(tmp_path / "pictures/a.png")
+    settings = dict(use_subdirs=False, image_channels=5, condition="folder")
+    dataset = build_dataset(
+        custom(tmp_path / "data", condition_root=str(tmp_path / "pictures"), **settings)
+    )
+    assert dataset.partners[0][0][:, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_what_would_stay_in_a_folder_of_images(tmp_path):
+    (tmp_path / "000000.npy").touch()
+    check_picture_folder(tmp_path, ["000000"], ".npy")
+    with pytest.raises(UserError, match=r"000000\.npy"):
+        check_picture_folder(tmp_path, ["000000"], ".png")
 
 
 def test_a_bad_array_is_replaced(tmp_path):

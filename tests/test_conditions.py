@@ -105,7 +105,7 @@ def test_conditions_depend_on_the_image_and_its_index_alone(kind):
     floats = to_float(dataset.images)
     ours = planes_of(config, floats, None, [KEY] * 40)
     rounded = planes_of(config, dataset.images, None, [KEY] * 40)
-    assert 0 < (ours - rounded).abs().max() < 0.02 or kind == "mask"  # floats are not rounded
+    assert 0 < (ours - rounded).abs().max() < 0.02 or kind in ("mask", "edges")  # in units
 
 
 def test_what_one_has_without_a_model():

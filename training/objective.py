@@ -54,15 +54,9 @@ def training_examples(
     """
     batch_size, device, share = config.batch_size, runtime.device, runtime.share(config.batch_size)
     rows = slice(share.start, share.stop)
-    settings = dict(
-        batch_size=batch_size,
-        seed=config.seed,
-        device=device,
-        rows=rows,
-        horizontal_flip=default_flip(config),
-        num_workers=config.num_workers,
-        start_step=start_step,
-    )
+    settings = dict(batch_size=batch_size, seed=config.seed, start_step=start_step, rows=rows)
+    settings |= dict(horizontal_flip=default_flip(config), num_workers=config.num_workers)
+    settings["device"] = device
     images, partners = batches(dataset, **settings), getattr(dataset, "partners", None)
     pictures = repeat((None, None)) if partners is None else batches(partners, **settings)
     is_float = config.condition is not None and dataset[0][0].is_floating_point()

@@ -20,7 +20,7 @@ from torch import Tensor
 from utils.config_schema import Config
 from utils.errors import CheckpointError, one_line, require, show
 from utils.files import atomic_path, looks_like
-from utils.images import VALUE_TYPES
+from utils.images import VALUE_TYPES, is_range
 
 FORMAT_VERSION = 2  # 1 has no checksum of the whole file
 READ_BYTES = 2**20  # read at a time
@@ -252,7 +252,7 @@ OPTIONAL_STATE = {
     "ema_averages": lambda widths: all(0.001 <= w < 0.3 and _is_weights(widths[w]) for w in widths),
     "ema_snapshots": lambda losses: all(is_count(t, 1) and losses[t] == losses[t] for t in losses),
     "class_names": lambda names: not names or all(type(name) is str for name in names),
-    "values": lambda x: x[0] in VALUE_TYPES and 0 < x[2] - x[1] < 1e300,
+    "values": lambda x: x[0] in VALUE_TYPES and is_range(*x[1:]),
 }
 
 

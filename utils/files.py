@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # the list of runs is there before numpy would be
 
 KEY_DIGITS = 12
 ARRAY_EXTENSIONS = (".npy", ".npz", ".tif", ".tiff")
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", *ARRAY_EXTENSIONS)
+PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (*PICTURE_EXTENSIONS, *ARRAY_EXTENSIONS)
 MAX_NAME_BYTES = 200  # file systems take 255, and suffixes follow
 # Arrays of pixels or features shrink to a tenth; a file of zeros that fills the memory, to a 1000th
 MAX_RATIO, UNCHECKED_BYTES = 100, 2**26
@@ -157,10 +158,10 @@ def numbered(num_images: int) -> list[str]:
     return [f"{i:06d}" for i in range(num_images)]
 
 
-def check_picture_folder(folder: Path, stems: Sequence[str]) -> None:
+def check_picture_folder(folder: Path, stems: Sequence[str], suffix: str) -> None:
     """Raise a UserError if older pictures in `folder` would stay among the new ones, which are
-    called `stems` and a suffix."""
-    replaced = {stem + suffix for stem in stems for suffix in (".png", ".npy")}
+    called `stems` and `suffix`."""
+    replaced = {stem + suffix for stem in stems}
     names = {path.name for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_EXTENSIONS}
     if others := sorted(names - replaced):
         older = f"{folder} holds {len(others)} pictures ({others[0]} ...)"

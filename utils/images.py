@@ -55,6 +55,11 @@ class Values(NamedTuple):
     high: float  # the value that is 1
 
 
+def is_range(low: float, high: float) -> bool:
+    """Whether values can go from `low` to `high`, in doubles."""
+    return 0 < high - low < 1e300
+
+
 def to_file(images: Tensor, values: Values | None) -> tuple[Tensor, int]:
     """Images as files hold them, and how many of `values` are clipped to the limits of the type."""
     if values is None:
