@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.process import Model, Process
 from diffusion.schedules import timestep_grid
@@ -27,7 +27,7 @@ class Likelihood:
     """`log_likelihood` by one model, without guidance, on its device."""
 
     process: Process
-    model: Model
+    model: nn.Module
     conditional: bool
     device: torch.device
 
@@ -37,6 +37,11 @@ class Likelihood:
         process, T = self.process, self.process.num_timesteps
         count = min(NUM_TIMESTEPS, T)
         return timestep_grid(T, count, "log_snr", half_log_snr=process.half_log_snr)[::-1]
+
+    @property
+    def version(self) -> int:
+        """It changes when other weights are loaded into the model."""
+        return sum(p._version for p in self.model.parameters())
 
     @property
     def num_forwards(self) -> int:

@@ -33,14 +33,13 @@ class Nll(Metric, Collector):
     def __init__(self, context: Context) -> None:
         sets, self.model = context.real.sets, context.generated.likelihood
         self.real, self.runtime = sets.test or sets.train, context.runtime
-        self.reset()
-
-    def reset(self) -> None:
-        self.bits: dict[int, float] | None = None  # by index, of this process's share
+        self.bits: dict[int, float] = {}  # by index, of this process's share
+        self.version: int | None = None
 
     def update(self, images: Tensor, indices: range) -> None:
-        if self.bits is not None:
+        if self.version == self.model.version:  # these weights have been measured
             return
+        self.version = self.model.version
         chosen, self.bits = chosen_images(len(self.real.labels), NUM_IMAGES), {}
         share = self.runtime.share(len(chosen))
         chosen = list(chosen[share.start : share.stop])
@@ -56,7 +55,7 @@ class Nll(Metric, Collector):
             self.bits |= dict(zip(part, of_each.tolist(), strict=True))
 
     def reduce(self, runtime: Runtime) -> None:
-        shares = runtime.gather_objects(self.bits or {})
+        shares = runtime.gather_objects(self.bits)
         self.bits = {index: bits for share in shares for index, bits in share.items()}
 
     def compute(self) -> Entry:

@@ -200,7 +200,7 @@ def test_some_classes_of_a_data_set():
     prints = [build_dataset(config(classes=c)).fingerprint for c in ((2, 7), (7, 2), (2,))]
     assert prints[0] == prints[1] == some.fingerprint != prints[2]
     assert some.fingerprint != whole.fingerprint
-    resident = make_resident(some, torch.device("cpu"))
+    resident = make_resident(some, Runtime(torch.device("cpu")))
     assert torch.equal(resident[3][0], some[3][0])
     assert resident.fingerprint == some.fingerprint
 

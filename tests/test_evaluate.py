@@ -20,8 +20,9 @@ from PIL import Image
 import evaluate
 import train
 from datasets import real
+from diffusion import likelihood as densities
 from generation import evaluated
-from metrics import METRICS, classifier
+from metrics import METRICS, classifier, likelihood
 from metrics.base import Collector, Metric, measured
 from metrics.inception import INCEPTION, Extractor, InceptionFeatures
 from metrics.lpips_score import ALEXNET, Lpips
@@ -78,6 +79,8 @@ def quick_classifier(monkeypatch):
         return dataclasses.replace(usual(*args, **options), num_steps=5)
 
     monkeypatch.setattr(classifier, "classifier_spec", short)
+    monkeypatch.setattr(likelihood, "NUM_IMAGES", 4)
+    monkeypatch.setattr(densities, "NUM_TIMESTEPS", 5)
 
 
 def read(path: Path) -> dict:
@@ -154,7 +157,7 @@ def test_a_sweep_reports_every_setting_and_their_summary(
             continue
         assert result["value"] == pytest.approx(expected, rel=1e-6), name
     left = sorted(path.suffix for path in (tmp_path / "out").iterdir() if path.is_file())
-    assert left == [".html"] * 5 + [".json"] * 5
+    assert left == [".csv"] * 4 + [".html"] * 5 + [".json"] * 5
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]  # nor images
 
 

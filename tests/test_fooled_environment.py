@@ -228,6 +228,7 @@ def test_a_byte_order_mark_is_no_fault(name):
 # --- paths
 
 SHORT = ("resume_path", "init_from", "data_root", "label_file", "save_dir", "sample_dir")
+SHORT += ("condition_root",)
 
 
 def test_every_path_of_the_config_knows_the_home_directory(tmp_path):
