@@ -111,6 +111,7 @@ def make_resident(
                 place.copy_(runtime.broadcast(sent, owner))
     labels, class_names = dataset.labels, dataset.class_names
     held = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
+    held.values = dataset.values
     if partners := getattr(dataset, "partners", None):
         how = dict(resident=resident, num_workers=num_workers)
         held.partners = make_resident(partners, runtime, **how)

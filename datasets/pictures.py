@@ -23,7 +23,7 @@ from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError, show
 from utils.files import looks_like, read_npz
-from utils.images import ImageSpec, Values
+from utils.images import BYTES, ImageSpec, Values
 from utils.labels import LABELS_FILE
 
 FIX = "give a folder of images, a .zip of it, or an .npz with arr_0, uint8 (N, H, W, C)"
@@ -124,7 +124,7 @@ def fitted_pictures(
         return read_pictures(path, class_names, **shape, values=values)
     if not path.is_file():
         raise DataError(f"{show(path)}: no such file or folder; {FIX}, or an image file")
-    image = _in_memory(decode_image(path, spec, values or Values("uint8", 0, 255))[None])
+    image = _in_memory(decode_image(path, spec, values or BYTES)[None])
     image.values = values
     return Pictures(image, None, f"{path} is one file")
 

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from datasets.decoding import decode_image
 from datasets.packed import ImagePath
 from utils.errors import DataError, show
-from utils.images import ImageSpec, Values
+from utils.images import BYTES, ImageSpec, Values
 
 
 class ImageDataset(Protocol):
@@ -117,7 +117,7 @@ class ImageFileDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, values = self.listing.path(index), self.values or Values("uint8", 0, 255)
+        path, values = self.listing.path(index), self.values or BYTES
         image = (self.decode or decode_image)(path, self.spec, values)
         return image, self.listing.labels[index]
 

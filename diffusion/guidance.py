@@ -67,7 +67,8 @@ def make_denoiser(
     threshold: str = "static",
     guide: Model | None = None,
 ) -> Denoiser:
-    """A function (x_t, t) -> Prediction, t the same int for the whole batch.
+    """A function (x_t, t) -> Prediction, t the same int for the whole batch, or without an interval
+    also (B,) int64.
 
     Guidance is out_null + cfg_scale * (out_y - out_null) (Ho and Salimans 2022): 1 is plain
     conditional and 0 unconditional, a single forward each; any other scale is one forward of
@@ -87,11 +88,13 @@ def make_denoiser(
     null = None if y is None else torch.full_like(y, NULL_LABEL)
     low, high = cfg_interval or (0.0, 1.0)
 
-    def denoise(x_t: Tensor, t: int) -> Prediction:
-        times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+    def denoise(x_t: Tensor, t: int | Tensor) -> Prediction:
+        times = t  # one int is filled in on the device, where a copy would make the host wait
+        if not isinstance(t, Tensor):
+            times = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         if cfg_scale == 0.0:
             output = model(x_t, times, null) if guide is None else guide(x_t, times, y)
-        elif cfg_scale == 1.0 or not low <= t / process.num_timesteps <= high:
+        elif cfg_scale == 1.0 or (cfg_interval and not low <= t / process.num_timesteps <= high):
             output = model(x_t, times, y)
         else:
             if guide is None:

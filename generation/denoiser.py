@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion.guidance import with_and_without
+from diffusion import make_denoiser
 from generation.run import Run, load_run
 from utils.errors import ConfigError
 from utils.labels import NULL_LABEL
@@ -73,15 +73,10 @@ class SigmaDenoiser(nn.Module):
         if self.unit_range:
             x, sigma = 2 * x - 1, 2 * sigma
         t = (self.log_sigmas.to(x.device) - sigma.log()[:, None]).abs().argmin(1)
-        x_t, null = self.process.q_sample(x, t, torch.zeros_like(x)), None
-        if self.conditional:
-            null = torch.full_like(t, NULL_LABEL)
-            y = null if y is None or self.cfg_scale == 0 else y
-        given = x_t.to(self.dtype)
-        if null is None or self.cfg_scale in (0, 1):
-            output = self.model(given, t, y)
-        else:
-            out_y, out_null = with_and_without(self.model, given, t, y, null)
-            output = out_null + self.cfg_scale * (out_y - out_null)
-        x_0 = self.process.predict(output, x_t, t).x_0
+        x_t = self.process.q_sample(x, t, torch.zeros_like(x)).to(self.dtype)
+        if self.conditional and y is None:
+            y = torch.full_like(t, NULL_LABEL)
+        settings = dict(cfg_scale=self.cfg_scale, threshold="none")
+        denoise = make_denoiser(self.process, self.model, y, **settings)
+        x_0 = denoise(x_t, t).x_0.to(x.dtype)
         return (x_0 + 1) / 2 if self.unit_range else x_0

@@ -55,6 +55,9 @@ class Values(NamedTuple):
     high: float  # the value that is 1
 
 
+BYTES = Values("uint8", 0, 255)  # what 8-bit images have in their place
+
+
 def is_range(low: float, high: float) -> bool:
     """Whether values can go from `low` to `high`, in doubles."""
     return 0 < high - low < 1e300
