@@ -2,8 +2,8 @@
 
 python train.py --config configs/digits_superres.py
 
-1 CPU core, 3 minutes: on held-out digits PSNR 41.7 dB and SSIM 0.9994; bicubic interpolation has
-28.8 dB and 0.9887.
+1 min 45 s of CPU time: on held-out digits PSNR 41.7 dB and SSIM 0.9994; bicubic interpolation has
+28.8 dB and 0.9887. An easy case: the images of 16 pixels are themselves enlarged from 8.
 """
 
 config = dict(
