@@ -15,7 +15,7 @@ from metrics.fid import Fid, InceptionScore, Kid
 from metrics.likelihood import Nll
 from metrics.lpips_score import Lpips
 from metrics.memorization import Memorization
-from metrics.paired import Psnr, Ssim
+from metrics.paired import LpipsPaired, Psnr, Ssim
 from metrics.prdc import Prdc
 from metrics.sanity import Sanity
 from metrics.weights import Network
@@ -31,6 +31,7 @@ _METRICS = {  # in the order of the report
     "lpips": Lpips,
     "psnr": Psnr,
     "ssim": Ssim,
+    "lpips_paired": LpipsPaired,
     "class_acc": ClassAccuracy,
     "fd_domain": FdDomain,
     "prdc_domain": PrdcDomain,

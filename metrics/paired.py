@@ -8,6 +8,7 @@ from torch import Tensor
 from datasets.conditions import KINDS, shown
 from metrics.base import Context, Entry, Metric, measured, number
 from metrics.gallery import ChosenImages
+from metrics.lpips_score import ALEXNET, distances
 from utils.images import to_float, to_uint8
 from utils.rng import fixed_subset
 
@@ -59,3 +60,17 @@ class Ssim(Psnr):
         pairs = zip(*((to_float(x).numpy() + 1) / 2 for x in (images, real)), strict=True)
         how = {"channel_axis": 0, "data_range": 1}
         return torch.tensor([structural_similarity(*pair, **how) for pair in pairs])
+
+
+class LpipsPaired(Psnr):
+    """LPIPS distance (Zhang et al. 2018) between each image and the real one, with AlexNet."""
+
+    better = "lower"
+    network = ALEXNET
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.distance, self.device = context.networks[ALEXNET], context.runtime.device
+
+    def score(self, images: Tensor, real: Tensor) -> Tensor:
+        return distances(self.distance, [(images, real)], self.device)

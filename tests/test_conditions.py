@@ -31,9 +31,11 @@ from diffusion import build_process, make_denoiser
 from diffusion.guidance import conditioned
 from generation.run import CONFIG_CHECKS, load_run
 from generation.sampling import generate, sampling_from
+from metrics.lpips_score import ALEXNET
 from models import BACKBONES, build_model
 from tests.conftest import ROOT, run_script
 from tests.image_files import write_image
+from tests.tiny_networks import pixel_distance
 from tests.test_train import assert_same_training, run, state_of
 from training.objective import training_examples
 from utils.config import Config, condition_channels, load_config
@@ -344,13 +346,17 @@ def test_images_do_not_depend_on_the_batch_size(trained):
     assert (drawn[0].int() - drawn[1].int()).abs().max() <= 1
 
 
-def test_an_evaluation_compares_each_image_with_its_own(trained, capsys):
-    """PSNR and SSIM, beside those of bicubic interpolation, as skimage has them."""
+def test_an_evaluation_compares_each_image_with_its_own(trained, capsys, monkeypatch):
+    """PSNR and SSIM as skimage has them, and a distance in the place of LPIPS, each beside that of
+    bicubic interpolation."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     given = ["--checkpoint", trained / "run", "--device", "cpu", "--num_samples", 5, "--metrics",
-             "psnr,ssim", "--real_split", "test", "--num_real", 3, "--output", trained / "r.json",
-             "--save_images_dir", trained / "drawn"]  # fmt: skip
+             "psnr,ssim,lpips_paired", "--real_split", "test", "--num_real", 3, "--output",
+             trained / "r.json", "--lpips_weights", trained / "no.pth", "--save_images_dir",
+             trained / "drawn"]  # fmt: skip
+    torch.save({}, trained / "no.pth")
+    monkeypatch.setattr(ALEXNET, "load", lambda *_: pixel_distance)
     assert exit_code_of(partial(evaluate.main, list(map(str, given)))) == EXIT_OK
     report = json.loads((trained / "r.json").read_text())["metrics"]
     config = load_run(trained / "run", CPU).config
@@ -360,7 +366,15 @@ def test_an_evaluation_compares_each_image_with_its_own(trained, capsys):
     bicubic = to_uint8(planes_at(config, dataset, indices)).permute(0, 2, 3, 1).numpy()
     real = [dataset[i][0].permute(1, 2, 0).numpy() for i in indices]
     ssim = partial(structural_similarity, channel_axis=2)
-    for name, score in (("psnr", peak_signal_noise_ratio), ("ssim", ssim)):
+    scores = {"psnr": peak_signal_noise_ratio, "ssim": ssim}
+    as_floats = partial(torch.nn.functional.interpolate, size=(64, 64), mode="bilinear")
+
+    def enlarged(*pair: np.ndarray) -> float:
+        """The stand-in for LPIPS, which sees images of 64 pixels."""
+        return float(pixel_distance(*(as_floats(to_float(torch.tensor(x)).permute(2, 0, 1)[None])
+                                      for x in pair)))  # fmt: skip
+
+    for name, score in (scores | {"lpips_paired": enlarged}).items():
         for key, images in (("value", drawn), ("baseline", bicubic)):
             expected = np.mean([score(*pair) for pair in zip(real, images, strict=True)])
             assert report[name][key] == pytest.approx(expected, abs=1e-4), (name, key)

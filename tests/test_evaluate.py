@@ -152,7 +152,7 @@ def test_a_sweep_reports_every_setting_and_their_summary(
     single = read(tmp_path / "alone/report.json")
     for name, result in single["metrics"].items():
         expected = report["sweep"][2]["metrics"][name]
-        if name in ("psnr", "ssim"):  # of models with a condition alone
+        if METRICS[name].paired:  # of models with a condition alone
             assert result["status"] == "skipped"
             continue
         assert result["value"] == pytest.approx(expected, rel=1e-6), name
@@ -512,7 +512,7 @@ def test_any_number_of_processes_and_a_kill_in_between_give_the_same(run_dir, tm
         found[name] = read(tmp_path / name / "report.json")
         assert found[name]["provenance"]["world_size"] == processes
         assert ("are there already" in output) == (name == "resumed"), output
-    of_pictures = {"psnr", "ssim"}  # need a model with a condition
+    of_pictures = {name for name in METRICS if METRICS[name].paired}
     values = {
         name: {m: r["value"] for m, r in report["metrics"].items() if m not in of_pictures}
         for name, report in found.items()
