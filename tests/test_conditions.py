@@ -35,8 +35,8 @@ from metrics.lpips_score import ALEXNET
 from models import BACKBONES, build_model
 from tests.conftest import ROOT, run_script
 from tests.image_files import write_image
-from tests.tiny_networks import pixel_distance
 from tests.test_train import assert_same_training, run, state_of
+from tests.tiny_networks import pixel_distance
 from training.objective import training_examples
 from utils.config import Config, condition_channels, load_config
 from utils.distributed import Runtime

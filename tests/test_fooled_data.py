@@ -504,8 +504,8 @@ GOOD = header((1, 8, 8, 3)) + bytes(range(192))
 HALF_GIB = 2**29 // 192
 
 
-def bomb(kind: int, lie: int | None = None) -> Callable:
-    """Zeros, half a GiB of them; `lie`: how many bytes the directory says they are packed in."""
+def bomb(kind: int, lie: int | None = None, parts: int = 64) -> Callable:
+    """Zeros, `parts` of 8 MiB; `lie`: how many bytes the directory says they are packed in."""
 
     def write(path: Path) -> None:
         with (
@@ -513,7 +513,7 @@ def bomb(kind: int, lie: int | None = None) -> Callable:
             archive.open("arr_0.npy", "w", force_zip64=True) as member,
         ):
             member.write(header((HALF_GIB, 8, 8, 3)))
-            for _ in range(64):
+            for _ in range(parts):
                 member.write(bytes(HALF_GIB * 3))
         if lie is not None:
             content = bytearray(path.read_bytes())
@@ -541,8 +541,8 @@ def patched(local: int, central: int, value: int) -> Callable:
 HOSTILE = {
     "bomb": (bomb(zipfile.ZIP_DEFLATED), "would become 536,870"),
     "bomb that lies": (bomb(zipfile.ZIP_DEFLATED, 2**31 - 1), "would become 536,870"),
-    "bz2 bomb": (bomb(zipfile.ZIP_BZIP2), "numpy does not write"),
-    "LZMA bomb": (bomb(zipfile.ZIP_LZMA), "numpy does not write"),
+    "bz2 bomb": (bomb(zipfile.ZIP_BZIP2, parts=1), "numpy does not write"),
+    "LZMA bomb": (bomb(zipfile.ZIP_LZMA, parts=1), "numpy does not write"),
     "huge shape": (zipped(("arr_0.npy", header((2**40, 8, 8, 3)))), "says (1099511627776"),
     "negative shape": (zipped(("arr_0.npy", header((-1, 8, 8, 3)) + bytes(99))), "says (-1"),
     "endless product": (zipped(("arr_0.npy", header((2**62, 2**62, 0)))), "cannot reshape"),

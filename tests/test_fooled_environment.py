@@ -54,6 +54,7 @@ from utils.errors import (
 from utils.files import write_text
 from utils.logs import log_to_file, setup_logging
 
+SLOW = (pytest.mark.slow, pytest.mark.ci)
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PLAIN = "plain decimal number, or put it in quotes"
 NUMBER = "a number is needed, as a plain decimal"
@@ -327,7 +328,7 @@ def test_a_port_that_is_taken_is_told_before_anything_else(monkeypatch):
         assert place_in_job() == (0, 0, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=SLOW)])
 def test_whoever_waits_says_for_whom(tiny, rank):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -401,7 +402,14 @@ def test_consoles_of_any_encoding_get_the_text(run, encoding):
     assert python(*command, PYTHONIOENCODING=encoding, redirect=end).stdout == "True\n"
 
 
-@pytest.mark.parametrize("redirect", [">&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        ">&- 2>&-",
+        pytest.param("2>&1 | true", marks=SLOW),
+        pytest.param(">/dev/full 2>/dev/full", marks=SLOW),
+    ],
+)
 def test_a_training_goes_on_without_its_console(tiny, tmp_path, redirect):
     options = ("--config", tiny, "--device", "cpu", "max_steps=2", "save_dir=out")
     end = f"{redirect}; exit ${{PIPESTATUS[0]}}"
