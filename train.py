@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.gpu_ids and gpu_ids is None:
             log.info("gpu_ids=%s: no CUDA here, ignored", list(config.gpu_ids))
         try:
-            return train(config, runtime, dry_run=args.dry_run, sheet=args.sheet)
+            given = "--config", Path(args.config), *args.overrides
+            return train(config, runtime, dry_run=args.dry_run, sheet=args.sheet, given=given)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no own
             if not re.search("out of memory|can't allocate memory", str(error)):
                 raise
@@ -67,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
 
 
-def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None = None) -> int:
+def train(
+    config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None = None, given: tuple = ()
+) -> int:
     """Build everything the config names, and run it. Returns the exit code.
 
-    A `dry_run` computes one loss instead, and writes nothing but the first batch to `sheet`.
+    A `dry_run` computes one loss instead, and writes nothing but the first batch to `sheet`. What
+    was `given` on the command line to make this config, the commands of the last lines repeat.
     """
     job = prepare(config, runtime)
     if job is None:
@@ -103,7 +108,7 @@ def train(config: Config, runtime: Runtime, *, dry_run: bool, sheet: str | None 
             trainer.tracker.finish()
         status.finish(code)
     if code == EXIT_OK:
-        build.log_end(config)
+        build.log_end(config, given)
     return code
 
 

@@ -72,11 +72,7 @@ def batches(
 
 
 def make_resident(
-    dataset: ImageDataset,
-    runtime: Runtime,
-    *,
-    resident: bool | None = None,
-    num_workers: int = 0,
+    dataset: ImageDataset, runtime: Runtime, *, resident: bool | None = None, num_workers: int = 0
 ) -> ImageDataset:
     """The data set, the same everywhere, with all its images decoded, on the device.
 

@@ -20,13 +20,7 @@ from generation.sample_store import tell_clipped
 from generation.sampling import gather_images, sampler_names, timesteps_of
 from utils.captions import contact_sheet
 from utils.errors import ConfigError, DataError
-from utils.files import (
-    check_inputs_stay,
-    check_picture_folder,
-    numbered,
-    write_each,
-    write_npz,
-)
+from utils.files import check_inputs_stay, check_picture_folder, numbered, write_each, write_npz
 from utils.images import MAX_COLUMNS, MAX_GRID_IMAGES, as_pictures, save_image, to_file
 from utils.labels import save_images
 

@@ -17,6 +17,7 @@ import metrics
 import models
 from diffusion import Process
 from training.ema import states_of_widths
+from training.optim import OPTIMIZERS
 from training.pretrained import weights_of
 from training.resume import SAME_MODEL, changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
@@ -27,6 +28,7 @@ from utils.config import (
     apply_overrides,
     keys_by_resume,
     read_config_file,
+    unknown_name,
     validate,
     warnings_of,
 )
@@ -41,6 +43,7 @@ CONFIG_CHECKS = (
     diffusion.check_config,
     metrics.check_config,
     lambda config: models.check_config(config, expected_spec(config)),
+    lambda config: unknown_name("optimizer", config.optimizer, OPTIMIZERS),  # for training alone
 )
 
 
@@ -118,7 +121,7 @@ def load_run(
         given = read_config_file(Path(config_path))
         raw.values.update(given.values)
         raw.sources.update(given.sources)
-    config = validate(raw, checks=CONFIG_CHECKS, problems=apply_overrides(raw, overrides))
+    config = validate(raw, checks=CONFIG_CHECKS[:-1], problems=apply_overrides(raw, overrides))
     resolve_precision(config.precision, device)
     if changed := changed_settings(state["config"], config.to_dict(), (*SAME_MODEL, "value_range")):
         belong = f"{path}: these settings belong to the weights:"

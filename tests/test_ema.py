@@ -16,6 +16,7 @@ from tests.test_train import assert_same_training, run, state_of
 from training.ema import EMA, WIDEST, WIDTHS, gamma_of, snapshot_name, solve, states_of_widths
 from utils.checkpoint import save_checkpoint
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, exit_code_of
+from utils.labels import save_images
 
 TRACKED = (0.03, 0.08, 0.15)
 STEPS, SPACING = 2000, 50
@@ -190,6 +191,31 @@ def test_sample_evaluate_and_export_take_a_width(tiny, capsys):
     exported = load_run("w.safetensors", CPU).model.state_dict()
     averaged = load_run("checkpoints/many", CPU, ema_width=0.15).model.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in exported.items())
+
+
+@pytest.mark.slow
+def test_a_model_with_a_condition_has_widths(tiny):
+    """Each draws from the pictures with its own weights, and is scored as it is alone."""
+    condition = ("condition=downsample", "condition_factor=2")
+    assert run(tiny, "many", *SETTINGS, *condition, "classes=0", "epochs=10") == EXIT_OK
+    save_images(Path("pictures"), torch.arange(32, dtype=torch.uint8).reshape(2, 1, 4, 4) * 8, None)
+    command = ["--checkpoint", "checkpoints/many", "--ema_width"]
+    drawn = {}
+    for width in ("0.05", "0.15"):
+        options = ["--condition", "pictures", "--save_images", "--labels", "0"]
+        assert sample.main([*command, width, *options, "--output_dir", width]) == EXIT_OK
+        drawn[width] = [path.read_bytes() for path in sorted(Path(width).rglob("*.png"))]
+    assert len(drawn["0.05"]) == len(drawn["0.15"]) > 2
+    assert drawn["0.05"] != drawn["0.15"]
+    scores = ["--n", "4", "--metrics", "psnr"]
+    assert evaluate.main([*command, "0.05,0.15", *scores]) == EXIT_OK
+    rows = json.loads(Path("checkpoints/many/eval/report.json").read_text())["sweep"]
+    assert [row["ema_width"] for row in rows] == [0.05, 0.15]
+    of_widths = [row["metrics"]["psnr"] for row in rows]
+    assert of_widths[0] != of_widths[1]
+    assert evaluate.main([*command, "0.15", *scores, "--output", "alone"]) == EXIT_OK
+    alone = json.loads(Path("alone/report.json").read_text())["metrics"]["psnr"]["value"]
+    assert alone == of_widths[1]
 
 
 @pytest.mark.slow

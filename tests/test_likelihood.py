@@ -13,6 +13,7 @@ import diffusion.likelihood
 import evaluate
 import metrics.likelihood
 import train
+from datasets import build_dataset
 from diffusion import build_process, timestep_grid
 from diffusion.likelihood import log_likelihood
 from tests.conftest import ROOT
@@ -101,6 +102,36 @@ def test_evaluate_reports_bits_and_those_of_each_image(tiny, monkeypatch, capsys
     again, _ = measure()
     assert again["value"] == pytest.approx(found["value"], rel=1e-4)
     assert "bits per value, +-" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bits_of_each_image_tell_digits_from_what_is_none(tiny, monkeypatch):
+    """Of unseen digits against the same with their pixels shuffled, turned, or in negative: AUC 1.0
+    each after 200 steps. The mean of the pixels does not tell the first two."""
+    monkeypatch.setattr(metrics.likelihood, "NUM_IMAGES", 64)
+    monkeypatch.setattr(diffusion.likelihood, "NUM_TIMESTEPS", 12)
+    options = ["conditional=false", "max_steps=200", "learning_rate=5e-3", "use_scheduler=true"]
+    options += ["beta_schedule=cosine", "prediction_type=v", "model_params.dropout=0"]
+    assert train.main(["--config", str(tiny), *options]) == EXIT_OK
+    arguments = ["--checkpoint", "checkpoints/tiny", "--n", "2", "--steps", "2", "--metrics", "nll"]
+
+    def bits(name: str, *more: str) -> torch.Tensor:
+        assert evaluate.main([*arguments, "--output", name, *more]) == EXIT_OK
+        rows = Path(name, "report_nll.csv").read_text().splitlines()[1:]
+        assert len(rows) == 64
+        return torch.tensor([float(row.split(",")[1]) for row in rows])
+
+    dataset, of_digits = build_dataset(Config(image_size=(8, 8)), "test"), bits("digits")
+    digits = torch.stack([dataset[i][0] for i in range(64)])
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(64, 64, generator=generator).argsort(1)
+    shuffled = digits.flatten(1).gather(1, order).reshape(digits.shape)
+    others = {"shuffled": shuffled, "turned": digits.rot90(1, (2, 3)), "negative": 255 - digits}
+    for name, images in others.items():
+        save_images(Path(f"{name}_images"), images, None)
+        of_others = bits(name, "--reference", f"{name}_images")
+        auc = (of_others[:, None] > of_digits).float().mean()
+        assert auc > 0.9, name
 
 
 def test_pictures_have_no_likelihood_without_a_model(tmp_path, monkeypatch):

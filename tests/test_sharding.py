@@ -203,6 +203,32 @@ def test_sharded_training_is_that_of_ddp(tiny, runs):
     assert_same_losses("alone", "ddp")
 
 
+@pytest.mark.slow
+def test_a_condition_and_an_optimizer_of_torch_are_sharded_like_all_else(tiny, runs):
+    """Previews and scores too, and going on from the file."""
+    options = [*DIT, "classes=0", "condition=downsample", "condition_factor=2"]
+    options += ["optimizer=torch.optim:NAdam", "sample_interval=1", "sample_start_epoch=1"]
+    options += ["num_samples=1", "val_interval=1", "val_num_samples=20", "eval_interval=1"]
+    options += ["eval_num_samples=5", "eval_metrics=psnr"]
+    fsdp, six, on = "strategy=fsdp", "max_steps=6", "resume_path=checkpoints/early"
+    plans = {
+        "ddp": [six],
+        "fsdp": [fsdp, six],
+        "early": [fsdp, "max_steps=3"],
+        "on": [fsdp, six, on],
+    }
+    runs({name: [*options, *own] for name, own in plans.items()})
+    for name in ("fsdp", "on"):
+        assert_same_losses(name, "ddp")
+        assert_same_file(name, "ddp")
+    assert list(losses("on")) == [4, 5, 6]
+    reports = (Path("checkpoints", name, "eval/epoch_0001.json") for name in ("ddp", "fsdp"))
+    scores = [json.loads(path.read_text())["metrics"]["psnr"]["value"] for path in reports]
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+    assert validations("fsdp").keys() == validations("ddp").keys() == {3, 5}
+    assert Path("checkpoints/fsdp/samples/epoch_0001.png").is_file()
+
+
 WORKER = """
 import copy, os, sys
 sys.path.insert(0, sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from training.tracking import start_trackers
 from training.trainer import Trainer
 from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
-from utils.config import Config, warnings_of
+from utils.config import PART, Config, warnings_of
 from utils.distributed import describe_device
 from utils.errors import UserError, shell_line, show
 from utils.images import as_pictures, save_image
@@ -151,14 +152,17 @@ def log_start(job: Job) -> None:
     log.info(f"plan:   {steps}, {schedule.steps_per_epoch:.1f} steps per epoch")
 
 
-def log_end(config: Config) -> None:
-    """Log the last lines of a run: where everything is, and what to do next."""
+def log_end(config: Config, given: tuple[object, ...] = ()) -> None:
+    """Log the last lines of a run: where everything is, and what to do next. Where parts of other
+    packages may have been found beside the config file, commands repeat what was `given`."""
     folder = config.run_dir
     by = config.eval_best_metric or "lowest smoothed loss"
     if (folder / BEST).is_file():
         log.info(f"done. best ({by}): {folder / BEST}, last: {folder / CURRENT}")
     else:
         log.info(f"done. {folder / CURRENT}; no best model: {by} had no value yet")
-    log.info("next:   " + shell_line("python", "sample.py", "--checkpoint", folder))
-    log.info("        " + shell_line("python", "evaluate.py", "--checkpoint", folder))
+    texts = json.dumps(config.to_dict()).split('"')
+    words = "--checkpoint", folder, *(given if any(map(PART.fullmatch, texts)) else ())
+    log.info("next:   " + shell_line("python", "sample.py", *words))
+    log.info("        " + shell_line("python", "evaluate.py", *words))
     log.info("        " + shell_line("python", "runs.py", "report", folder))

@@ -16,7 +16,7 @@ import models
 from datasets.loader import make_resident
 from models.lora import add_adapters
 from training.objective import Example, training_examples
-from training.optim import parameter_groups
+from training.optim import try_optimizer
 from training.pretrained import load_initial_weights
 from training.progress import Schedule
 from training.resume import Resume, check_backend, check_data, find_resume, plan_steps
@@ -27,12 +27,8 @@ from utils.errors import UserError, show
 from utils.precision import resolve_precision
 from utils.rng import seed_everything
 
-OF_A_NODE = (
-    "gpu_ids",
-    "data_root",
-    "condition_root",
-    "num_workers",
-)  # keys that may differ between processes
+# keys that may differ between processes
+OF_A_NODE = ("gpu_ids", "data_root", "condition_root", "num_workers")
 
 log = logging.getLogger("diffusion")
 
@@ -95,7 +91,7 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
         load_initial_weights(model, config, dataset.class_names)
     if config.lora_rank:
         add_adapters(model, config.lora_rank, config.lora_alpha)
-    parameter_groups(model, config)  # raises where the optimizer is not for this model
+    try_optimizer(model, config)
     check_backend(resume, models.backend_of(model), runtime)
     process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime, resident=config.resident, num_workers=workers)

@@ -10,7 +10,7 @@ from torch import nn
 from models import compile_model, usable_mode
 from training.ema import EMA, WIDTHS
 from training.job import Job
-from training.optim import build_lr_scheduler, build_optimizer
+from training.optim import KEYS, OPTIMIZERS, build_lr_scheduler, build_optimizer
 from training.sharding import load_model_state, load_optimizer_state, slice_as, wrap_for_training
 
 
@@ -66,6 +66,8 @@ class Learner:
         load_model_state(self.model, state["model_state_dict"])
         groups = self.optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        if type(self.optimizer) not in OPTIMIZERS.values():  # it may keep a part of its state there
+            settings = [{k: v for k, v in setting.items() if k in KEYS} for setting in settings]
         load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets import ImageDataset
 from datasets.loader import global_indices
-from training.optim import MUON
+from training.optim import FUSED
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import EXIT_NON_FINITE, UserError
@@ -38,7 +38,7 @@ class NonFiniteGuard:
         self.config, self.dataset, self.is_main = config, dataset, runtime.is_main
         self.limit = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
         # Whether each flag is read at once. On a GPU the host would wait for every step.
-        self.on_host = runtime.device.type != "cuda" or config.optimizer == MUON  # is not fused
+        self.on_host = runtime.device.type != "cuda" or config.optimizer not in FUSED
         self.seen: list[int] = []  # steps that `read` has told of
         self._count = torch.zeros((), dtype=torch.int64, device=runtime.device)
         self._overflows = torch.zeros_like(self._count)  # the latest steps in a row

@@ -40,11 +40,7 @@ def quartile_of(t: Tensor, num_timesteps: int) -> Tensor:
 
 
 def training_examples(
-    config: Config,
-    process: Process,
-    dataset: ImageDataset,
-    runtime: Runtime,
-    start_step: int = 0,
+    config: Config, process: Process, dataset: ImageDataset, runtime: Runtime, start_step: int = 0
 ) -> Iterator[Example]:
     """Yield this rank's training examples, one a step, from `start_step` on, without end.
 

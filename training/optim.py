@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import math
 import warnings
 from typing import Any
@@ -11,10 +13,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from training.progress import Schedule
-from utils.config import Config
-from utils.errors import ConfigError
+from training.sharding import load_optimizer_state
+from utils.config import Config, Parts
+from utils.errors import ConfigError, one_line
 
 MUON = "muon"
+KEYS = {"betas": "adam_betas", "weight_decay": "weight_decay"}  # an optimizer's name of the key
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -35,14 +39,42 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, MUON: MuonAdamW}
+FUSED = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = Parts({**FUSED, MUON: MuonAdamW}, lambda part: part)
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time."""
-    groups = parameter_groups(model, config)
-    options = {"lr": config.learning_rate, "betas": config.adam_betas, "fused": True}
-    return OPTIMIZERS[config.optimizer](groups, **options)
+    """Make the config's optimizer, with fused kernels: a fraction of the per-tensor loop's time.
+    One of another package gets `betas` and `weight_decay` if its signature has them, or if they are
+    no defaults, which is an error then."""
+    groups, make = parameter_groups(model, config), OPTIMIZERS[config.optimizer]
+    given = {name: getattr(config, key) for name, key in KEYS.items()}
+    if ":" not in config.optimizer:
+        return make(groups, lr=config.learning_rate, fused=True, **given)
+    known, usual = inspect.signature(make).parameters, Config()
+    taken = {n: x for n, x in given.items() if n in known or x != getattr(usual, KEYS[n])}
+    return make(groups, lr=config.learning_rate, **taken)
+
+
+def try_optimizer(model: nn.Module, config: Config) -> None:
+    """Raise a ConfigError where the optimizer is not for this model or, being of another package,
+    cannot take a step, or go on from a checkpoint, which has tensors and plain types alone."""
+    parameter_groups(model, config)
+    if ":" not in config.optimizer:
+        return
+    layer, file = nn.Linear(2, 2, device=next(model.parameters()).device), io.BytesIO()
+    try:
+        build_optimizer(model, config)
+        optimizer = build_optimizer(layer, config)
+        LambdaLR(optimizer, lambda _: 1.0)
+        layer(layer.weight).sum().backward()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        load_optimizer_state(optimizer, torch.load(file, weights_only=True))
+    except Exception as error:  # of a stranger's code
+        fault = f"optimizer={config.optimizer} cannot take a step and go on from a checkpoint of it"
+        raise ConfigError(f"{fault}: {one_line(error)}") from error
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from datasets import ImageDataset
 from models import computing_params, skeleton
 from models.lora import add_adapters
 from training.ema import WIDTHS, trained_parameters
-from training.optim import MUON, parameter_groups
+from training.optim import MUON, build_optimizer, parameter_groups
 from training.progress import Schedule
 from training.tracking import ID_KEYS
 from utils import checkpoint as files
@@ -169,6 +169,9 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         "best_loss": lambda loss: isinstance(loss, float) and not math.isnan(loss),
         "loss_stats": lambda x: x.dim() == 1 and x.is_floating_point() and x.isfinite().all(),
     }
+    if ":" in config.optimizer:  # only its own code knows what belongs there
+        saved, needed["optimizer_state_dict"] = state["optimizer_state_dict"], {}
+        build_optimizer(model.to_empty(device="cpu"), config).load_state_dict(saved)
     optional = {
         "scheduler_state_dict": lambda saved: saved["last_epoch"] == step and "lr_lambdas" in saved,
         "nonfinite_steps": lambda steps: all(files.is_count(number, most=step) for number in steps),

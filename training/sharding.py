@@ -180,8 +180,8 @@ def snapshot(state: Any, *, keep: bool = True) -> Any:
         whole = full_tensor(state.detach())
         # a copy leaves behind the padding with which uneven slices arrive
         return whole.to("cpu", copy=True) if keep else None
-    if isinstance(state, list):
-        return [snapshot(value, keep=keep) for value in state]
+    if type(state) in (list, tuple):
+        return type(state)(snapshot(value, keep=keep) for value in state)
     if not isinstance(state, dict):
         return state
     copied = copy.copy(state)  # its type and attributes, too: a module's has `_metadata`
@@ -215,7 +215,7 @@ def slice_as(owner: Tensor | None, value: Any) -> Any:
     """Bring `value` into the layout of its owner, if they are of the same shape (a step count is
     not), and cut this rank's slice of it, if the owner is sharded. There is no communication: every
     rank has the whole."""
-    if owner is None or value.shape != owner.shape:
+    if owner is None or getattr(value, "shape", None) != owner.shape:
         return value
     if value.stride() != owner.stride():  # of which fused kernels take no notice on a CPU
         value = value.new_empty_strided(owner.shape, owner.stride()).copy_(value)

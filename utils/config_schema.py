@@ -213,8 +213,8 @@ class Config(BaseModel):
     gradient_accumulation_steps: PositiveInt = key(1, resume="warn", also="accum")
     """micro-batches a batch is cut into: less memory, the same result up to rounding and dropout
     masks"""
-    optimizer: Literal["adam", "adamw", "muon"] = key("adamw", resume="run")
-    """muon: matrices in a transformer's blocks by Muon, the rest by AdamW"""
+    optimizer: str = key("adamw", resume="run")
+    """adam, adamw, or muon: matrices in a transformer's blocks by Muon, the rest by AdamW"""
     adam_betas: tuple[BelowOne, BelowOne] = key((0.9, 0.999), resume="warn", also="betas")
     """decays of the moments of Adam and AdamW"""
     learning_rate: PositiveFloat = key(2e-4, resume="warn", also="lr")

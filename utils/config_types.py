@@ -8,14 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.cli import (
-    MAX_IMAGES,
-    plain_name,
-    read_flag,
-    read_image_size,
-    read_number,
-    read_sequence,
-)
+from utils.cli import MAX_IMAGES, plain_name, read_flag, read_image_size, read_number, read_sequence
 from utils.files import expand_home
 
 PathText = Annotated[str, AfterValidator(expand_home)]

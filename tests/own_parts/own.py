@@ -6,11 +6,13 @@ config = dict(
     dataset="own_parts:levels",
     conditional=True,
     beta_schedule="own_parts:constant_betas",
+    optimizer="own_parts:sign_descent",
     sampling_method="own_parts:half_ddim",
     num_inference_steps=6,
     eval_metrics=("own_parts:Darkness", "sanity"),
     eval_num_samples=16,
     batch_size=32,
     epochs=4,
+    save_interval=2,
     num_samples=4,
 )

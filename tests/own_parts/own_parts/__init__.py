@@ -1,8 +1,8 @@
-"""A backbone, a data set, a schedule, a sampler and a metric that live outside the project."""
+"""A backbone, a data set, a schedule, a sampler, a metric and an optimizer of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +80,25 @@ class Darkness(Metric, Collector):
 
     def compute(self) -> Entry:
         return measured(float(self.counts[0] / self.counts[1]))
+
+
+class SignDescent(torch.optim.Optimizer):
+    """The sign of an average of the gradients (Bernstein et al. 2018), which counts its steps."""
+
+    def __init__(self, params: Iterable, lr: float, weight_decay: float, momentum: float) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, steps=0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["steps"] += 1
+            rate = group["lr"] / group["steps"] ** 0.5
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - rate * group["weight_decay"]).sub_(rate * average.sign())
+
+
+def sign_descent(params: Iterable, lr: float, weight_decay: float) -> SignDescent:
+    """With the momentum that serves small networks."""
+    return SignDescent(params, lr, weight_decay, momentum=0.9)
