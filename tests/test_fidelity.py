@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metrics.base import Entry
-from metrics.inception import INCEPTION, Extractor, load_inception
+from metrics.features import INCEPTION, Extractor, load_inception
 from tests.scored import CPU, real_images_of, real_sets, score
 from utils.images import to_rgb
 
@@ -211,7 +211,7 @@ def small_network(dim: int = 32) -> Extractor:
         x = F.conv2d(F.conv2d(x, first).relu(), second).relu().mean((2, 3))
         return x, x
 
-    return Extractor(extract, dim, dim)
+    return Extractor(extract, {"features": dim, "logits": dim})
 
 
 def fid_of(generated: Tensor, real: Tensor) -> float:
