@@ -61,7 +61,7 @@ def feature_warnings(num_images: int, channels: int) -> Iterator[str]:
     if num_images <= SINGULAR_BELOW:
         yield f"{num_images} images are too few for FID, its like, and IS: they are unreliable"
     elif num_images < COMPARABLE_FROM:
-        yield f"with {num_images} images FID and its like are biased upward, not comparable with 50,000"
+        yield f"FID and its like of {num_images} images are biased upward: not comparable"
     if channels == 1:
         yield "FID, its like, and IS know colour photographs: on grey images read class_acc first"
 

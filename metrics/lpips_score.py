@@ -41,7 +41,7 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
     import lpips
 
     state = load_plain(path, ALEXNET)
-    with warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         # `pnet_rand` keeps it from downloading; the heads come with the package.
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

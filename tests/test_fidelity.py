@@ -110,9 +110,8 @@ def remembering(extractor: Extractor, *sets: Tensor) -> Extractor:
         rows = zip(*extractor(batch), strict=True)
         known.update(zip(map(key, to_rgb(batch)), rows, strict=True))
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = zip(*(known[key(image)] for image in images), strict=True)
-        return torch.stack(features), torch.stack(logits)
+    def extract(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.stack, zip(*(known[key(image)] for image in images), strict=True)))
 
     return dataclasses.replace(extractor, extract=extract)
 
@@ -187,6 +186,28 @@ def test_fid_of_a_set_with_itself_is_zero_and_never_below(pair):
     same = metrics_of(pair.extractor, pair.real, pair.real, "fid", world_size=2, size=4)["fid"]
     assert same["value"] == max(0, same["raw"])
     assert abs(same["raw"]) < 1e-5 * pair.expected["frechet_inception_distance"]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_sfid_is_of_the_first_channels_of_the_seventh_block_and_0_of_a_set_with_itself(
+    weights_path,
+):
+    extractor, images = (
+        load_inception(weights_path, CPU),
+        patches(6, (3, 32, 32), contrast=1, seed=1),
+    )
+    network, blocks = extractor.extract.__closure__, []
+    network = next(
+        cell.cell_contents for cell in network if hasattr(cell.cell_contents, "Mixed_6d")
+    )
+    network.Mixed_6d.register_forward_hook(lambda *call: blocks.append(call[-1]))
+    *_, found = extractor(images)
+    (block,) = blocks  # (6, 768, 17, 17); ADM flattens TensorFlow's (17, 17, 7)
+    assert found.view(6, 17, 17, 7).equal(block[:, :7].permute(0, 2, 3, 1))
+    assert found.std() > 0
+    same = metrics_of(remembering(extractor, images), images, images, "sfid")["sfid"]
+    assert abs(same["raw"]) < 1e-5 * found.square().sum(1).mean().item()
 
 
 # --- real digits through a small random network

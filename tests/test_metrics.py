@@ -22,6 +22,7 @@ from metrics import (
     check_metric_names,
     classifier,
     fid,
+    lpips_score,
     weights,
 )
 from metrics.base import Collector, Context, Generated, Metric, Real, entry
