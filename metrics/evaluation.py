@@ -111,7 +111,6 @@ class Plan:
         for network, weights in self.weights.items():
             problem = None
             try:
-                # Building a network draws initial weights
                 with usable(network, f"{show(weights.path)} does not fit"), fork_rng(devices=[]):
                     networks[network] = network.load(weights.path, runtime.device)
             except (MissingWeightsError, torch.OutOfMemoryError) as error:

@@ -191,8 +191,7 @@ class Features(Collector):
         self.keeps, given = context.keeps, context.real.statistics
         self.reset()
         self.references = {name: given[name] for name in given.keys() & self.keeps}
-        self.meta: dict[str, dict] = {}  # everything that the real images' statistics depend on
-        self.stores: dict[str, Path] = {}
+        self.stores, self.meta = {}, {}  # files, and all that the real images' statistics depend on
         sets = context.real.sets
         if sets is not None and context.cache_dir is not None:
             for name in self.keeps - ROWS - given.keys():

@@ -60,7 +60,8 @@ class OtherVit(nn.Module):
         self.state = state
         options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         layer = nn.TransformerEncoderLayer(WIDTH, 1, 4 * WIDTH, layer_norm_eps=1e-6, **options)
-        self.encoder = nn.TransformerEncoder(layer, DEPTH, nn.LayerNorm(WIDTH, eps=1e-6))
+        norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.encoder = nn.TransformerEncoder(layer, DEPTH, norm, enable_nested_tensor=False)
         names = {
             "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
             "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "layers": "blocks",
@@ -126,7 +127,7 @@ def test_distances_in_dinov2_are_those_of_torch_fidelity(dinov2_path, monkeypatc
 
 @pytest.mark.slow
 def test_dinov2_is_that_of_transformers(dinov2_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")  # names of its layers
     state = random_dinov2()
     config = transformers.Dinov2Config(
         hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=1, image_size=224
@@ -148,10 +149,9 @@ def test_dinov2_is_that_of_transformers(dinov2_path):
         theirs |= {f"{layer}.layer_scale{i}.lambda1": state[f"{ours}.ls{i}.gamma"] for i in (1, 2)}
         for part in ("weight", "bias"):
             parts = state[f"{ours}.attn.qkv.{part}"].chunk(3)
-            for name, tensor in zip(("query", "key", "value"), parts, strict=True):
-                theirs[f"{layer}.attention.attention.{name}.{part}"] = tensor
-            proj = state[f"{ours}.attn.proj.{part}"]
-            theirs[f"{layer}.attention.output.dense.{part}"] = proj
+            parts = (*parts, state[f"{ours}.attn.proj.{part}"])
+            for name, tensor in zip("qkvo", parts, strict=True):
+                theirs[f"{layer}.attention.{name}_proj.{part}"] = tensor
             for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 theirs[f"{layer}.{name}.{part}"] = state[f"{ours}.{name}.{part}"]
     network.load_state_dict(theirs)
