@@ -25,7 +25,7 @@ from generation.sample_store import remove, resumed, saved, tell_clipped
 from generation.sampling import Sampling, generate, sampling_from
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
-from metrics.inception import FID_FEATURES
+from metrics.features import FID_FEATURES
 from metrics.reference import read_reference
 from metrics.report import Report, read_report, save_sweep, summary
 from utils.config import Config
@@ -200,7 +200,7 @@ def compared_with(
 ) -> Real:
     """What the command line of evaluate.py compares images with: the data set of the config,
     or of the folder --reference, or statistics. `run` draws the images, if a model does."""
-    statistics = None
+    statistics = {}
     if args.reference is not None and open_root(args.reference).is_dir():
         config = config.model_copy(update=folder_settings(args.reference))
         if run is not None:  # as its own images were: brought to the size of the model
@@ -208,7 +208,7 @@ def compared_with(
             config = config.model_copy(update=shape)
     else:
         if args.reference is not None:
-            statistics = read_reference(args.reference, FID_FEATURES)
+            statistics = {"fid": read_reference(args.reference, FID_FEATURES)}
         if run is None and args.config is None:
             missing = "no real images: name their data set by --config, or a folder by --reference"
             return Real(None, missing, statistics)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from metrics.base import Metric
 from metrics.class_accuracy import ClassAccuracy, FdDomain, PrdcDomain
+from metrics.features import DINOV2, EFFNET
 from metrics.fid import Fid, InceptionScore, Kid
 from metrics.likelihood import Nll
 from metrics.lpips_score import Lpips
@@ -25,9 +26,15 @@ from utils.errors import ConfigError
 
 _METRICS = {  # in the order of the report
     "fid": Fid,
+    "sfid": type("Sfid", (Fid,), {"keeps": "sfid"}),
     "kid": Kid,
     "is": InceptionScore,
     "prdc": Prdc,
+    "fd_dinov2": type("FdDinov2", (Fid,), {"network": DINOV2, "keeps": "fd_dinov2"}),
+    "kid_dinov2": type("KidDinov2", (Kid,), {"network": DINOV2}),
+    "prdc_dinov2": type("PrdcDinov2", (Prdc,), {"network": DINOV2}),
+    "fd_effnet": type("FdEffnet", (Fid,), {"network": EFFNET, "keeps": "fd_effnet"}),
+    "kid_effnet": type("KidEffnet", (Kid,), {"network": EFFNET}),
     "lpips": Lpips,
     "psnr": Psnr,
     "ssim": Ssim,

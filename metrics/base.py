@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -62,7 +63,7 @@ class Real(NamedTuple):
 
     sets: RealSets | None  # the real images
     missing: str | None = None  # why there are none
-    statistics: Reference | None = None  # what FID takes in the place of the real images' own
+    statistics: Mapping[str, Reference] = MappingProxyType({})  # given ones, by `Metric.keeps`
     name: str | None = None  # what the data set is called
     flip: bool = False  # whether mirrored images are as good as the originals
 
@@ -86,7 +87,8 @@ class Context:
     real: Real
     networks: Mapping[Network, Any] = field(default_factory=dict)  # as `Network.load` returns them
     weights: Mapping[Network, Weights] = field(default_factory=dict)  # the files they come from
-    keeps: frozenset[str] = frozenset()  # the `Metric.keeps` of all metrics that run
+    network: Network | None = None  # the collector's own
+    keeps: frozenset[str] = frozenset()  # the `Metric.keeps` of the metrics that share it
     cache_dir: Path | None = None  # where a later evaluation finds classifiers and statistics
 
     def origin_of(self, network: Network) -> dict[str, Any]:
@@ -130,7 +132,6 @@ class Metric:
     better: ClassVar[str | None] = None  # "lower" or "higher"; other text, or None, for neither
     network: ClassVar[Network | None] = None  # the pretrained one that it needs to run
     real_images: ClassVar[bool] = False  # it needs the real images
-    statistics_suffice: ClassVar[bool] = False  # given mean and covariance can take their place
     classes: ClassVar[bool] = False  # it needs the classes of the real images
     labels: ClassVar[bool] = False  # it needs the class that each generated image was asked for
     likelihood: ClassVar[bool] = False  # it needs the model itself
@@ -162,7 +163,7 @@ class Metric:
         if status in ("skipped", "failed"):
             return [(name, status, reason)]
         notes = ["" if value is None else cls.note(result), reason and f"{status}: {reason}"]
-        return [(name, number(value), "; ".join(filter(None, notes)))]
+        return [(result.get("name", name), number(value), "; ".join(filter(None, notes)))]
 
     @classmethod
     def note(cls, result: Entry) -> str:

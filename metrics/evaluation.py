@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.random import fork_rng
 
 from metrics import METRICS, networks_of
 from metrics.base import Context, Entry, Generated, Real, entry
@@ -20,9 +21,9 @@ from metrics.gallery import Gallery
 from metrics.reference import write_reference
 from metrics.report import Report, build_report, compare, save_report
 from metrics.scoring import Part, Scoring
-from metrics.weights import Network, Weights, find_weights
+from metrics.weights import Network, Weights, find_weights, usable
 from utils.distributed import Runtime
-from utils.errors import MissingWeightsError
+from utils.errors import MissingWeightsError, show
 from utils.files import write_text
 from utils.images import image_suffix
 
@@ -47,8 +48,8 @@ class Plan:
             no_classes = f"number of classes: {counts}"
         for name in names:
             metric = METRICS[name]
-            by_statistics = metric.statistics_suffice and real.statistics
-            if metric.real_images and not by_statistics and real.missing is not None:
+            needs_images = metric.real_images and metric.keeps not in real.statistics
+            if needs_images and real.missing is not None:
                 self.skip([name], real.missing)
             if metric.classes and no_classes is not None:
                 self.skip([name], no_classes)
@@ -67,8 +68,9 @@ class Plan:
         for network in networks_of(self.runnable):
             file, problem = None, None
             if runtime.is_main:
+                fetch = download and not (network.large and set(names) >= set(METRICS))
                 try:
-                    file = find_weights(network, given.get(network.name), download=download)
+                    file = find_weights(network, given.get(network.name), download=fetch)
                 except MissingWeightsError as error:
                     problem = str(error)
             file, problem = runtime.broadcast_object((file, problem))
@@ -109,8 +111,9 @@ class Plan:
         for network, weights in self.weights.items():
             problem = None
             try:
-                networks[network] = network.load(weights.path, runtime.device)
-            except (MissingWeightsError, ImportError, torch.OutOfMemoryError) as error:
+                with usable(network, f"{show(weights.path)} does not fit"), fork_rng(devices=[]):
+                    networks[network] = network.load(weights.path, runtime.device)
+            except (MissingWeightsError, torch.OutOfMemoryError) as error:
                 problem = str(error)
             if runtime.any(problem is not None):
                 networks.pop(network, None)
@@ -121,13 +124,14 @@ class Plan:
 
 def build_parts(runnable: Collection[str], context: Context) -> list[Part]:
     """Build the metrics of these names, those that share a collector in one part."""
-    names = METRICS.ordered(runnable)
-    context = dataclasses.replace(context, keeps=frozenset(METRICS[name].keeps for name in names))
-    parts: dict[type, Part] = {}
-    for name in names:
-        metric, kind = METRICS[name], METRICS[name].collector or METRICS[name]
+    metrics = {name: METRICS[name] for name in METRICS.ordered(runnable)}
+    parts: dict[Any, Part] = {}
+    for name, metric in metrics.items():
+        kind = metric.collector or metric, metric.network
         if kind not in parts:
-            parts[kind] = Part(kind(context))
+            keeps = frozenset(m.keeps for m in metrics.values() if (m.collector, m.network) == kind)
+            own = dataclasses.replace(context, network=metric.network, keeps=keeps)
+            parts[kind] = Part(kind[0](own))
         collector = parts[kind].collector
         parts[kind].metrics[name] = metric(collector) if metric.collector else collector
     return list(parts.values())
@@ -217,7 +221,7 @@ class Evaluation:
         fids = [part.metrics["fid"] for part in self.scoring.alive if "fid" in part.metrics]
         try:
             if fids:
-                write_reference(path, fids[0].collected.statistics())
+                write_reference(path, fids[0].collected.statistics("fid"))
                 log.info("statistics of the real images: %s", path)
             else:
                 log.warning("--write_reference: fid does not run, so there is nothing to write")

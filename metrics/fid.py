@@ -1,4 +1,4 @@
-"""FID, KID and IS, all from Inception features.
+"""Frechet distances (FID and its like), KID and IS, all from features of pretrained networks.
 
 The Frechet distance between two Gaussians is that of Heusel et al. 2017, arXiv:1706.08500, eq. 6.
 The kernel distance (Binkowski et al. 2018, arXiv:1801.01401) and the Inception score (Salimans et
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from metrics.base import Entry, Metric, Row, measured, number
-from metrics.inception import INCEPTION, InceptionFeatures
+from metrics.base import Entry, Metric, measured, number
+from metrics.features import INCEPTION, Features
 
 SINGULAR_BELOW = 2048  # or at just as many images the covariance of 2048 features is singular
 COMPARABLE_FROM = 10_000
@@ -56,50 +56,43 @@ def count_name(num_images: int) -> str:
     return f"fid_{thousands}k" if thousands and not rest else f"fid_{num_images}"
 
 
-def inception_warnings(num_images: int, channels: int) -> Iterator[str]:
-    """What to know about FID and the Inception score of so many images."""
+def feature_warnings(num_images: int, channels: int) -> Iterator[str]:
+    """What to know about distances in a network's features, and its scores, of so many images."""
     if num_images <= SINGULAR_BELOW:
-        yield f"{num_images} images are too few for FID and IS: the values are unreliable"
+        yield f"{num_images} images are too few for FID, its like, and IS: they are unreliable"
     elif num_images < COMPARABLE_FROM:
-        yield (
-            f"FID of {num_images} images is biased upward and not comparable with published "
-            "values, which use 50,000"
-        )
+        yield f"FID and its like of {num_images} images are biased upward: not comparable"
     if channels == 1:
-        yield (
-            "FID and IS come from a network that has seen colour photographs: on grey images "
-            "read class_acc first"
-        )
+        yield "FID, its like, and IS know colour photographs: on grey images read class_acc first"
 
 
 class Fid(Metric):
-    """The Frechet distance between the Inception features of generated and real images."""
+    """The Frechet distance between the features of generated and real images."""
 
     better = "lower"
     network = INCEPTION
     real_images = True
-    statistics_suffice = True
-    collector = InceptionFeatures
-    keeps = "moments"
-    warnings = staticmethod(inception_warnings)
+    collector = Features
+    keeps = "fid"  # also the name, in files, of statistics that can take the real images' place
+    warnings = staticmethod(feature_warnings)
 
     def compute(self) -> Entry:
-        seen: InceptionFeatures = self.collected
-        num_real = seen.num_real if seen.reference is None else seen.reference.num_images
+        seen: Features = self.collected
+        reference = seen.references.get(self.keeps)
+        num_real = seen.num_real if reference is None else reference.num_images
         counts = f"{seen.num_images} generated and {num_real or 'unknown'} real images"
-        if seen.num_images < 2 or (seen.reference is None and seen.num_real < 2):
+        if seen.num_images < 2 or (reference is None and seen.num_real < 2):
             return measured(None, f"{counts} have no covariance")
-        real, dim, doubt = seen.statistics(), seen.extractor.feature_dim, None
-        value, raw = frechet_distance(*seen.generated.moments.mean_cov(), real.mu, real.sigma)
+        real, doubt = seen.statistics(self.keeps), None
+        generated = seen.generated.moments[self.keeps].mean_cov()
+        value, raw = frechet_distance(*generated, real.mu, real.sigma)
         if min(seen.num_images, num_real or math.inf) <= SINGULAR_BELOW:
-            doubt = f"{counts} are too few for a covariance of {dim} features"
-        meta = dict(seen.reference.meta) or None if seen.reference else None
-        details = {"raw": raw, **seen.counts(), "n_real": num_real, "reference": meta}
-        return measured(value, doubt, name=count_name(seen.num_images), **details)
-
-    @classmethod
-    def rows(cls, name: str, result: Entry) -> list[Row]:
-        return super().rows(result.get("name", name), result)
+            doubt = f"{counts} are too few for a covariance of {len(real.mu)} features"
+        meta = dict(reference.meta) or None if reference else None
+        details = {"raw": raw, **seen.counts(self.keeps), "n_real": num_real, "reference": meta}
+        if self.keeps == "fid":
+            details["name"] = count_name(seen.num_images)
+        return measured(value, doubt, **details)
 
 
 def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> tuple[float, float]:
@@ -120,16 +113,16 @@ def kernel_distance(generated: Tensor, real: Tensor, *, subset_size: int) -> tup
 
 
 class Kid(Metric):
-    """The kernel distance between the Inception features of generated and real images."""
+    """The kernel distance between the features of generated and real images."""
 
     better = "lower"
     network = INCEPTION
     real_images = True
-    collector = InceptionFeatures
+    collector = Features
     keeps = "features"
 
     def compute(self) -> Entry:
-        seen: InceptionFeatures = self.collected
+        seen: Features = self.collected
         size = min(SUBSET_SIZE, seen.num_images, seen.num_real)
         if size < 2:
             return measured(None, "KID needs 2 images of each kind", **seen.counts())
@@ -148,14 +141,14 @@ class InceptionScore(Metric):
 
     better = "higher"
     network = INCEPTION
-    collector = InceptionFeatures
+    collector = Features
     keeps = "logits"
-    warnings = staticmethod(inception_warnings)
+    warnings = staticmethod(feature_warnings)
 
     def compute(self) -> Entry:
         from torch_fidelity.metric_isc import isc_features_to_metric
 
-        seen: InceptionFeatures = self.collected
+        seen: Features = self.collected
         count, num_splits = seen.num_images, min(NUM_SPLITS, seen.num_images)
         score = isc_features_to_metric(seen.generated.rows["logits"], splits=num_splits)
         mean, std = (score[f"inception_score_{part}"] for part in ("mean", "std"))

@@ -19,9 +19,8 @@ from torch import Tensor
 from datasets.real import RealSets
 from metrics.base import Context, Entry, Metric, Row, measured, number
 from metrics.gallery import ChosenImages
-from metrics.weights import Network, load_plain, usable
+from metrics.weights import Network, load_plain
 from utils.distributed import Runtime
-from utils.errors import show
 from utils.images import to_float, to_rgb
 from utils.precision import full_float32
 from utils.rng import Stream, fixed_subset, numpy_generator
@@ -37,8 +36,7 @@ MeanError = tuple[float, float | None]  # mean, and standard error: one pair can
 def load_lpips(path: Path, device: torch.device) -> Distance:
     """Load LPIPS (alex, v0.1) on torchvision's AlexNet weights at `path`.
 
-    Returns distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,). Raises a
-    MissingWeightsError if the file is damaged, not plain tensors, or of another network.
+    Returns distance(a, b): float32 (B, 3, H, W) in [-1, 1], twice -> (B,).
     """
     import lpips
 
@@ -47,9 +45,8 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
         warnings.simplefilter("ignore")  # lpips calls torchvision the old way
         # `pnet_rand` keeps it from downloading; the heads come with the package.
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    with usable(ALEXNET, f"{show(path)} does not fit"):
-        names = {name: re.sub(r"slice\d", "features", name) for name in network.net.state_dict()}
-        network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    names = {name: re.sub(r"slice\d", "features", name) for name in network.net.state_dict()}
+    network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     network.requires_grad_(False).eval().to(device)
     return lambda a, b: network(a, b).flatten()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metrics.base import Entry, Metric, Row, measured, number
-from metrics.inception import INCEPTION, InceptionFeatures
+from metrics.features import INCEPTION, Features
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, fixed_subset
 
@@ -101,16 +101,16 @@ def prdc_entry(real: Tensor, generated: Tensor, **details: Any) -> Entry:
 
 
 class Prdc(Metric):
-    """Precision, recall, density and coverage in Inception features; the value is the precision."""
+    """Precision, recall, density and coverage in a network's features; the value is precision."""
 
     better = "higher"
     network = INCEPTION
     real_images = True
-    collector = InceptionFeatures
+    collector = Features
     keeps = "features"
 
     def compute(self) -> Entry:
-        seen: InceptionFeatures = self.collected
+        seen: Features = self.collected
         real, generated = (kind.rows["features"] for kind in (seen.real, seen.generated))
         return prdc_entry(real, generated, **seen.counts())
 

@@ -31,6 +31,8 @@ class Network:
     help: str  # what --help says of `flag`
     other_names: tuple[str, ...] = ()  # names of the same file, also accepted in the cache
     hash_prefix: str | None = None  # how their SHA-256 begins; checked after a download
+    place: Callable[[], str] | None = None  # of weights that a package brings
+    large: str = ""  # of weights that "all" metrics do not download: what does
 
     @property
     def flag(self) -> str:
@@ -39,7 +41,9 @@ class Network:
 
     @property
     def cache_path(self) -> Path:
-        """The place of a downloaded file."""
+        """The place of a downloaded file, or of the package's."""
+        if self.place is not None:
+            return Path(self.place())
         return Path(torch.hub.get_dir(), "checkpoints", self.url.rpartition("/")[2])
 
     def missing(self, problem: str) -> MissingWeightsError:
@@ -62,12 +66,13 @@ def find_weights(network: Network, given: str | None, *, download: bool = True) 
 
     Raises a MissingWeightsError, in one line with the URL, the place to put the file, and the flag.
     """
-    target = network.cache_path
+    with usable(network, "not there"):
+        target = network.cache_path
     cached = (target, *(target.with_name(name) for name in network.other_names))
     path = next(filter(Path.is_file, cached), None) if given is None else Path(given)
     if path is None:
         if not download:
-            raise network.missing("not on this machine; a run downloads them")
+            raise network.missing(f"not on this machine; {network.large or 'a run downloads them'}")
         path, fetch = target, torch.hub.download_url_to_file
         with usable(network, "download failed"), socket_timeout(DOWNLOAD_TIMEOUT):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +90,10 @@ def usable(network: Network, problem: str) -> Iterator[None]:
     file makes torch raise has no end. Absent packages and full devices are no fault of the file."""
     try:
         yield
-    except (MissingWeightsError, ImportError, torch.OutOfMemoryError):
+    except (MissingWeightsError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise MissingWeightsError(f"{error.name} is missing: pip install {error.name}") from error
     except Exception as error:
         reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):

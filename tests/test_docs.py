@@ -194,7 +194,7 @@ def test_options_in_the_text_exist(page: Path) -> None:
     used = {
         option
         for span in our_words_in(page)
-        for option in re.findall(r"(?<!\S)--[a-z][a-z_-]*", span)
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9_-]*", span)
     }
     wrong = {o for o in used - theirs if "--" + o[2:].replace("-", "_") not in ours}
     assert not wrong, f"{page.name} names options that do not exist: {sorted(wrong)}"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metrics.base import Entry
-from metrics.inception import INCEPTION, Extractor, load_inception
+from metrics.features import INCEPTION, Extractor, load_inception
 from tests.scored import CPU, real_images_of, real_sets, score
 from utils.images import to_rgb
 
@@ -110,9 +110,8 @@ def remembering(extractor: Extractor, *sets: Tensor) -> Extractor:
         rows = zip(*extractor(batch), strict=True)
         known.update(zip(map(key, to_rgb(batch)), rows, strict=True))
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = zip(*(known[key(image)] for image in images), strict=True)
-        return torch.stack(features), torch.stack(logits)
+    def extract(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.stack, zip(*(known[key(image)] for image in images), strict=True)))
 
     return dataclasses.replace(extractor, extract=extract)
 
@@ -189,6 +188,28 @@ def test_fid_of_a_set_with_itself_is_zero_and_never_below(pair):
     assert abs(same["raw"]) < 1e-5 * pair.expected["frechet_inception_distance"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_sfid_is_of_the_first_channels_of_the_seventh_block_and_0_of_a_set_with_itself(
+    weights_path,
+):
+    extractor, images = (
+        load_inception(weights_path, CPU),
+        patches(6, (3, 32, 32), contrast=1, seed=1),
+    )
+    network, blocks = extractor.extract.__closure__, []
+    network = next(
+        cell.cell_contents for cell in network if hasattr(cell.cell_contents, "Mixed_6d")
+    )
+    network.Mixed_6d.register_forward_hook(lambda *call: blocks.append(call[-1]))
+    *_, found = extractor(images)
+    (block,) = blocks  # (6, 768, 17, 17); ADM flattens TensorFlow's (17, 17, 7)
+    assert found.view(6, 17, 17, 7).equal(block[:, :7].permute(0, 2, 3, 1))
+    assert found.std() > 0
+    same = metrics_of(remembering(extractor, images), images, images, "sfid")["sfid"]
+    assert abs(same["raw"]) < 1e-5 * found.square().sum(1).mean().item()
+
+
 # --- real digits through a small random network
 
 
@@ -211,7 +232,7 @@ def small_network(dim: int = 32) -> Extractor:
         x = F.conv2d(F.conv2d(x, first).relu(), second).relu().mean((2, 3))
         return x, x
 
-    return Extractor(extract, dim, dim)
+    return Extractor(extract, {"features": dim, "logits": dim})
 
 
 def fid_of(generated: Tensor, real: Tensor) -> float:

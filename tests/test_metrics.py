@@ -22,7 +22,6 @@ from metrics import (
     check_metric_names,
     classifier,
     fid,
-    inception,
     lpips_score,
     weights,
 )
@@ -30,7 +29,7 @@ from metrics.base import Collector, Context, Generated, Metric, Real, entry
 from metrics.class_accuracy import per_class, wilson_interval
 from metrics.classifier import ClassifierSpec, ClassifierViews, accuracy, count_pairs
 from metrics.evaluation import Plan
-from metrics.inception import INCEPTION, Extractor
+from metrics.features import DINOV2, INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
 from metrics.reference import FeatureMoments
 from metrics.report import build_report, compare, report_path, save_report, summary
@@ -76,7 +75,7 @@ def tiny_extractor(dim: int = 12, num_logits: int = 7) -> Extractor:
         features = (x @ first).relu()
         return features, features @ second
 
-    return Extractor(extract, dim, num_logits)
+    return Extractor(extract, {"features": dim, "logits": num_logits})
 
 
 # --- Frechet distance
@@ -343,10 +342,10 @@ def test_missing_weights_say_what_to_do_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     for given in (None, str(tmp_path / "absent.pth")):
         with pytest.raises(MissingWeightsError) as caught:
-            weights.find_weights(inception.INCEPTION, given)
+            weights.find_weights(INCEPTION, given)
         message = str(caught.value)
         assert "\n" not in message
-        assert inception.INCEPTION.url in message
+        assert INCEPTION.url in message
         assert "--inception_weights PATH" in message
         assert str(tmp_path) in message
 
@@ -355,11 +354,11 @@ def test_weights_come_from_the_cache_and_are_not_fetched_in_a_dry_run(tmp_path, 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched"))
     with pytest.raises(MissingWeightsError, match="a run downloads them"):
-        weights.find_weights(inception.INCEPTION, None, download=False)
-    path = tmp_path / "hub" / "checkpoints" / inception.INCEPTION.other_names[0]
+        weights.find_weights(INCEPTION, None, download=False)
+    path = tmp_path / "hub" / "checkpoints" / INCEPTION.other_names[0]
     path.parent.mkdir(parents=True)
     torch.save({"a": torch.zeros(1)}, path)
-    found = weights.find_weights(inception.INCEPTION, None)
+    found = weights.find_weights(INCEPTION, None)
     assert found.path == path
     assert len(found.sha256) == 64
 
@@ -391,9 +390,9 @@ def test_weights_that_are_not_plain_or_do_not_fit_are_refused(tmp_path, content)
         path.write_text("<html>404</html>")
     else:
         torch.save(Dangerous() if content == "pickle" else {"x": torch.zeros(1)}, path)
-    for load in (inception.load_inception, lpips_score.load_lpips):
-        with pytest.raises(MissingWeightsError) as caught:
-            load(path, CPU)
+    for network in (INCEPTION, DINOV2, ALEXNET):
+        with pytest.raises(MissingWeightsError) as caught, weights.usable(network, "does not fit"):
+            network.load(path, CPU)
         assert "\n" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
-from metrics.inception import INCEPTION, Extractor
+from metrics.features import INCEPTION, Extractor
 from metrics.lpips_score import ALEXNET
 
 
@@ -36,6 +36,6 @@ def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    INCEPTION.load = lambda *_: Extractor(quarters, 4, 4)
+    INCEPTION.load = lambda *_: Extractor(quarters, {"features": 4, "logits": 4})
     ALEXNET.load = lambda *_: pixel_distance
     sys.exit(evaluate.main())
