@@ -16,8 +16,8 @@ FIRST_STEPS, FAIR_STEPS, NUM_IMAGES, NUM_DRAWS, NUM_QUANTILES = 20, 150, 32, 10_
 
 
 def trivial_losses(process: Process, std: float) -> torch.Tensor:
-    """The loss at each t, (T,) float64, of the best guess from single pixels of x_t: Wiener's filter
-    of images that are white Gaussian noise with a known mean and this standard deviation, not 0."""
+    """The loss at each t, (T,) float64, of the best guess from single pixels of x_t: Wiener's
+    filter of images that are white Gaussian noise of a known mean and this deviation, not 0."""
     normal = torch.special.ndtri((torch.arange(NUM_QUANTILES).double() + 0.5) / NUM_QUANTILES)
     ratio = process.half_log_snr.exp()[:, None]
     x_0 = normal / normal.square().mean().sqrt() / (std**-2 + ratio**2).sqrt()  # how far it is off
@@ -39,11 +39,12 @@ class FailureWatch:
     def __init__(self, job: Job) -> None:
         config, dataset, n = job.config, job.dataset, len(job.dataset)
         self.told = list(job.resume.state.get("failures", ())) if job.resume else []
-        self._rate, self._step, self._learnt = config.learning_rate, 0, 0.0
+        self._rate, self._step = config.learning_rate, 0
         self._best = self._least = self._rough = math.inf
         self._patch = p if isinstance(p := getattr(job.model, "patch_size", 1), int) else 1
         images = to_float(torch.stack([dataset[i][0] for i in range(0, n, -(-n // NUM_IMAGES))]))
         self._real, self._std = measure(images, self._patch), float(images.std())
+        self._learnt = 0.0 if self._std > 0.02 else -math.inf  # nothing there to learn
         t = DENSITIES[config.timestep_sampling](job.process, config, NUM_DRAWS, torch.Generator())
         losses = trivial_losses(job.process, self._std + 1e-6)[t]
         k = quartile_of(t, config.num_timesteps)
@@ -62,12 +63,11 @@ class FailureWatch:
         self._step, self._best = step, min(self._best, smoothed if step > FIRST_STEPS else math.inf)
         ratios = [scalars[name] / loss for name, loss in self._trivial.items()]
         self._least = min([self._least, *filter(math.isfinite, ratios)])
-        line = f"images hardly vary: they deviate by {self._std:.2g}; see value_range, --sheet"
-        self._tell(self._std < 0.02, line)
+        self._tell(self._learnt < 0, f"images hardly vary: by {self._std:.2g}; see value_range")
         line = f"loss has risen: {smoothed:.3g} from {self._best:.3g}; lower {rate} or grad_clip"
         self._tell(smoothed > 3 * self._best, line)
-        line = f"nothing is learnt: {self._least:.2f} times the loss of guesses from single pixels, or "
-        line += f"more; change {rate}, or see what is frozen, or whether x_t is used"
+        line = f"nothing is learnt: {self._least:.2f} times the loss of guesses from single pixels "
+        line += f"or more; change {rate}, or see what is frozen, or whether x_t is used"
         self._tell(self._learnt >= FAIR_STEPS and self._least > 0.9, line)
 
     def take_samples(self, drawn: torch.Tensor) -> None:
@@ -75,12 +75,10 @@ class FailureWatch:
         if self._learnt < FAIR_STEPS or len(drawn) < 2:
             return
         between, inside, rough = (measure(to_float(drawn), self._patch) / self._real).tolist()
-        line = (
-            f"previews are empty: {between:.0%} of the deviation and {inside:.0%} of the unclipped "
-        )
-        line += "values of the data; lower learning_rate or cfg_scale"
+        line = f"previews are empty: {between:.0%} of the deviation and {inside:.0%} of the values "
+        line += "between black and white that the data have; lower learning_rate or cfg_scale"
         self._tell(between < 0.1 or inside < 0.3, line)
-        line = f"previews are noise or a grid: neighbours differ {rough:.1f} times as in the data, and "
-        line += "no less; lower patch_size or learning_rate, or take prediction_type=x_0"
-        self._tell(rough > max(3, 0.9 * self._rough), line)
+        line = f"previews are noise or a grid: neighbours differ {rough:.1f} times as in the data, "
+        line += "and no less than before; lower patch_size or learning_rate, or predict x_0"
+        self._tell(inside >= 0.3 and rough > max(3, 0.9 * self._rough), line)
         self._rough = rough
