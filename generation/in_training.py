@@ -53,11 +53,11 @@ def draw(run: Run, seeds: Sequence[int], labels: Labels, **options: Any) -> Iter
 
 def preview(
     run: Run, runtime: Runtime, epoch: int, step: int, images: ImageDataset | None = None
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor] | None:
     """Draw a grid, a row per class, and save it as samples/epoch_0001.png. On every rank.
 
     A model with a condition is given those of the first of `images`: a row is picture, what was
-    drawn from it, and image. The grid is returned on rank 0, uint8 (C, H, W), else None.
+    drawn from it, and image. Returns on rank 0 the grid, uint8 (C, H, W), and what was drawn.
     """
     config, count, planes_of = run.config, run.config.num_samples, None
     labels = block_labels(count, run.classes) if config.conditional else None
@@ -71,16 +71,16 @@ def preview(
     drawn = gather_images(parts, count, run, runtime)
     if drawn is None:
         return None
-    drawn = as_pictures(drawn, config.preview_channels)
-    grid = make_grid(drawn, grid_rows(count, labels))
+    pictures = as_pictures(drawn, config.preview_channels)
+    grid = make_grid(pictures, grid_rows(count, labels))
     if config.condition:
         targets = torch.stack([images[i][0] for i in range(count)])
-        targets = as_pictures(targets, config.preview_channels)
-        grid = condition_sheet(planes_of(), config, [drawn, targets])
+        pairs = [pictures, as_pictures(targets, config.preview_channels)]
+        grid = condition_sheet(planes_of(), config, pairs)
     path = config.preview_dir / f"epoch_{epoch:04d}.png"
     save_image(path, grid)
     log.info("preview: %s", path)
-    return grid
+    return grid, drawn
 
 
 def training_evaluation(job: Job) -> Evaluation | None:

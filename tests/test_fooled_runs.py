@@ -152,6 +152,7 @@ STATES = {
     "loss is NaN": (put("best_loss", value=math.nan), "best_loss cannot be nan"),
     "best without value": (put("best", value={}), "best.metric is missing"),
     "loss_stats of integers": (put("loss_stats", value=torch.ones(12).long()), "loss_stats"),
+    "symptoms of numbers": (put("failures", value=[1]), "failures cannot be"),
     "skipped steps of text": (put("nonfinite_steps", value=["a"]), "nonfinite_steps cannot be"),
     "huge images": (put("spec", value=[1, 2**40, 8, 10]), "spec cannot be"),
     "many classes": (put("spec", value=[1, 8, 8, 2**19]), "table.weight is"),

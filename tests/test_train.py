@@ -474,8 +474,9 @@ def poisoned_loss(monkeypatch, bad_step):
     honest = Process.loss
 
     def loss(self, *arguments):
-        calls.append(1)
         value = honest(self, *arguments)
+        if value.requires_grad:  # of a step
+            calls.append(1)
         return value * float("nan") if len(calls) == bad_step else value
 
     monkeypatch.setattr(Process, "loss", loss)

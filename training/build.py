@@ -71,7 +71,7 @@ def build_trainer(
     *,
     best: BestScore,
     evaluate: Callable[[int, int], dict[str, float | None]] | None,
-    preview: Callable[[int, int], torch.Tensor | None] | None,
+    preview: Callable[[int, int], tuple[torch.Tensor, torch.Tensor] | None] | None,
 ) -> Trainer:
     """Put the trainer together, and take it to the step where the run begins or goes on.
 

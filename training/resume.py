@@ -175,6 +175,7 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
     optional = {
         "scheduler_state_dict": lambda saved: saved["last_epoch"] == step and "lr_lambdas" in saved,
         "nonfinite_steps": lambda steps: all(files.is_count(number, most=step) for number in steps),
+        "failures": lambda names: all(isinstance(name, str) for name in names),
         "best": {
             "metric": lambda name: isinstance(name, str),
             "value": lambda value: value is None or math.isfinite(value),

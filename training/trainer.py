@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.guidance import conditioned
+from training.failures import FailureWatch
 from training.job import Job
 from training.learner import Learner
 from training.nonfinite import NonFiniteGuard
@@ -50,8 +51,8 @@ class Trainer:
     tracker: TrackerGroup
     # every `eval_interval` epochs: metric name -> value, the same on every rank
     evaluate: Callable[[int, int], dict[str, float | None]] | None = None
-    # every `sample_interval` epochs: a picture, uint8 (C, H, W), on rank 0
-    preview: Callable[[int, int], Tensor | None] | None = None
+    # every `sample_interval` epochs: a picture, uint8 (C, H, W), and its images, on rank 0
+    preview: Callable[[int, int], tuple[Tensor, Tensor] | None] | None = None
     step: int = 0  # done so far
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class Trainer:
         self._vote: tuple[int, float] | None = None  # step and time of the last one
         self._next_vote = self.step
         self._snapshots = [(self.config.use_ema and self.config.ema_snapshots) or math.inf] * 2
+        self._failures = FailureWatch(self.job)
         self._scores: dict[str, float] = {}  # the newest values of validation and evaluation
 
     def train(self) -> int:
@@ -176,6 +178,7 @@ class Trainer:
             "train/memory_mib": memory_mib(self.runtime.device),
         }
         self._record(scalars)
+        self._failures.take_losses(self.step, scalars)
         progress.report(self.step, {**self._scores, **scalars})
 
     def _record(self, scalars: Mapping[str, float]) -> None:
@@ -191,9 +194,10 @@ class Trainer:
         if to_save or is_due(*self._snapshots) or best.is_beaten_by(score):
             self.save(epoch if to_save else None, score=score)
         if self.preview and is_due(config.sample_interval, config.sample_start_epoch):
-            picture = self._attempt("preview", epoch, self.preview)
-            if picture is not None:
-                self.tracker.log_image("samples", picture, self.step)
+            made = self._attempt("preview", epoch, self.preview)
+            if made is not None:
+                self.tracker.log_image("samples", made[0], self.step)
+                self._failures.take_samples(made[1])
 
     def _score(self, epoch: int) -> float | None:
         """Validate and evaluate where due; the new value, if any, that chooses the best model."""
@@ -262,6 +266,7 @@ class Trainer:
             "step": self.step,
             **self.saver.best.state_dict(),
             "nonfinite_steps": list(self.guard.seen),
+            "failures": list(self._failures.told),
             "loss_stats": self._loss.values.cpu(),
             **self.learner.state_dict(),
             **self.tracker.run_ids,
