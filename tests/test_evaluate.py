@@ -22,7 +22,7 @@ import train
 from datasets import real
 from diffusion import likelihood as densities
 from generation import evaluated
-from metrics import METRICS, classifier, likelihood
+from metrics import METRICS, classifier, likelihood, reference
 from metrics.base import Collector, Metric, measured
 from metrics.features import INCEPTION, Extractor, Features
 from metrics.lpips_score import ALEXNET, Lpips
@@ -247,7 +247,7 @@ def test_statistics_of_real_images_are_kept_written_and_read(
     run_dir, tiny_networks, tmp_path, monkeypatch
 ):
     """The next evaluation does not look at the real images again; nor does one with a file."""
-    monkeypatch.setattr(evaluated, "FID_FEATURES", 3)  # of the stand-in network
+    monkeypatch.setitem(reference.GIVEN, "fid", (3, ""))  # of the stand-in network
     for path in (run_dir / "eval").glob("reference_*.npz"):  # of other tests
         path.unlink()
     looked = []

@@ -23,8 +23,8 @@ import evaluate
 import sample
 import train
 from diffusion import SAMPLERS, make_denoiser, timestep_grid
-from generation import evaluated
 from generation.sampling import sampling_from
+from metrics import reference
 from tests.test_diffusion import (
     diffusers_run,
     ideal_denoiser,
@@ -262,7 +262,7 @@ def test_what_is_no_mean_and_covariance_is_refused(name, pictures, command, monk
         path.write_bytes(content)
     else:
         np.savez(path, **content)
-    monkeypatch.setattr(evaluated, "FID_FEATURES", DIM)
+    monkeypatch.setitem(reference.GIVEN, "fid", (DIM, ""))
     arguments = ["--metrics", "fid,sanity", "--reference", path]
     code, text = command(evaluate.main, "--images", pictures, *arguments)
     assert code == EXIT_USAGE
@@ -290,9 +290,9 @@ def rounded(sigma: np.ndarray) -> np.ndarray:
 )
 def test_others_statistics_are_taken(arrays, tmp_path):
     np.savez(tmp_path / "r.npz", **arrays)
-    reference = evaluated.read_reference(tmp_path / "r.npz", DIM)
-    assert reference.mu.shape == (DIM,)
-    assert reference.sigma.dtype == torch.float64
+    taken = reference.read_reference(tmp_path / "r.npz", DIM)
+    assert taken.mu.shape == (DIM,)
+    assert taken.sigma.dtype == torch.float64
 
 
 # --- an older report

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.reference import Reference, read_reference, write_reference
+from metrics.reference import (
+    GIVEN,
+    Reference,
+    given_references,
+    read_reference,
+    write_reference,
+)
 from utils.errors import ConfigError
 
 
@@ -35,6 +41,21 @@ def test_others_read_ours_and_we_read_theirs(tmp_path):
     assert found.num_images is None
     assert found.meta == {}
     assert found.mu.dtype == torch.float64
+
+
+def test_a_file_may_hold_the_statistics_of_several_metrics(tmp_path, monkeypatch):
+    """ADM's files have those of sFID beside those of FID."""
+    for name, (_, end) in GIVEN.items():
+        monkeypatch.setitem(GIVEN, name, (len(name), end))
+    theirs = dict(mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(4), sigma_s=2 * np.eye(4))
+    np.savez(tmp_path / "adm.npz", **theirs)
+    given = given_references(tmp_path / "adm.npz")
+    assert given["fid"].mu.tolist() == 3 * [0]
+    assert (given["sfid"].mu.tolist(), given["sfid"].sigma.trace()) == (4 * [1], 8)
+    assert given.keys() == {"fid", "sfid"}
+    np.savez(tmp_path / "adm.npz", **theirs | dict(sigma_s=np.eye(3)))
+    with pytest.raises(ConfigError, match=r"sigma_s .* are not of 4 features"):
+        given_references(tmp_path / "adm.npz")
 
 
 @pytest.mark.parametrize(
