@@ -423,7 +423,7 @@ def spectral_fields(count: int, label: int, rng: np.random.Generator) -> np.ndar
     how smooth they are."""
     frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(16) * 16] * 2))
     white = np.fft.fft2(rng.normal(size=(count, 5, 16, 16)))
-    smooth = np.fft.ifft2(white * (1 + frequency) ** (-1.0 - label)).real
+    smooth = np.fft.ifft2(white * (1 + frequency) ** (-0.5 - 0.5 * label)).real
     mixing = np.tril(np.ones((5, 5))) / np.sqrt(np.arange(1, 6))[:, None]
     mixed = np.einsum("ij,njhw->nihw", mixing, smooth / smooth.std())
     return mixed.astype(np.float32) + OFFSETS
@@ -437,26 +437,25 @@ def statistics(images: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.slow
 def test_samples_have_the_statistics_of_the_data(run, tmp_path):
-    """Of 500 samples: standard deviations within 5 %, means within a tenth of a standard deviation
-    (of 500 of the own images they differ by 0.03 on average), correlations
-    within 0.08 after so short a training."""
+    """Of 500 samples: standard deviations within 5 %, means within a twentieth of one, correlations
+    within 0.05. Most values lie in a small part of their range, which the last steps decide."""
     rng, every = np.random.default_rng(0), []
     for label in (0, 1):
         (tmp_path / f"data/class{label}").mkdir(parents=True)
         every.append(spectral_fields(1000, label, rng))
         for i, image in enumerate(every[-1]):
             np.save(tmp_path / f"data/class{label}/{i}.npy", image)
-    words = ("max_steps=1500", "batch_size=32", "learning_rate=2e-3", "horizontal_flip=false")
+    words = ("max_steps=1000", "batch_size=32", "learning_rate=2e-3", "horizontal_flip=false")
     words += ("model_params.model_channels=24", "model_params.dropout=0", "save_interval=1000")
     words += ("num_timesteps=1000", "ema_decay=0.995", "use_scheduler=true", "cfg_scale=1")
     words += ("process=flow", "prediction_type=v", "sampling_method=heun")
     assert run(train.main, "--config", "run.py", *words, "--device", "cpu")[0] == EXIT_OK
     options = ("--n", 500, "--batch_size", 100, "--npz", "threshold=none")
     checkpoint = ("--checkpoint", "checkpoints/run/current_model.pth", "--device", "cpu")
-    options += ("num_inference_steps=12",)
+    options += ("num_inference_steps=12", "timestep_spacing_shift=0.4")
     assert run(sample.main, *checkpoint, *options)[0] == EXIT_OK
     drawn = np.load("samples/samples_500x16x16x5.npz")["arr_0"].transpose(0, 3, 1, 2)
     (mean, std, correlations), ours = statistics(np.concatenate(every)), statistics(drawn)
-    assert np.abs(ours[0] - mean).max() < 0.1 * std.min()
+    assert np.abs(ours[0] - mean).max() < 0.05 * std.min()
     assert np.abs(ours[1] / std - 1).max() < 0.05
-    assert np.abs(ours[2] - correlations).max() < 0.08
+    assert np.abs(ours[2] - correlations).max() < 0.05
