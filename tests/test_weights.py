@@ -35,7 +35,7 @@ def pictures_of(path) -> np.ndarray:
 
 def test_there_are_some_and_they_are_small():
     names = [path.stem for path in WEIGHTS]
-    assert "digits_flow" in names
+    assert {"digits_flow", "mnist_unet"} <= {*names}, "the demo and the docs draw from these"
     sizes = [path.stat().st_size for path in WEIGHTS]
     assert max(sizes) <= 3 * MEGABYTE
     assert sum(sizes) <= 10 * MEGABYTE
