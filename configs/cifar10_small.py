@@ -2,7 +2,8 @@
 
 python train.py --config configs/cifar10_small.py
 
-Not yet run.
+1 CPU core, about 20 minutes with precision=bf16: cars, horses and ships can be told
+(weights/cifar10_small.md).
 """
 
 config = dict(

@@ -24,6 +24,7 @@ from generation.run import CONFIG_CHECKS, expected_spec, load_run
 from generation.sampling import Sampling, sample_steps, sampling_from
 from metrics.report import build_report, save_report
 from tests.conftest import ROOT
+from training.pretrained import load_initial_weights
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
@@ -369,6 +370,10 @@ def test_16_bit_weights_are_the_rounded_ones_in_half_the_size(settings, capsys):
     for name, weight in half.model.state_dict().items():
         assert torch.equal(weight, full.model.state_dict()[name].half().float())
         assert torch.equal(weight, again.model.state_dict()[name])
+    fresh = models.build_model(half.config, half.spec)
+    started = half.config.model_copy(update={"init_from": "half.safetensors"})
+    load_initial_weights(fresh, started)
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in half.model.state_dict().items())
     with safetensors.safe_open("half.safetensors", framework="pt") as file:
         assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118
         assert json.loads(file.metadata()["dtype"]) == "float16"
