@@ -63,7 +63,8 @@ def test_their_cards_name_what_they_hold(path):
     assert config == run.config.to_dict()
     assert (ROOT / "configs" / f"{path.stem}.py").is_file()
     assert f"python train.py --config configs/{path.stem}.py" in card
-    assert f"python evaluate.py --checkpoint checkpoints/{path.stem}" in card
+    if "No metric was measured" not in card:
+        assert f"python evaluate.py --checkpoint checkpoints/{path.stem}" in card
+        assert "| class_acc |" in card
     assert LICENCES[run.config.dataset] in card
-    assert "| class\\_acc |" in card or "| class_acc |" in card
     assert "with changes since" not in card
