@@ -11,13 +11,16 @@ DEMO := checkpoints/demo
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# Train on the embedded digits, draw a grid and a GIF, evaluate. Minutes on a CPU.
+# Draw digits from weights/, in seconds; then train on the embedded digits, draw a grid and a GIF,
+# evaluate: minutes on a CPU.
 demo: .venv/.installed
+	$(BIN)/python sample.py --checkpoint weights/mnist_unet.safetensors --output_name mnist_unet
 	$(BIN)/python train.py --config configs/digits_unet.py experiment_name=demo resume_path=auto
 	$(BIN)/python sample.py --checkpoint $(DEMO) --create_gif --output_dir $(DEMO)/demo
 	$(BIN)/python evaluate.py --checkpoint $(DEMO)
 	@echo
-	@echo "Everything is in $(DEMO):"
+	@echo "A picture of a model in weights/, which nobody had to train: samples/mnist_unet.png"
+	@echo "Everything else is in $(DEMO):"
 	@echo "  picture     $(DEMO)/demo/samples.png"
 	@echo "  animation   $(DEMO)/demo/samples.gif"
 	@echo "  evaluation  $(DEMO)/eval/report.html, report.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from exporting.diffusers_pipeline import to_pipeline, write_folder
 from exporting.hub import LICENSES, REPOSITORY, model_card, push
-from exporting.safetensors import save_weights
+from exporting.safetensors import save_weights, weights_in
 from generation.run import load_run_of
 from utils.checkpoint import WEIGHTS_SUFFIX
 from utils.cli import add_checkpoint_options, new_parser, parse_args
@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ema_width", type=float, help="average over this share of the training, from snapshots")
     add("--format", required=True, choices=("safetensors", "diffusers"), help="what to write")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of safetensors")
     add("--output", required=True, help="the file or folder to write; it must not exist")
     add("--license", choices=LICENSES.split(), help="what the model card names")
     add("--push", metavar="USER/NAME", help="upload it to this repository of the Hub, too")
@@ -41,24 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(is_main=not args.print_config)
     output = Path(args.output)
     check_output(output, args.format, args.push)
+    if args.format != "safetensors" and args.dtype != "float32":
+        raise ConfigError(f"--dtype {args.dtype}: for --format safetensors; leave it out")
     run = load_run_of(args, choose_device(args.device))
     run.model.cpu()
     if args.print_config:
         say(format_config(run.config))
         return EXIT_OK
     say(run.describe())
+    sampling, size = None, ""
     if args.format == "safetensors":
         require("safetensors")
-        write = partial(save_weights, output, run, model_card(run, output, args.license, None))
+        weights, difference = weights_in(run, args.dtype)
+        size = f"{sum(tensor.nbytes for tensor in weights.values()) / 1e6:.2f} MB, {args.dtype}; "
+        write = partial(save_weights, output, run, weights, args.dtype)
     else:
         pipeline, sampling, difference = to_pipeline(run)
-        say(f"network outputs differ by {difference:.1e} of the largest value")
-        card = model_card(run, output, args.license, sampling)
-        write = partial(write_folder, output, pipeline, card)
+        write = partial(write_folder, output, pipeline)
+    say(f"{size}network outputs differ by {difference:.1e} of the largest value")
+    card = model_card(run, output, args.license, sampling, difference)
     if args.dry_run:
         return EXIT_OK
     try:
-        write()
+        write(card)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}") from error
     say(f"wrote {output}")

@@ -6,13 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffusion import SCHEDULES
 from diffusion.ddim import ddim
 from diffusion.guidance import DYNAMIC_QUANTILE
 from exporting.diffusers_unet import to_unet2d, unet2d_config
+from exporting.safetensors import output_difference
 from generation.run import Run
 from generation.sampling import Sampling, sampler_names, sampling_from
 from utils.config import Config
@@ -26,8 +24,7 @@ _NO_MAXIMUM = 1e9  # their cap on a dynamic threshold, which ours does not have
 
 
 def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
-    """The run as a DDIMPipeline, the settings to sample with, and how far the networks' outputs
-    differ, over the largest of ours: for noise at timesteps from end to end, with classes and none.
+    """The run as a DDIMPipeline, the settings to sample with, and its `output_difference`.
 
     Raises a ConfigError if diffusers has no counterpart to the network or to the sampling, and a
     UserError if it is not installed, or its network computes something else.
@@ -42,14 +39,9 @@ def to_pipeline(run: Run) -> tuple[Any, Sampling, float]:
     import diffusers
 
     unet = to_unet2d(run.model, arguments)
-    num_classes = run.spec.num_classes if run.config.conditional else 0
-    t = torch.linspace(0, run.config.num_timesteps - 1, 4).long()
-    x = torch.randn(len(t), *run.spec.shape, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(len(t)) % (num_classes + 1) - 1 if num_classes else None  # the first is null
-    with torch.inference_mode():
-        ours: Tensor = run.model(x, t, y)
-        theirs: Tensor = unet(x, t, None if y is None else y + 1).sample
-    difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-3)).item()
+    difference = output_difference(
+        run, lambda x, t, y: unet(x, t, None if y is None else y + 1).sample
+    )
     if not difference < MAX_DIFFERENCE:
         raise UserError(
             f"diffusers {diffusers.__version__} gives outputs that differ by {difference:.1e} of "

@@ -19,10 +19,13 @@ REPOSITORY = re.compile(r"(?=.{3,96}$)(?!.*\.git$)\w+([-.]\w+)*/\w+([-.]\w+)*", 
 LICENSES = "apache-2.0 mit bsd-3-clause gpl-3.0 cc0-1.0 cc-by-4.0 cc-by-nc-4.0 openrail other"
 
 
-def model_card(run: Run, output: Path, license: str | None, sampling: Sampling | None) -> str:
-    """The card of a run that is exported to `output`; for diffusers with the settings to sample
-    with. It follows from checkpoint, reports and versions alone: the same bytes each time."""
+def model_card(
+    run: Run, output: Path, license: str | None, sampling: Sampling | None, difference: float
+) -> str:
+    """The card of a run that is exported to `output`, with the `output_difference`; for diffusers
+    with the settings to sample with. The same bytes for the same checkpoint, reports, versions."""
     facts = dict(run=run, file=Path(output.name), license=license, sampling=sampling)
+    facts["difference"] = difference
     facts |= dict(config=run.config.to_dict(), defaults=Config().to_dict(), reports=reports_of(run))
     facts |= stamped({"code": code_version()})
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8") + "\n"

@@ -24,6 +24,7 @@ from generation.run import CONFIG_CHECKS, expected_spec, load_run
 from generation.sampling import Sampling, sample_steps, sampling_from
 from metrics.report import build_report, save_report
 from tests.conftest import ROOT
+from training.pretrained import load_initial_weights
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.config import Config, load_config
 from utils.errors import EXIT_OK, CheckpointError, ConfigError, UserError
@@ -355,6 +356,65 @@ def test_weights_come_back_bit_for_bit(model_type, monkeypatch):
     assert torch.equal(our_images(before, seeds, labels), our_images(after, seeds, labels))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"model_type": "dim"}, {"condition": "downsample", "condition_factor": 2}]
+)
+def test_16_bit_weights_are_the_rounded_ones_in_half_the_size(settings, capsys):
+    safetensors = pytest.importorskip("safetensors")
+    model_params = TINY[settings.get("model_type", "unet")]
+    path = write_checkpoint(model_params=model_params, **settings)
+    for name, options in (("full", []), ("half", ["--dtype", "float16"])):
+        assert run_export(path, "safetensors", f"{name}.safetensors", *options) == EXIT_OK
+    assert run_export("half.safetensors", "safetensors", "again.safetensors") == EXIT_OK
+    full, half, again = (load_run(f"{n}.safetensors", CPU) for n in ("full", "half", "again"))
+    for name, weight in half.model.state_dict().items():
+        assert torch.equal(weight, full.model.state_dict()[name].half().float())
+        assert torch.equal(weight, again.model.state_dict()[name])
+    fresh = models.build_model(half.config, half.spec)
+    started = half.config.model_copy(update={"init_from": "half.safetensors"})
+    load_initial_weights(fresh, started)
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in half.model.state_dict().items())
+    with safetensors.safe_open("half.safetensors", framework="pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())  # noqa: SIM118
+        assert json.loads(file.metadata()["dtype"]) == "float16"
+
+    said = re.findall(
+        r"([\d.]+) MB, (float\d+); network outputs differ by (\S+) of", capsys.readouterr().out
+    )
+    assert [dtype for _, dtype, _ in said] == ["float32", "float16", "float32"]
+    assert float(said[1][0]) == pytest.approx(float(said[0][0]) / 2, abs=0.01)
+    assert said[0][2] == said[2][2] == "0.0e+00"
+    assert 1e-5 < float(said[1][2]) < 1e-2
+    assert f"by at most {said[1][2]} of" in Path("half.md").read_text()
+    assert "16 bits" not in Path("full.md").read_text()
+
+    whole = bytearray(Path("half.safetensors").read_bytes())
+    whole[-1] ^= 1
+    Path("half.safetensors").write_bytes(whole)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_run("half.safetensors", CPU)
+
+
+def test_what_16_bits_cannot_hold_is_refused():
+    path = write_checkpoint(model_params=TINY["unet"])
+    half = "--dtype", "float16"
+    assert_refused(ConfigError, "^--dtype float16: for --format saf", path, "diffusers", "o", *half)
+    state = load_checkpoint(path)
+    state["ema_model_state_dict"]["label_embedding.table.weight"][9, 3] = 7e4
+    save_checkpoint(path, state)
+    message = r"^--dtype float16: label_embedding\.table\.weight has values beyond 65504; leave"
+    assert_refused(UserError, message, path, "safetensors", "w.safetensors", *half)
+
+
+def test_class_names_go_along():
+    pytest.importorskip("safetensors")
+    path = write_checkpoint(model_params=TINY["unet"])
+    names = tuple("abcdefghij")
+    save_checkpoint(path, load_checkpoint(path) | {"class_names": names})
+    assert run_export(path, "safetensors", "w.safetensors") == EXIT_OK
+    assert load_run("w.safetensors", CPU).class_names == names
+
+
 def test_the_metadata_is_json():
     safetensors = pytest.importorskip("safetensors")
     path = write_checkpoint(model_params=TINY["unet"])
@@ -429,9 +489,9 @@ def card_of(path: str) -> tuple[dict, str]:
 
 def test_a_card_has_the_metrics_of_these_weights_alone(capsys):
     path = write_checkpoint(model_params=TINY["unet"], data_root="/home/somebody/pictures")
-    write_report(path, "report.json", step=7)
+    write_report(path, "report.json", step=7, command="python evaluate.py --checkpoint made.pth")
     write_report(path, "report_other.json", sha256="0" * 64)
-    write_report(path, "report_raw.json", ema=False, steps=25)
+    write_report(path, "report_raw.json", ema=False, steps=25, command="python /home/somebody/x")
     Path("eval/report_cut.json").write_text("{")
     for name, option in (("w", "--use_ema"), ("again", "--use_ema"), ("raw", "--no_ema")):
         assert run_export(path, "safetensors", f"{name}.safetensors", option) == EXIT_OK
@@ -446,6 +506,7 @@ def test_a_card_has_the_metrics_of_these_weights_alone(capsys):
     assert "None was named." in text
     assert "64 images from seed 3: ddim, 10 steps" in text
     assert r"| fid_64 | 12.25 | lower | unreliable, n 64; too few \| images |" in text
+    assert "```bash\npython evaluate.py --checkpoint made.pth\n```" in text
     assert "| kid | none | lower | skipped, n 64 |" in text
     assert "10 classes" in text
     assert 'experiment_name = "made"' in text
@@ -454,6 +515,7 @@ def test_a_card_has_the_metrics_of_these_weights_alone(capsys):
     assert whole == shown
     assert "25 steps" not in text
     assert "25 steps" in card_of("raw.md")[1]
+    assert "somebody" not in card_of("raw.md")[1]
     same = Path("again.md").read_text().replace("again.safetensors", "w.safetensors")
     assert same == Path("w.md").read_text(), "the same export gives the same bytes"
 

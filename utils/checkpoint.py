@@ -37,10 +37,10 @@ FOREIGN = "its network cannot be loaded here; train again with its config, see d
 # What every config has said since the first format: without it the weights mean nothing.
 CONFIG_KEYS = {"seed", "batch_size", "model_type", "model_params", "conditional"}
 CONFIG_KEYS |= {"num_timesteps", "beta_schedule", "prediction_type"}
-WEIGHTS_SUFFIX = ".safetensors"
-# What the metadata of such a file says, as JSON, and under which name it has the checksum.
+WEIGHTS_SUFFIX, WEIGHTS_CHECKSUM = ".safetensors", "crc32"  # the checksum's name in the metadata
+# What the metadata of such a file says, as JSON; the last three where there is something to say.
 WEIGHTS_FACTS = ("format_version", "config", "spec", "step", "epoch", "ema")
-WEIGHTS_CHECKSUM = "crc32"
+WEIGHTS_FACTS += ("values", "class_names", "dtype")
 
 
 def epoch_name(epoch: int) -> str:
@@ -142,8 +142,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = one_line(error)
         if isinstance(error, UnpicklingError):  # in a file that is not damaged
             reason = f"it holds Python objects, as those of other projects do; {FOREIGN}"
-        message = f"{show(path)}: cannot be read as a checkpoint ({reason})"
-        raise CheckpointError(message) from error
+        raise CheckpointError(f"{show(path)}: cannot be read as a checkpoint ({reason})") from error
     if damaged is not None:
         raise CheckpointError(f"{show(path)}: damaged ({damaged} is not what was written)")
     check_state(path, state)
@@ -193,8 +192,8 @@ def _check_members(path: Path) -> None:
 def load_weights(path: Path) -> dict[str, Any]:
     """Read and verify what `exporting.safetensors.save_weights` wrote: that part of what
     `load_checkpoint` gives that `WEIGHTS_FACTS` lists, with `ema_model_state_dict` or
-    `model_state_dict`. Raises a CheckpointError if the file is missing, damaged, or not written by
-    `save_weights`, a UserError if safetensors is not installed."""
+    `model_state_dict`, whose 16-bit floats become float32. Raises a CheckpointError if the file is
+    missing, damaged, or not of `save_weights`, a UserError if safetensors is not installed."""
     require("safetensors")
     from safetensors import safe_open
 
@@ -202,15 +201,17 @@ def load_weights(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = {k: metadata[k] for k in (*WEIGHTS_FACTS, "values") if k in metadata}
+        facts = {k: metadata[k] for k in WEIGHTS_FACTS if k in metadata}
         state = {name: json.loads(text) for name, text in facts.items()}
     except Exception as error:
         reason = one_line(error)
         raise CheckpointError(f"{show(path)}: cannot be read as safetensors ({reason})") from error
-    if missing := [k for k in (*WEIGHTS_FACTS, WEIGHTS_CHECKSUM) if k not in metadata]:
+    if missing := [k for k in (*WEIGHTS_FACTS[:-3], WEIGHTS_CHECKSUM) if k not in metadata]:
         raise CheckpointError(f"{path}: not written by export.py, its metadata lacks {missing}")
     if metadata[WEIGHTS_CHECKSUM] != checksum_of_weights(weights, facts):
         raise CheckpointError(f"{show(path)}: damaged (it is not what was written)")
+    if state.pop("dtype", None) == "float16":
+        weights = {k: v.float() if v.dtype == torch.float16 else v for k, v in weights.items()}
     check_state(path, state | {"model_state_dict": weights})
     kind = "ema_model_state_dict" if state.pop("ema") else "model_state_dict"
     return state | {kind: weights}
