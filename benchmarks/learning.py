@@ -1,9 +1,9 @@
 """Quality against compute: our configs and other packages' recipes, each with the same CPU seconds.
 
 pip install -r benchmarks/requirements.txt
-python -m benchmarks.learning --work learning data_root=data
-python -m benchmarks.learning --work learning --cifar cifar_folders --arenas cifar16
-python -m benchmarks.learning --work learning --budget 25 50 --contestants "UNet, flow" "JiT"
+python -m benchmarks.learning --data_root data
+python -m benchmarks.learning --arenas cifar16 mnist28 --cifar cifar_folders --data_root data
+python -m benchmarks.learning --budget 25 50 --contestants "UNet, flow" "diffusers, course"
 
 A budget is process CPU seconds of training on one thread. What a step costs is measured first, the
 contestants in turn, by two processes side by side, as the runs are later; the median says how many
@@ -35,7 +35,9 @@ from benchmarks.learning_judge import Court, compute_needed, draw_curves, judge_
 from benchmarks.learning_peer import (
     COMMON,
     GUIDED,
+    GUIDED_STEPS,
     OWN,
+    OWN_SHARE,
     PASSES,
     PEERS,
     batches_of,
@@ -58,7 +60,7 @@ from utils.distributed import Runtime, keep_freed_memory
 from utils.errors import EXIT_OK, DataError, exit_code_of
 from utils.files import write_npz, write_text
 
-ROUNDS = 3  # of the speed probe, in each of its two processes
+ROUNDS = 2  # of the speed probe, in each of its two processes
 NEVER = 10**6
 SETTING = dict(threads=1, device="cpu", rounds=ROUNDS, batch_size="as each has it")
 QUIET = dict(epochs=NEVER, save_interval=NEVER, sample_interval=NEVER, log_interval=NEVER)
@@ -205,23 +207,22 @@ class Bench:
 
     def run_ours(self, name: str, budget: float) -> Path:
         """Train one of ours, and draw its samples. Returns the folder of these."""
-        folder, steps = self.folder(name), self.steps(name, budget)
-        trained, kinds = folder / str(steps), {COMMON: 1}
+        folder, steps, samples = self.folder(name), self.steps(name, budget), self.args.samples
+        trained, kinds = folder / str(steps), {COMMON: (PASSES, "--cfg_scale", 1)}
         if budget == self.args.budget[-1]:
-            kinds[GUIDED] = None
+            kinds[GUIDED] = (GUIDED_STEPS,)  # at the scale of the config
         if not (trained / "done").exists():
             shutil.rmtree(trained, ignore_errors=True)
             file, overrides = self.config_of(name, steps)
             names = [f"save_dir={folder}", f"experiment_name={steps}"]
-            run("train.py", "--config", file, "--device", "cpu", *overrides, *names)
-            (trained / "done").touch()
-        for kind, scale in kinds.items():
-            path, output = drawn_file(folder, steps, kind), trained / kind
+            seconds = run("train.py", "--config", file, "--device", "cpu", *overrides, *names)
+            write_text(trained / "done", f"{seconds:.1f} CPU seconds with the start")
+        for kind, sampling in kinds.items():
+            path, output = drawn_file(folder, steps, kind, samples), trained / kind
             if not path.exists():
-                method = ["--sampling_method", "ddim", "--num_inference_steps", PASSES]
-                method += ["--cfg_scale", scale] if scale else []
+                method = ["--sampling_method", "ddim", "--num_inference_steps", *sampling]
                 files = ["--checkpoint", trained / "current_model.pth", "--output_dir", output]
-                many = ["--npz", "--num_samples", self.args.samples, "--batch_size", 250]
+                many = ["--npz", "--num_samples", samples, "--batch_size", 250]
                 run("sample.py", *files, *many, *method, "--device", "cpu")
                 os.replace(next(output.glob("*.npz")), path)
         return folder
@@ -244,14 +245,17 @@ class Bench:
         with ThreadPoolExecutor(2) as pool:
             for done in as_completed([pool.submit(job) for job in jobs]):
                 for path in sorted(done.result().glob("*.npz")):
-                    key = f"{path.parent.name} {path.stem} {self.args.samples}"
+                    key = f"{path.parent.name} {path.stem}"
                     if key not in self.results:
                         self.keep(key, court.verdict(*read_images(path)))
                         print(key, self.results[key], flush=True)
 
+    def count(self, kind: str) -> int:
+        return self.args.samples // (OWN_SHARE if kind == OWN else 1)
+
     def result(self, name: str, budget: float, kind: str) -> Result | None:
-        stem = drawn_file(Path(), self.steps(name, budget), kind).stem
-        return self.results.get(f"{self.folder(name).name} {stem} {self.args.samples}")
+        path = drawn_file(self.folder(name), self.steps(name, budget), kind, self.count(kind))
+        return self.results.get(f"{path.parent.name} {path.stem}")
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
         """(budget, distance) of each contestant, by `PASSES` passes."""
@@ -264,19 +268,21 @@ class Bench:
         """The table: a row for each contestant, at the largest budget."""
         last, names = self.args.budget[-1], self.args.contestants
         few = {name: self.result(name, last, COMMON) for name in names}
-        own = {name: self.result(name, last, OWN) or few[name] for name in names}  # ours: the same
-        peers = [min(few[n]["distance"], own[n]["distance"]) for n in names if n in PEERS]
+        peers = [few[name]["distance"] for name in names if name in PEERS]
         rows = []
         for name, curve in self.curves().items():
             guided, plain = self.result(name, last, GUIDED) or {}, few[name]
             row = {"contestant": name, "steps": self.steps(name, last)}
-            row["FD, own sampler"] = own[name]["distance"]
+            own = self.result(name, last, OWN)
+            row[f"FD, own sampler, {self.count(OWN)} images"] = (
+                own["distance"] if own else plain["of a share"]  # ours have `PASSES` steps, too
+            )
             row[f"FD, {PASSES} passes"] = plain["distance"]
             interval = f"({plain['low']:.3f} to {plain['high']:.3f})"
             row["right class (95 %)"] = f"{plain['accuracy']:.3f} {interval}"
             row["recall"] = plain["recall"]
             row |= {f"guided: {key}": guided.get(key) for key in ("accuracy", "distance")}
-            row["compute to the best peer's FD"] = peers and compute_needed(curve, min(peers))
+            row["compute to the best peer's"] = peers and compute_needed(curve, min(peers))
             rows.append(row | {f"FD at {budget:g}": distance for budget, distance in curve[:-1]})
         return rows
 
@@ -330,18 +336,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DataError as error:
             print(f"{name}: left out, {error}")
             continue
-        facts = f"judge right on {bench.results['judge']:.3f} of real test images"
-        real = f"FD of {args.samples} of these {bench.results['real']['distance']:.2f}"
-        report.table(
-            f"{bench.arena.title}, {args.budget[-1]:g} CPU seconds; {facts}, {real}", bench.rows()
-        )
+        real, right = bench.results["real"]["distance"], bench.results["judge"]
+        title = f"{bench.arena.title}, {args.budget[-1]:g} CPU seconds. Of real test images "
+        title += f"{right:.3f} are judged right; the FD of {args.samples} of them is {real:.2f}"
+        report.table(title, bench.rows())
         report.finish(bench.work / "table.jsonl")
-        draw_curves(
-            bench.work / "curves.png",
-            bench.arena.title,
-            bench.curves(),
-            bench.results["real"]["distance"],
-        )
+        draw_curves(bench.work / "curves.png", bench.arena.title, bench.curves(), real)
     return EXIT_OK
 
 

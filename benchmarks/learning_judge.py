@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.learning_peer import SEED, batches_of
+from benchmarks.learning_peer import OWN_SHARE, SEED, batches_of
 from metrics.class_accuracy import wilson_interval
 from metrics.classifier import shift_randomly
 from metrics.fid import frechet_distance
@@ -96,13 +96,21 @@ class Court:
         return self.verdict(images[chosen], labels[chosen])
 
     def verdict(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Score uint8 images (N, C, H, W) of the classes (N,); recall is of N real images."""
+        """Score uint8 images (N, C, H, W) of the classes (N,); recall is of N real images.
+
+        "of a share" is the distance of fewer of them, as many as there are of `OWN` samples.
+        """
         features = self.judge.features(images)
-        distance, _ = frechet_distance(*gaussian(features), *self.target)
+        part = gaussian(features[::OWN_SHARE])
         hits, count = int((self.judge.classes(features) == labels).sum()), len(images)
         shares = prdc(self.real[:: max(1, len(self.real) // count)][:count], features)
         low, high = wilson_interval(hits, count)
-        return {"distance": distance, "accuracy": hits / count, "low": low, "high": high} | {
+        return {
+            "distance": frechet_distance(*gaussian(features), *self.target)[0],
+            "of a share": frechet_distance(*part, *self.target)[0],
+            "accuracy": hits / count,
+            "low": low,
+            "high": high,
             "precision": shares.precision,
             "recall": shares.recall,
         }

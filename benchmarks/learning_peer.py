@@ -24,6 +24,9 @@ from utils.files import read_npz, write_npz
 from utils.images import block_labels
 
 PASSES = 25  # network passes for an image in the budget that all contestants share
+GUIDED_STEPS = PASSES // 2  # of two passes each
+OWN_STEPS = 250  # of denoising-diffusion-pytorch's README; of the 1,000 of the course a quarter
+OWN_SHARE = 2  # such samples take longest: there are half as many
 OWN, COMMON, GUIDED = "own", "common", "guided"
 SEED = 42
 SAMPLED_AT_A_TIME = 250
@@ -56,7 +59,7 @@ class DiffusersCourse(Peer):
     """The class-conditional UNet of the diffusion course of Hugging Face, unit 2.
 
     An embedding of the class is 4 more channels of the input; eps is predicted, on the schedule
-    squaredcos_cap_v2; Adam at 1e-3, no average of the weights. Drawn by all 1,000 steps of DDPM.
+    squaredcos_cap_v2; Adam at 1e-3, no average of the weights. Drawn by DDPM's own sampler.
     """
 
     batch_size = 128
@@ -96,7 +99,7 @@ class DiffusersCourse(Peer):
     def draw(self, labels: Tensor, kind: str) -> Tensor:
         self.drawn.eval()
         scheduler = self.scheduler if kind == OWN else self.few_steps
-        scheduler.set_timesteps(1000 if kind == OWN else PASSES)
+        scheduler.set_timesteps(OWN_STEPS if kind == OWN else PASSES)
         x = torch.randn(len(labels), *self.shape)
         for t in scheduler.timesteps:
             x = scheduler.step(self._eps(x, t, labels), t, x).prev_sample
@@ -108,8 +111,7 @@ class DenoisingDiffusion(Peer):
 
     Adam with betas 0.9 and 0.99, gradients clipped at 1, an average with decay 0.995 every 10
     steps; width 32 with the levels 1, 2, 2, all else its defaults: eps, cosine, half of the labels
-    dropped. Drawn by the 250 steps of DDIM of its README, in few passes without added noise. The
-    guided ones have its default scale of 6, in as many steps.
+    dropped. Drawn by its DDIM with added noise, in few passes without, guided at its scale of 6.
     """
 
     batch_size = 32
@@ -140,9 +142,9 @@ class DenoisingDiffusion(Peer):
 
     def draw(self, labels: Tensor, kind: str) -> Tensor:
         diffusion = self.drawn.eval()
-        few = kind != OWN
-        diffusion.sampling_timesteps, diffusion.is_ddim_sampling = PASSES if few else 250, True
-        diffusion.ddim_sampling_eta = 0.0 if few else 1.0
+        steps = {COMMON: PASSES, GUIDED: GUIDED_STEPS, OWN: OWN_STEPS}[kind]
+        diffusion.sampling_timesteps, diffusion.is_ddim_sampling = steps, True
+        diffusion.ddim_sampling_eta = 1.0 if kind == OWN else 0.0
         if kind == GUIDED:
             return diffusion.sample(labels)
         diffusion.model.forward_with_cond_scale = MethodType(conditional_alone, diffusion.model)
@@ -189,8 +191,8 @@ def weights_file(folder: Path, steps: int) -> Path:
     return folder / f"{steps}.pt"
 
 
-def drawn_file(folder: Path, steps: int, kind: str) -> Path:
-    return folder / f"{steps}_{kind}.npz"
+def drawn_file(folder: Path, steps: int, kind: str, count: int) -> Path:
+    return folder / f"{steps}_{kind}_{count}.npz"
 
 
 def train(peer: Peer, batches: Iterator[tuple[Tensor, Tensor]], steps: list[int], folder: Path):
@@ -221,13 +223,14 @@ def main() -> None:
     if not all(weights_file(args.folder, steps).exists() for steps in args.steps):
         batches = batches_of(images, labels, peer.batch_size, flip=args.flip)
         train(peer, batches, args.steps, args.folder)
-    asked = torch.tensor(block_labels(args.samples, range(num_classes)))
     for steps in args.steps:
         peer.drawn.load_state_dict(torch.load(weights_file(args.folder, steps))["weights"])
         for kind in peer.kinds if steps == args.steps[-1] else (COMMON,):
             torch.manual_seed(SEED)
-            path = drawn_file(args.folder, steps, kind)
+            count = args.samples // (OWN_SHARE if kind == OWN else 1)
+            path = drawn_file(args.folder, steps, kind, count)
             if not path.exists():
+                asked = torch.tensor(block_labels(count, range(num_classes)))
                 with torch.inference_mode():
                     parts = [peer.draw(part, kind) for part in asked.split(SAMPLED_AT_A_TIME)]
                 drawn = (torch.cat(parts) * 255).round().byte().permute(0, 2, 3, 1)
