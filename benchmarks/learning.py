@@ -113,16 +113,16 @@ def budgets_of(given: Sequence[float]) -> list[float]:
     return sorted(given) if len(given) > 1 else [given[0] / part for part in (8, 4, 2, 1)]
 
 
-def steps_for(budget: float, seconds: Sequence[float]) -> int:
-    """How many steps the budget buys at the median of these seconds of a step."""
-    return max(1, round(budget / median(seconds)))
+def steps_for(budget: float, seconds: Sequence[float], interval: int = 1) -> int:
+    """How many steps, in whole intervals, the budget buys at the median of these seconds each."""
+    return interval * max(1, round(budget / median(seconds) / interval))
 
 
 # --- runs
 
 
 class Bench:
-    """The runs in one arena, in a folder of its own with results.json."""
+    """The runs in one arena, in a folder of its own."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args, self.arena = name, args, ARENAS[name]
@@ -195,7 +195,8 @@ class Bench:
         self.keep("seconds of a step", speeds)
 
     def steps(self, name: str, budget: float) -> int:
-        return steps_for(budget, self.results["seconds of a step"][name])
+        interval = PEERS[name].func.interval if name in PEERS else 1
+        return steps_for(budget, self.results["seconds of a step"][name], interval)
 
     def run_peer(self, name: str) -> Path:
         """Train one of other packages', and draw its samples. Returns the folder of these."""

@@ -37,12 +37,14 @@ class Peer(ABC):
 
     Attributes:
         batch_size, parts: images of one forward pass, and such passes for one step.
+        interval: steps between two changes of the weights that images are drawn with.
         kinds: of samples that it can draw; `OWN` is without guidance, too.
         drawn: the module that images are drawn with; its state is what training keeps.
     """
 
     batch_size: int
     parts = 1
+    interval = 1
     kinds: tuple[str, ...] = (COMMON, OWN)
     drawn: nn.Module
 
@@ -114,7 +116,7 @@ class DenoisingDiffusion(Peer):
     dropped. Drawn by its DDIM with added noise, in few passes without, guided at its scale of 6.
     """
 
-    batch_size = 32
+    batch_size, interval = 32, 10
     kinds = (COMMON, GUIDED, OWN)
 
     def __init__(
@@ -127,7 +129,7 @@ class DenoisingDiffusion(Peer):
         network = Unet(32, num_classes, dim_mults=(1, 2, 2), channels=channels)
         self.model = GaussianDiffusion(network, image_size=side, timesteps=1000)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=rate, betas=(0.9, 0.99))
-        self.average = EMA(self.model, beta=0.995, update_every=10)
+        self.average = EMA(self.model, beta=0.995, update_every=self.interval)
         self.drawn, self.parts = self.average.ema_model, parts
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -161,8 +163,8 @@ def conditional_alone(
     return network(x, t, labels, cond_drop_prob=0.0), None
 
 
-PEERS = {
-    "diffusers, course": DiffusersCourse,
+PEERS: dict[str, partial[Peer]] = {
+    "diffusers, course": partial(DiffusersCourse),
     "denoising-diffusion-pytorch": partial(DenoisingDiffusion, rate=8e-5, parts=2),
     "denoising-diffusion-pytorch, rate 1e-3": partial(DenoisingDiffusion, rate=1e-3, parts=1),
 }
