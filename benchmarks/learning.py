@@ -37,10 +37,10 @@ from benchmarks.learning_peer import (
     GUIDED,
     GUIDED_STEPS,
     OWN,
-    OWN_SHARE,
     PASSES,
     PEERS,
     batches_of,
+    count_of,
     drawn_file,
     read_images,
 )
@@ -61,6 +61,7 @@ from utils.errors import EXIT_OK, DataError, exit_code_of
 from utils.files import write_npz, write_text
 
 ROUNDS = 2  # of the speed probe, in each of its two processes
+MIN_SAMPLES = 12  # half of them have 5 neighbours each
 NEVER = 10**6
 SETTING = dict(threads=1, device="cpu", rounds=ROUNDS, batch_size="as each has it")
 QUIET = dict(epochs=NEVER, save_interval=NEVER, sample_interval=NEVER, log_interval=NEVER)
@@ -141,8 +142,7 @@ class Bench:
     def config_of(self, name: str, steps: int) -> tuple[str, list[str]]:
         """Config file and overrides of one of ours. Warm-up is the share that it is as shipped."""
         file, *size = OURS[name]
-        unets = self.arena.unets if name.startswith("UNet") else ()
-        path = f"configs/{file}"
+        unets, path = self.arena.unets if name.startswith("UNet") else (), f"configs/{file}"
         shipped = load_config(path)
         share = shipped.warmup_epochs / shipped.epochs
         warmup = share * steps * shipped.batch_size / self.results["images"]
@@ -200,9 +200,9 @@ class Bench:
 
     def run_peer(self, name: str) -> Path:
         """Train one of other packages', and draw its samples. Returns the folder of these."""
-        folder, samples = self.folder(name), self.args.samples
-        steps = [self.steps(name, budget) for budget in self.args.budget]
-        given = [name, self.work / "train.npz", folder, "--samples", samples, "--steps", *steps]
+        folder, steps = self.folder(name), [self.steps(name, b) for b in self.args.budget]
+        given = [name, self.work / "train.npz", folder, "--steps", *steps]
+        given += ["--samples", self.args.samples]
         run("-m", "benchmarks.learning_peer", *given, *["--flip"] * self.arena.flip)
         return folder
 
@@ -232,7 +232,7 @@ class Bench:
         return self.work / "".join(c if c.isalnum() else "_" for c in name)
 
     def measure(self) -> None:
-        """Everything that this arena needs, and what is known of it then."""
+        """Make and score what is not in the results yet."""
         (images, labels), test = self.images("train"), self.images("test")
         self.keep("images", len(images))
         judge = judge_of(self.work / "judge.pt", images, labels, flip=self.arena.flip)
@@ -251,11 +251,9 @@ class Bench:
                         self.keep(key, court.verdict(*read_images(path)))
                         print(key, self.results[key], flush=True)
 
-    def count(self, kind: str) -> int:
-        return self.args.samples // (OWN_SHARE if kind == OWN else 1)
-
     def result(self, name: str, budget: float, kind: str) -> Result | None:
-        path = drawn_file(self.folder(name), self.steps(name, budget), kind, self.count(kind))
+        count = count_of(kind, self.args.samples)
+        path = drawn_file(self.folder(name), self.steps(name, budget), kind, count)
         return self.results.get(f"{path.parent.name} {path.stem}")
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
@@ -274,10 +272,9 @@ class Bench:
         for name, curve in self.curves().items():
             guided, plain = self.result(name, last, GUIDED) or {}, few[name]
             row = {"contestant": name, "steps": self.steps(name, last)}
-            own = self.result(name, last, OWN)
-            row[f"FD, own sampler, {self.count(OWN)} images"] = (
-                own["distance"] if own else plain["of a share"]  # ours have `PASSES` steps, too
-            )
+            own = self.result(name, last, OWN)  # none of ours, which have `PASSES` steps as shipped
+            column = f"FD, own sampler, {count_of(OWN, self.args.samples)} images"
+            row[column] = own["distance"] if own else plain["of a share"]
             row[f"FD, {PASSES} passes"] = plain["distance"]
             interval = f"({plain['low']:.3f} to {plain['high']:.3f})"
             row["right class (95 %)"] = f"{plain['accuracy']:.3f} {interval}"
@@ -318,14 +315,16 @@ def is_there(name: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(command)
+    args = (parser := make_parser()).parse_args(command)
+    if min(args.budget) <= 0 or args.samples < MIN_SAMPLES:
+        parser.error(f"--budget is above 0, --samples at least {MIN_SAMPLES}")
     args.budget, args.command = budgets_of(args.budget), command
     args.contestants = [name for name in args.contestants if is_there(name)]
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
     for name in args.arenas or ["mnist16", *["cifar16"] * (args.cifar is not None)]:
         if name == "cifar16" and args.cifar is None:
-            print(f"{name}: left out, name the folder of its images by --cifar")
+            print(f"{name}: left out, name its folder by --cifar")
             continue
         try:
             bench = Bench(name, args)

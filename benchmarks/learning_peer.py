@@ -189,6 +189,10 @@ def batches_of(
             yield x, labels[rows]
 
 
+def count_of(kind: str, samples: int) -> int:
+    return samples // (OWN_SHARE if kind == OWN else 1)
+
+
 def weights_file(folder: Path, steps: int) -> Path:
     return folder / f"{steps}.pt"
 
@@ -229,7 +233,7 @@ def main() -> None:
         peer.drawn.load_state_dict(torch.load(weights_file(args.folder, steps))["weights"])
         for kind in peer.kinds if steps == args.steps[-1] else (COMMON,):
             torch.manual_seed(SEED)
-            count = args.samples // (OWN_SHARE if kind == OWN else 1)
+            count = count_of(kind, args.samples)
             path = drawn_file(args.folder, steps, kind, count)
             if not path.exists():
                 asked = torch.tensor(block_labels(count, range(num_classes)))
