@@ -115,8 +115,8 @@ def budgets_of(given: Sequence[float]) -> list[float]:
 
 
 def steps_for(budget: float, seconds: Sequence[float], interval: int = 1) -> int:
-    """How many steps, in whole intervals, the budget buys at the median of these seconds each."""
-    return interval * max(1, round(budget / median(seconds) / interval))
+    """How many steps the budget buys at the median of these seconds each: whole intervals and 1."""
+    return 1 + interval * max(0, round((budget / median(seconds) - 1) / interval))
 
 
 # --- runs

@@ -37,7 +37,8 @@ class Peer(ABC):
 
     Attributes:
         batch_size, parts: images of one forward pass, and such passes for one step.
-        interval: steps between two changes of the weights that images are drawn with.
+        interval: of steps: the weights that images are drawn with change after the first step and
+            again after so many more.
         kinds: of samples that it can draw; `OWN` is without guidance, too.
         drawn: the module that images are drawn with; its state is what training keeps.
     """

@@ -27,7 +27,7 @@ def test_of_a_curve_that_turns_the_first_crossing_counts():
 
 def test_one_slow_round_of_the_probe_does_not_decide_how_long_a_contestant_trains():
     assert learning.steps_for(10, [0.1, 0.11, 0.1, 0.1, 7.0, 0.09]) == 100
-    assert (learning.steps_for(0.001, [0.1]), learning.steps_for(9.6, [0.1], 10)) == (1, 100)
+    assert (learning.steps_for(0.001, [0.1]), learning.steps_for(9.7, [0.1], 10)) == (1, 101)
     assert learning.budgets_of([100.0]) == [12.5, 25.0, 50.0, 100.0]
     assert learning.budgets_of([50.0, 10.0]) == [10.0, 50.0]
 
