@@ -264,13 +264,14 @@ class Bench:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: a row for each contestant, at the largest budget."""
-        last, names = self.args.budget[-1], self.args.contestants
-        few = {name: self.result(name, last, COMMON) for name in names}
-        peers = [few[name]["distance"] for name in names if name in PEERS]
+        """The table, at the largest budget. The best peer's distance is by whichever sampler."""
+        last = self.args.budget[-1]
+        names = set(PEERS).intersection(self.args.contestants)
+        theirs = [self.result(name, last, k) for name in names for k in (COMMON, OWN)]
+        peers = [result["distance"] for result in theirs if result]
         rows = []
         for name, curve in self.curves().items():
-            guided, plain = self.result(name, last, GUIDED) or {}, few[name]
+            plain, guided = (self.result(name, last, kind) for kind in (COMMON, GUIDED))
             row = {"contestant": name, "steps": self.steps(name, last)}
             own = self.result(name, last, OWN)  # none of ours, which have `PASSES` steps as shipped
             column = f"FD, own sampler, {count_of(OWN, self.args.samples)} images"
@@ -279,8 +280,8 @@ class Bench:
             interval = f"({plain['low']:.3f} to {plain['high']:.3f})"
             row["right class (95 %)"] = f"{plain['accuracy']:.3f} {interval}"
             row["recall"] = plain["recall"]
-            row |= {f"guided: {key}": guided.get(key) for key in ("accuracy", "distance")}
-            row["compute to the best peer's"] = peers and compute_needed(curve, min(peers))
+            row |= {f"guided: {key}": guided and guided[key] for key in ("accuracy", "distance")}
+            row["compute to peers' best FD"] = compute_needed(curve, min(peers)) if peers else None
             rows.append(row | {f"FD at {budget:g}": distance for budget, distance in curve[:-1]})
         return rows
 

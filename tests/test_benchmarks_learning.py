@@ -63,6 +63,29 @@ def test_ours_train_as_shipped_but_for_their_size_and_length(name, tmp_path):
     assert warm_up == pytest.approx(300 * of_all_epochs)
 
 
+def test_the_best_peer_is_judged_by_its_better_sampler(tmp_path):
+    command = ["--work", str(tmp_path), "--contestants", "JiT", "diffusers, course"]
+    args = learning.make_parser().parse_args([*command, "--samples", "100"])
+    args.budget = learning.budgets_of([8.0])
+    bench = learning.Bench("mnist16", args)
+    bench.results["seconds of a step"] = {"JiT": [0.01], "diffusers, course": [0.1, 0.1]}
+    score = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "recall": 0.7}
+    for budget, distance in CURVE:
+        ours = score | {"distance": distance, "of a share": distance + 0.5}
+        bench.results[f"JiT {100 * budget:.0f}_common_100"] = ours
+        bench.results[f"diffusers__course {10 * budget:.0f}_common_100"] = score | {"distance": 9}
+    bench.results["JiT 800_guided_100"] = score | {"distance": 3.0}
+    bench.results["diffusers__course 80_own_50"] = score | {"distance": 2.0}
+    ours, theirs = bench.rows()
+    assert (ours["steps"], theirs["steps"]) == (800, 80)
+    needed = "compute to peers' best FD"
+    assert (ours[needed], theirs[needed]) == ("0.5", "> 1")
+    own = "FD, own sampler, 50 images"
+    assert (ours[own], theirs[own]) == (1.5, 2.0)
+    assert (ours["guided: distance"], theirs["guided: distance"]) == (3.0, None)
+    assert ours["FD at 4"] == 2.0
+
+
 def test_what_is_missing_is_said_and_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learning, "find_spec", lambda name: None)
     command = ["--work", str(tmp_path), "--arenas", "cifar16"]
