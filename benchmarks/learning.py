@@ -128,6 +128,7 @@ class Bench:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args, self.arena = name, args, ARENAS[name]
         self.work = (args.work / name).resolve()
+        self._peers = [contestant for contestant in args.contestants if contestant in PEERS]
         self.work.mkdir(parents=True, exist_ok=True)
         root = args.cifar if name == "cifar16" else args.data_root
         roots = [f"data_root={root}"] if root else []
@@ -172,8 +173,8 @@ class Bench:
         """uint8 (N, C, H, W) and labels (N,), kept in the folder."""
         path = self.work / f"{split}.npz"
         if not path.exists():
-            config = load_config("configs/digits_unet.py", self.overrides)
-            sets = real_sets(config, Runtime(torch.device("cpu")), 500)
+            runtime = Runtime(torch.device("cpu"))
+            sets = real_sets(load_config("configs/digits_unet.py", self.overrides), runtime, 500)
             for part in (sets.train, sets.test):
                 pixels = part.load(range(len(part.labels))).permute(0, 2, 3, 1)
                 arrays = {"arr_0": pixels.numpy(), "arr_1": part.labels.numpy()}
@@ -241,7 +242,7 @@ class Bench:
         self.keep("real", court.verdict_of_some(*test, self.args.samples))
         self.measure_speed()
         ours = [name for name in self.args.contestants if name in OURS]
-        jobs = [partial(self.run_peer, n) for n in self.args.contestants if n in PEERS]
+        jobs = [partial(self.run_peer, name) for name in self._peers]
         jobs += [partial(self.run_ours, n, b) for b in reversed(self.args.budget) for n in ours]
         with ThreadPoolExecutor(2) as pool:
             for done in as_completed([pool.submit(job) for job in jobs]):
@@ -265,17 +266,16 @@ class Bench:
 
     def rows(self) -> list[dict[str, Any]]:
         """The table, at the largest budget. The best peer's distance is by whichever sampler."""
-        last = self.args.budget[-1]
-        names = set(PEERS).intersection(self.args.contestants)
-        theirs = [self.result(name, last, k) for name in names for k in (COMMON, OWN)]
+        last, images = self.args.budget[-1], count_of(OWN, self.args.samples)
+        theirs = [self.result(n, last, k) for n in self._peers for k in (COMMON, OWN)]
         peers = [result["distance"] for result in theirs if result]
         rows = []
         for name, curve in self.curves().items():
-            plain, guided = (self.result(name, last, kind) for kind in (COMMON, GUIDED))
+            plain, guided, own = (self.result(name, last, k) for k in (COMMON, GUIDED, OWN))
             row = {"contestant": name, "steps": self.steps(name, last)}
-            own = self.result(name, last, OWN)  # none of ours, which have `PASSES` steps as shipped
-            column = f"FD, own sampler, {count_of(OWN, self.args.samples)} images"
-            row[column] = own["distance"] if own else plain["of a share"]
+            if name in OURS:  # `PASSES` steps are their own as shipped
+                own = {"distance": plain["of a share"]}
+            row[f"FD, own sampler, {images} images"] = own and own["distance"]
             row[f"FD, {PASSES} passes"] = plain["distance"]
             interval = f"({plain['low']:.3f} to {plain['high']:.3f})"
             row["right class (95 %)"] = f"{plain['accuracy']:.3f} {interval}"

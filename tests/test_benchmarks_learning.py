@@ -73,7 +73,7 @@ def test_the_best_peer_is_judged_by_its_better_sampler(tmp_path):
     for budget, distance in CURVE:
         ours = score | {"distance": distance, "of a share": distance + 0.5}
         bench.results[f"JiT {100 * budget:.0f}_common_100"] = ours
-        bench.results[f"diffusers__course {10 * budget:.0f}_common_100"] = score | {"distance": 9}
+        bench.results[f"diffusers__course {10 * budget:.0f}_common_100"] = ours | {"distance": 9}
     bench.results["JiT 800_guided_100"] = score | {"distance": 3.0}
     bench.results["diffusers__course 80_own_50"] = score | {"distance": 2.0}
     ours, theirs = bench.rows()
