@@ -77,6 +77,8 @@ def test_the_parts_work_together(trained):
     assert status["best"]["metric"] == "brightness"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_deterministic_sampler_serves_the_commands_that_need_one(trained):
     project = trained
     command = ["--checkpoint", "checkpoints/own", "--sampling_method", "same_noise", "--steps", "3"]

@@ -141,7 +141,7 @@ def job(arguments, start):
 
 fork = multiprocessing.get_context("fork")
 results = []
-for trial in range(5):
+for trial in range(3):
     folder = Path(f"checkpoints/race{trial}")
     arguments = ["--config", "tiny.py", f"experiment_name={folder.name}", "log_interval=1"]
     start = fork.Barrier(2)
@@ -171,7 +171,7 @@ def test_of_two_runs_started_together_one_wins(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     *_, results = done.stdout.splitlines()
     results = json.loads(results)
-    assert [codes for *codes, _ in results] == 5 * [[EXIT_USAGE, EXIT_PREEMPTED]]
+    assert [codes for *codes, _ in results] == 3 * [[EXIT_USAGE, EXIT_PREEMPTED]]
     named = re.findall(rf"being written by process (\d+) on {HOST};", done.stderr)
     assert [int(pid) for pid in named] == [winner for *_, winner in results]
 
