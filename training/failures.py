@@ -44,7 +44,7 @@ class FailureWatch:
         self._patch = p if isinstance(p := getattr(job.model, "patch_size", 1), int) else 1
         images = to_float(torch.stack([dataset[i][0] for i in range(0, n, -(-n // NUM_IMAGES))]))
         self._real, self._std = measure(images, self._patch), float(images.std())
-        self._learnt = 0.0 if self._std > 0.02 else -math.inf  # nothing there to learn
+        self._peak_steps = 0.0 if self._std > 0.02 else -math.inf  # there is nothing to learn
         t = DENSITIES[config.timestep_sampling](job.process, config, NUM_DRAWS, torch.Generator())
         losses = trivial_losses(job.process, self._std + 1e-6)[t]
         k = quartile_of(t, config.num_timesteps)
@@ -58,21 +58,21 @@ class FailureWatch:
     def take_losses(self, step: int, scalars: dict[str, float]) -> None:
         """Judge the losses of a log line, that of `step`."""
         smoothed, rate = scalars["train/loss_smoothed"], f"learning_rate={self._rate:g}"
-        self._learnt += (step - self._step) * scalars["train/lr"] / self._rate  # at the peak rate
+        self._peak_steps += (step - self._step) * scalars["train/lr"] / self._rate
         # The mean loss of the first few images may be low by chance.
         self._step, self._best = step, min(self._best, smoothed if step > FIRST_STEPS else math.inf)
         ratios = [scalars[name] / loss for name, loss in self._trivial.items()]
         self._least = min([self._least, *filter(math.isfinite, ratios)])
-        self._tell(self._learnt < 0, f"images hardly vary: by {self._std:.2g}; see value_range")
+        self._tell(self._peak_steps < 0, f"images hardly vary: by {self._std:.2g}; see value_range")
         line = f"loss has risen: {smoothed:.3g} from {self._best:.3g}; lower {rate} or grad_clip"
         self._tell(smoothed > 3 * self._best, line)
         line = f"nothing is learnt: {self._least:.2f} times the loss of an answer that is always "
         line += f"the same; change {rate}, or see what is frozen, or whether x_t is used"
-        self._tell(self._learnt >= FAIR_STEPS and self._least > 0.85, line)
+        self._tell(self._peak_steps >= FAIR_STEPS and self._least > 0.85, line)
 
     def take_samples(self, drawn: torch.Tensor) -> None:
         """Judge the images of a preview, (B, C, H, W) as `generate` draws them."""
-        if self._learnt < FAIR_STEPS or len(drawn) < 2:
+        if self._peak_steps < FAIR_STEPS or len(drawn) < 2:
             return
         between, inside, rough = (measure(to_float(drawn), self._patch) / self._real).tolist()
         line = f"previews are empty: {between:.0%} of the deviation and {inside:.0%} of the values "
