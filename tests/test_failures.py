@@ -292,6 +292,7 @@ def test_a_healthy_run_is_told_nothing(monkeypatch, capsys, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["unet", "flow", "dit", "jit", "dim", "superres"])
 def test_shipped_configs_raise_no_alarm(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
