@@ -3,7 +3,7 @@ docs/conditioning.md.
 
 python train.py --config configs/custom_translation.py data_root=DIR condition_root=DIR
 
-Not yet run.
+Run for a few steps only, on made-up pairs.
 """
 
 config = dict(
