@@ -38,12 +38,15 @@ from utils.precision import resolve_precision
 
 log = logging.getLogger("diffusion")
 
-CONFIG_CHECKS = (
+DRAWING_CHECKS = (  # of what a trained model needs
     datasets.check_config,
     diffusion.check_config,
     metrics.check_config,
     lambda config: models.check_config(config, expected_spec(config)),
-    lambda config: unknown_name("optimizer", config.optimizer, OPTIMIZERS),  # for training alone
+)
+CONFIG_CHECKS = (
+    *DRAWING_CHECKS,
+    lambda config: unknown_name("optimizer", config.optimizer, OPTIMIZERS),
 )
 
 
@@ -121,7 +124,7 @@ def load_run(
         given = read_config_file(Path(config_path))
         raw.values.update(given.values)
         raw.sources.update(given.sources)
-    config = validate(raw, checks=CONFIG_CHECKS[:-1], problems=apply_overrides(raw, overrides))
+    config = validate(raw, checks=DRAWING_CHECKS, problems=apply_overrides(raw, overrides))
     resolve_precision(config.precision, device)
     if changed := changed_settings(state["config"], config.to_dict(), (*SAME_MODEL, "value_range")):
         belong = f"{path}: these settings belong to the weights:"
