@@ -72,7 +72,7 @@ def judge_of(path: Path, images: Tensor, labels: Tensor, *, flip: bool) -> Judge
     if not path.exists():
         train_judge(judge, images, labels, flip=flip)
         torch.save(judge.state_dict(), path)
-    judge.load_state_dict(torch.load(path))
+    judge.load_state_dict(torch.load(path, weights_only=True))
     return judge.eval()
 
 

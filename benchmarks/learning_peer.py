@@ -242,7 +242,8 @@ def main() -> None:
         batches = batches_of(images, labels, peer.batch_size, flip=args.flip)
         train(peer, batches, args.steps, args.folder)
     for steps in args.steps:
-        peer.drawn.load_state_dict(torch.load(weights_file(args.folder, steps))["weights"])
+        saved = torch.load(weights_file(args.folder, steps), weights_only=True)
+        peer.drawn.load_state_dict(saved["weights"])
         for kind in peer.kinds if steps == args.steps[-1] else (COMMON,):
             torch.manual_seed(SEED)
             count = count_of(kind, args.samples)
