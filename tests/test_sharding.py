@@ -41,9 +41,10 @@ honest_loss, make_guard = Process.loss, NonFiniteGuard.__init__
 def poison(runtime, bad_call):
     calls = []
     def loss(self, *arguments):
-        calls.append(1)
-        is_bad = runtime.rank == 1 and len(calls) == bad_call
-        return honest_loss(self, *arguments) * (float("nan") if is_bad else 1.0)
+        value = honest_loss(self, *arguments)
+        calls.extend([1] * value.requires_grad)  # of a step
+        is_bad = runtime.rank == 1 and value.requires_grad and len(calls) == bad_call
+        return value * (float("nan") if is_bad else 1.0)
     return loss
 
 def deferred(self, *arguments):  # as on GPUs: the optimizer's kernel leaves out the step
