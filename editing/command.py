@@ -52,8 +52,10 @@ class Job(NamedTuple):
 
     def command(self, script: str, *words: object) -> str:
         """The command, for a line to copy, that calls a script for the same checkpoint."""
-        checkpoint = "--checkpoint", Path(self.args.checkpoint)
-        return shell_line("python", *script.split(), *checkpoint, *words)
+        given = "--checkpoint", Path(self.args.checkpoint)
+        if self.args.config is not None:  # parts of other packages may lie beside it
+            given += "--config", Path(self.args.config)
+        return shell_line("python", *script.split(), *given, *words)
 
     def sampling(self, *defaults: str | float | None) -> Sampling:
         """The settings that the options ask for; where they say nothing, the `defaults`, which are

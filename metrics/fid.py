@@ -1,4 +1,4 @@
-"""Frechet distances (FID and its like), KID and IS, all from features of pretrained networks.
+"""Frechet distances (FID and the like), KID and IS, all from features of pretrained networks.
 
 The Frechet distance between two Gaussians is that of Heusel et al. 2017, arXiv:1706.08500, eq. 6.
 The kernel distance (Binkowski et al. 2018, arXiv:1801.01401) and the Inception score (Salimans et
@@ -59,11 +59,17 @@ def count_name(num_images: int) -> str:
 def feature_warnings(num_images: int, channels: int) -> Iterator[str]:
     """What to know about distances in a network's features, and its scores, of so many images."""
     if num_images <= SINGULAR_BELOW:
-        yield f"{num_images} images are too few for FID, its like, and IS: they are unreliable"
+        yield f"{num_images} images are too few for FID, IS and the like: the values are unreliable"
     elif num_images < COMPARABLE_FROM:
-        yield f"FID and its like of {num_images} images are biased upward: not comparable"
+        yield (
+            f"Frechet distances of {num_images} images are biased upward and not comparable with "
+            "published values, which use 50,000"
+        )
     if channels == 1:
-        yield "FID, its like, and IS know colour photographs: on grey images read class_acc first"
+        yield (
+            "the networks behind FID, IS and the like have seen colour photographs: on grey images "
+            "read class_acc first"
+        )
 
 
 class Fid(Metric):

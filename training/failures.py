@@ -12,7 +12,9 @@ from training.job import Job
 from training.objective import QUARTILES, quartile_of
 from utils.images import to_float
 
-FIRST_STEPS, FAIR_STEPS, NUM_IMAGES, NUM_DRAWS, NUM_QUANTILES = 20, 150, 32, 10_000, 12
+FIRST_STEPS, FAIR_STEPS = 20, 150  # whose losses say little, and after which a run is judged
+NUM_IMAGES = 32  # of the data, that previews are compared with
+NUM_DRAWS, NUM_QUANTILES = 10_000, 12  # timesteps, and values of each of x_0 and eps, in a mean
 
 
 def trivial_losses(process: Process, std: float) -> torch.Tensor:
