@@ -525,6 +525,9 @@ def test_commands_to_copy_name_the_folder_and_nothing_else(name, caplog, tmp_pat
     args = edit.make_parser().parse_args(["grid", f"--checkpoint={name}"])
     words = shlex.split(Job(args, None, None).command("sample.py", "--steps", 3))
     assert words[-3].removeprefix("./") == name
+    args.config = "own.py"  # parts of other packages may lie beside it
+    words = shlex.split(Job(args, None, None).command("sample.py", "--steps", 3))
+    assert words[-4:] == ["--config", "own.py", "--steps", "3"]
     assert list(tmp_path.iterdir()) == []
 
 
