@@ -176,11 +176,7 @@ def _states(
     size = dt.shape[1]
     a = torch.mul(dt[:, :, None], A, out=decay[:, :size]).exp2_()
     h = torch.mul((dt * u)[:, :, None], B[..., None], out=out[:, :size])
-    if _chunk(h) == 1:
-        for value, a_t in zip(h.unbind(1), a.unbind(1), strict=True):
-            state = value.addcmul_(a_t, state)
-    else:
-        _advance_in_chunks(h, a, state)
+    _advance(h, a, state)
     return h
 
 
@@ -194,7 +190,7 @@ def _advance_backward(g: Tensor, decay: Tensor, carry: Tensor, next_decay: Tenso
         return next_decay.clone()
     following = torch.cat([decay[:, 1:], next_decay[:, None]], dim=1)
     reverse = g.flip(1)
-    _advance_in_chunks(reverse, following.flip(1), carry)
+    _advance(reverse, following.flip(1), carry)
     g.copy_(reverse.flip(1))
     return decay[:, 0].clone()
 
@@ -204,15 +200,15 @@ def _chunk(values: Tensor) -> int:
     return 1 if values.device.type == "cpu" else GPU_CHUNK
 
 
-def _advance_in_chunks(
-    values: Tensor, decay: Tensor, carry: Tensor, chunk: int = GPU_CHUNK
-) -> None:
+def _advance(values: Tensor, decay: Tensor, carry: Tensor) -> None:
     """In place h_t = a_t h_(t-1) + values_t over dim 1 of (b, T, N, E), in few launches.
 
     All chunks run from zero side by side; then one pass hands each chunk the state before it,
-    through the product of its decays (at most 1, so nothing overflows).
+    through the product of its decays (at most 1, so nothing overflows). What is in no chunk, on a
+    CPU all, goes step by step.
     """
-    whole = values.shape[1] // chunk * chunk
+    chunk = _chunk(values)
+    whole = values.shape[1] // chunk * chunk if chunk > 1 else 0
     if whole:
         v = values[:, :whole].unflatten(1, (-1, chunk))
         product = decay[:, :whole].unflatten(1, (-1, chunk)).clone()
