@@ -169,11 +169,9 @@ def frames_along(waypoints: Sequence[Waypoint], num_frames: int) -> list[Frame]:
     A waypoint in the middle ends one stretch and begins the next, as one frame: n waypoints give
     (n - 1) (num_frames - 1) + 1 frames.
     """
-    last = num_frames - 1
-    frames = [Frame(waypoints[0], waypoints[1], 0.0)]
-    for start, end in pairwise(waypoints):
-        frames += [Frame(start, end, i / last) for i in range(1, num_frames)]
-    return frames
+    weights = [i / (num_frames - 1) for i in range(1, num_frames)]
+    later = [Frame(*ends, weight) for ends in pairwise(waypoints) for weight in weights]
+    return [Frame(*waypoints[:2], 0.0), *later]
 
 
 def morph_steps(
