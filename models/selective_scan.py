@@ -128,7 +128,8 @@ def _(grad_y, u, dt, A, B, C, states):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (u, dt, A, B, C))
 
 
-def _save(ctx, inputs, output) -> None:
+def keep_states(ctx, inputs, output) -> None:
+    """Save for backward what a scan was given, and its second output, the states of segments."""
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # zeros as large as the stored states, for nothing
@@ -141,7 +142,7 @@ def _backward(ctx, grad_y, _):
         return _selective_scan_backward(grad_y, *ctx.saved_tensors)
 
 
-_selective_scan.register_autograd(_backward, setup_context=_save)
+_selective_scan.register_autograd(_backward, setup_context=keep_states)
 
 
 def _row_blocks(u: Tensor, A: Tensor, segment: int) -> list[slice]:
