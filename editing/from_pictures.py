@@ -118,7 +118,7 @@ def img2img(job: Job) -> Iterator[str]:
     yield f"{count} pictures, {share} of {sampling.describe()}"
 
     images = job.draw(
-        count, lambda rows: img2img_steps(run, inputs.batch(rows, device), strength, sampling)
+        count, lambda rows: img2img_steps(run, inputs.batch(rows, device), steps, sampling)
     )
     if images is not None:
         paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs)

@@ -194,12 +194,11 @@ def morph_steps(
 
 
 def img2img_steps(
-    run: Run, pictures: Pictures, strength: float, sampling: Sampling
+    run: Run, pictures: Pictures, timesteps: Sequence[int], sampling: Sampling
 ) -> Iterator[Step]:
-    """Noise the pictures as far as `strength` says, with the noise of their seeds, and sample from
-    there (Meng et al. 2022, SDEdit)."""
+    """Noise the pictures as far as the first of the timesteps, with the noise of their seeds, and
+    sample from there (Meng et al. 2022, SDEdit)."""
     x_0, labels, seeds = pictures
-    timesteps = last_timesteps(timesteps_of(run, sampling), strength)
     draw = sample_noise(seeds, x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
     x_t = run.process.q_sample(x_0, t, draw(x_0.shape))
