@@ -74,11 +74,11 @@ def triton_scan(*inputs: Tensor) -> Tensor:
 OURS = "selective_scan (Mamba-1)"
 TRITON = "Triton kernel (Mamba-1, gated)"
 VARIANTS: dict[str, Callable[..., Tensor]] = {
-    OURS: lambda *inputs: selective_scan(*inputs)[0],
+    OURS: selective_scan,
     "loop over tokens": loop,
     "loop, inputs unbound": loop_unbound,
     "loop, discretised up front": loop_upfront,
-    "chunked_scan (Mamba-2)": lambda *inputs: chunked_scan(*inputs)[0],
+    "chunked_scan (Mamba-2)": chunked_scan,
     "attention": attention,
     TRITON: triton_scan,
 }

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffusion.guidance import Denoiser
 from diffusion.process import Process, Step
-from diffusion.schedules import with_previous
 
 
 def ddim(
@@ -23,9 +22,8 @@ def ddim(
     """Eq. 12 with sigma of eq. 16: eta = 0 is deterministic, and on the linear path the Euler
     method; eta = 1 equals DDPM."""
     x = x_T
-    for t, s in with_previous(timesteps):
+    for t, s, (signal_t, noise_t), (signal_s, noise_s) in process.steps(timesteps):
         x_0, eps = denoise(x, t)
-        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
         step_variance = noise_t**2 - (signal_t / signal_s * noise_s) ** 2
         variance = (eta * noise_s / noise_t) ** 2 * step_variance
         x = signal_s * x_0 + max(0.0, noise_s**2 - variance) ** 0.5 * eps

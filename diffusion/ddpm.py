@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffusion.guidance import Denoiser
 from diffusion.process import Process, Step
-from diffusion.schedules import with_previous
 
 
 def ddpm(
@@ -23,9 +22,8 @@ def ddpm(
     A grid with gaps is the shorter chain with the same levels (Nichol and Dhariwal 2021).
     """
     x = x_T
-    for t, s in with_previous(timesteps):
+    for t, s, (signal_t, noise_t), (signal_s, noise_s) in process.steps(timesteps):
         x_0, _ = denoise(x, t)
-        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
         ratio = signal_t / signal_s
         step_variance = max(0.0, noise_t**2 - (ratio * noise_s) ** 2)  # of q(x_t | x_s)
         x = (signal_s * step_variance * x_0 + ratio * noise_s**2 * x) / noise_t**2

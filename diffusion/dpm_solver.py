@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffusion.guidance import Denoiser
 from diffusion.process import Process, Step
-from diffusion.schedules import with_previous
 
 
 def dpmpp_2m(
@@ -23,12 +22,11 @@ def dpmpp_2m(
     last has infinite log-SNR, where the step is x_0 itself), and so is a longer one to t = 0."""
     x = x_T
     previous_x_0, previous_h = None, 0.0
-    for t, s in with_previous(timesteps):
+    for t, s, (signal_t, noise_t), (signal_s, noise_s) in process.steps(timesteps):
         x_0, _ = denoise(x, t)
         if s < 0:
             yield Step(s, x_0, x_0)
             return
-        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
         # half log-SNR, lambda = log(signal / noise)
         h = math.log(signal_s / noise_s) - math.log(signal_t / noise_t)
         slope = x_0

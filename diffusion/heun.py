@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffusion.guidance import Denoiser
 from diffusion.process import Process, Step
-from diffusion.schedules import with_previous
 
 
 def heun(
@@ -25,9 +24,8 @@ def heun(
     and is corrected by the slope there (Karras et al. 2022, algorithm 1, in that time).
     """
     x = x_T
-    for t, s in with_previous(timesteps):
+    for t, s, (signal_t, noise_t), (signal_s, noise_s) in process.steps(timesteps):
         x_0, eps = denoise(x, t)
-        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
         x = signal_s * x_0 + noise_s * eps
         if s >= 0:
             later_x_0, later_eps = denoise(x, s)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -74,36 +73,27 @@ def log_likelihood(
         timesteps: ascending, the first with hardly any noise and the last with hardly any image.
     """
     log_sigma = (-process.half_log_snr).tolist()
-    lengths = [math.hypot(1, math.exp(log_sigma[t])) for t in timesteps]
-    z, size = images / lengths[0], images[0].numel()
+    lengths = {t: math.hypot(1, math.exp(log_sigma[t])) for t in timesteps}
+
+    def rates(z: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """dz / dlog(sigma) at timestep t, and the estimate of its divergence, (B,) float64."""
+        signal, _ = process.levels(t)
+        times = torch.full((len(z),), t, dtype=torch.int64, device=z.device)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x_t = signal * lengths[t] * z
+            x_0 = process.predict(model(x_t, times, y), x_t, times).x_0
+            rate = z / lengths[t] ** 2 - x_0 / lengths[t]
+            (product,) = torch.autograd.grad((rate * probes).sum(), z)
+        return rate.detach(), (product * probes).flatten(1).sum(1).double()
+
+    z, size = images / lengths[timesteps[0]], images[0].numel()
     volume = torch.zeros(len(images), dtype=torch.float64, device=images.device)
-    at = partial(_rates, process, model, y, probes)
-    for number, (t, following) in enumerate(pairwise(timesteps)):
+    for t, following in pairwise(timesteps):
         step = log_sigma[following] - log_sigma[t]
-        rate, growth = at(z, lengths[number], t)
-        rate_ahead, growth_ahead = at(z + step * rate, lengths[number + 1], following)
+        rate, growth = rates(z, t)
+        rate_ahead, growth_ahead = rates(z + step * rate, following)
         z = z + step / 2 * (rate + rate_ahead)
         volume += step / 2 * (growth + growth_ahead)
     prior = -(z.double() ** 2).flatten(1).sum(1) / 2 - size / 2 * math.log(2 * math.pi)
-    return prior + volume - size * math.log(lengths[0])
-
-
-def _rates(
-    process: Process,
-    model: Model,
-    y: Tensor | None,
-    probes: Tensor,
-    z: Tensor,
-    length: float,
-    t: int,
-) -> tuple[Tensor, Tensor]:
-    """dz / dlog(sigma) at timestep t, and the estimate of its divergence, (B,) float64."""
-    signal, _ = process.levels(t)
-    times = torch.full((len(z),), t, dtype=torch.int64, device=z.device)
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        x_t = signal * length * z
-        x_0 = process.predict(model(x_t, times, y), x_t, times).x_0
-        rate = z / length**2 - x_0 / length
-        (product,) = torch.autograd.grad((rate * probes).sum(), z)
-    return rate.detach(), (product * probes).flatten(1).sum(1).double()
+    return prior + volume - size * math.log(lengths[timesteps[0]])

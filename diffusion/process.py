@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.schedules import Levels
+from diffusion.schedules import Levels, with_previous
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Pair = tuple[float, float]  # of signal and noise
 
 PREDICTIONS = ("eps", "x_0", "v")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
@@ -86,11 +87,16 @@ class Process:
         # float64 until here; as the images per device, because MPS has no float64
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def levels(self, t: int) -> tuple[float, float]:
+    def levels(self, t: int) -> Pair:
         """Signal and noise: x_t = signal x_0 + noise eps; (1, 0) for t = -1, the clean image."""
         return (1.0, 0.0) if t < 0 else tuple(self._table[:2, t].tolist())
 
-    def rates(self, t: int) -> tuple[float, float]:
+    def steps(self, timesteps: Sequence[int]) -> Iterator[tuple[int, int, Pair, Pair]]:
+        """Of each step of a sampler its t, the s that it goes to, and the `levels` of both."""
+        for t, s in with_previous(timesteps):
+            yield t, s, self.levels(t), self.levels(s)
+
+    def rates(self, t: int) -> Pair:
         """How fast both change: v = signal_rate x_0 + noise_rate eps."""
         return tuple(self._table[2:4, t].tolist())
 

@@ -50,10 +50,12 @@ STRENGTH = {
 HOLE = {
     "--mask": dict(metavar="PATH", help="an image as large as the model's; white is drawn"),
     "--box": dict(type=parse_int_list, metavar="X0,Y0,X1,Y1", help="or a rectangle, in pixels"),
-    "--resample": dict(type=int, default=1, help="take each step so often (RePaint); default: 1"),
+    "--resample": dict(
+        type=image_count, default=1, help="take each step so often (RePaint); default: 1"
+    ),
 }
 ITERATIONS = {
-    "--iterations": dict(type=int, default=5, help="forwards a step on the way to the noise")
+    "--iterations": dict(type=image_count, default=5, help="forwards a step towards the noise")
 }
 NOISE = {
     "--latents": dict(required=True, metavar="NPZ", help="the file that invert wrote"),

@@ -118,7 +118,7 @@ def img2img(job: Job) -> Iterator[str]:
     yield f"{count} pictures, {share} of {sampling.describe()}"
 
     images = job.draw(
-        count, lambda rows: img2img_steps(run, inputs.batch(rows, device), strength, sampling)
+        count, lambda rows: img2img_steps(run, inputs.batch(rows, device), steps, sampling)
     )
     if images is not None:
         paths = write_pictures(job, {"input": inputs.images, "output": images}, inputs)
@@ -132,8 +132,6 @@ def inpaint(job: Job) -> Iterator[str]:
     times, size = args.resample, run.spec.shape[1:]
     if (args.mask is None) == (args.box is None):
         raise ConfigError("give --mask or --box, one of them")
-    if times < 1:
-        raise ConfigError(f"--resample {times}: must be at least 1")
     if times > 1 and SAMPLERS[sampling.method].multistep:
         others = " or ".join(name for name, sampler in SAMPLERS.items() if not sampler.multistep)
         raise ConfigError(f"--resample: {sampling.method} remembers its last step; use {others}")
@@ -167,8 +165,6 @@ def invert(job: Job) -> Iterator[str]:
     if sampling.method not in names or not sampling.is_deterministic:
         undone = " or ".join(names)
         raise ConfigError(f"invert undoes the steps of {undone} with ddim_eta 0, no others")
-    if args.iterations < 1:
-        raise ConfigError(f"--iterations {args.iterations}: must be at least 1")
     inputs, times = inputs_of(job), args.iterations
     count, iterations = len(inputs.images), f"{times} iterations a step"
     yield f"{count} pictures to noise, {iterations}, and back: {sampling.describe()}"

@@ -17,7 +17,6 @@ from diffusion import SAMPLERS
 from diffusion.ddim import ddim
 from diffusion.guidance import Denoiser
 from diffusion.process import Prediction, Process, Step
-from diffusion.schedules import with_previous
 from editing.command import Pictures
 from generation.run import Run
 from generation.sampling import Labels, Sampling, label_denoiser, steps_from, timesteps_of
@@ -97,11 +96,10 @@ def resampling(sampler: SamplerFunction, times: int) -> SamplerFunction:
 
     def sample(denoise, x_T, process, timesteps, randn_like):
         x = x_T
-        for t, s in with_previous(timesteps):
+        for t, s, (signal_t, noise_t), (signal_s, noise_s) in process.steps(timesteps):
             one_step = [t] if s < 0 else [t, s]
             for repeat in range(1 if s < 0 else times):
                 if repeat:
-                    (signal_t, noise_t), (signal_s, noise_s) = map(process.levels, (t, s))
                     ratio = signal_t / signal_s
                     std = max(0.0, noise_t**2 - (ratio * noise_s) ** 2) ** 0.5
                     x = ratio * x + std * randn_like(x)  # q(x_t | x_s)
@@ -132,8 +130,7 @@ def ddim_invert(
     of them iterate to the fixed point, which undoes the step (Pan et al. 2023).
     """
     x = x_0
-    for t, s in reversed(list(with_previous(timesteps))):
-        (signal_t, noise_t), (signal_s, noise_s) = process.levels(t), process.levels(s)
+    for t, _, (signal_t, noise_t), (signal_s, noise_s) in reversed(list(process.steps(timesteps))):
         signal_rate, noise_rate = process.rates(t)
         of_x = (noise_rate * signal_s - signal_rate * noise_s) / process.scale
         of_v = (noise_t * signal_s - signal_t * noise_s) / process.scale
@@ -172,11 +169,9 @@ def frames_along(waypoints: Sequence[Waypoint], num_frames: int) -> list[Frame]:
     A waypoint in the middle ends one stretch and begins the next, as one frame: n waypoints give
     (n - 1) (num_frames - 1) + 1 frames.
     """
-    last = num_frames - 1
-    frames = [Frame(waypoints[0], waypoints[1], 0.0)]
-    for start, end in pairwise(waypoints):
-        frames += [Frame(start, end, i / last) for i in range(1, num_frames)]
-    return frames
+    weights = [i / (num_frames - 1) for i in range(1, num_frames)]
+    later = [Frame(*ends, weight) for ends in pairwise(waypoints) for weight in weights]
+    return [Frame(*waypoints[:2], 0.0), *later]
 
 
 def morph_steps(
@@ -199,12 +194,11 @@ def morph_steps(
 
 
 def img2img_steps(
-    run: Run, pictures: Pictures, strength: float, sampling: Sampling
+    run: Run, pictures: Pictures, timesteps: Sequence[int], sampling: Sampling
 ) -> Iterator[Step]:
-    """Noise the pictures as far as `strength` says, with the noise of their seeds, and sample from
-    there (Meng et al. 2022, SDEdit)."""
+    """Noise the pictures as far as the first of the timesteps, with the noise of their seeds, and
+    sample from there (Meng et al. 2022, SDEdit)."""
     x_0, labels, seeds = pictures
-    timesteps = last_timesteps(timesteps_of(run, sampling), strength)
     draw = sample_noise(seeds, x_0.device)
     t = torch.full((len(x_0),), timesteps[0], dtype=torch.int64, device=x_0.device)
     x_t = run.process.q_sample(x_0, t, draw(x_0.shape))

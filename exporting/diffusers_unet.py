@@ -57,8 +57,7 @@ def unet2d_config(model: nn.Module, config: Config, spec: ImageSpec) -> dict[str
     if model.time_embedding.num_features != widths[0]:
         reason = "UNet2DModel has as many timestep features as first-level channels; begin with 1"
         raise ConfigError(f"model_params.channel_mult: {reason}. {_INSTEAD}")
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    num_groups = sorted({norm.num_groups for norm in norms})
+    num_groups = sorted({m.num_groups for m in model.modules() if isinstance(m, nn.GroupNorm)})
     if len(num_groups) > 1:
         raise ConfigError(
             f"model_params.model_channels, channel_mult: levels of {_listed(widths)} channels: "
@@ -99,15 +98,14 @@ def to_unet2d(model: UNet, arguments: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DModel
 
     theirs = UNet2DModel(**arguments)
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     names = module_names(len(arguments["block_out_channels"]), arguments["layers_per_block"])
     state = {}
     for key, tensor in model.state_dict().items():
         module, _, parameter = key.rpartition(".")
         parts = tensor.chunk(len(names[module]))
         for name, part in zip(names[module], parts, strict=True):
-            full_name = f"{name}.{parameter}"
-            state[full_name] = part.reshape(shapes[full_name])  # 1x1 convolutions become matrices
+            full_name = f"{name}.{parameter}"  # there 1x1 convolutions are matrices
+            state[full_name] = part.reshape_as(theirs.get_parameter(full_name))
     theirs.load_state_dict(state)
     return theirs.eval().requires_grad_(False)
 

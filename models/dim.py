@@ -25,7 +25,6 @@ from models.mamba_backend import INSTALL_HINT, BackendName, choose_backend
 from models.scan_paths import Scan, mirrored, moves, scan_paths
 from utils.config_types import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # standard deviation of the learned positions and padding tokens
 PAPER_PAD_TOKENS = 3
 
@@ -163,7 +162,7 @@ class DiM(nn.Module):
 
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.first_conv = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
-        self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
+        self.time_embedding = layers.TimestepEmbedding(layers.NUM_TIME_FEATURES, hidden_size)
         self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         num_conditions = 2 if num_classes else 1
         num_positions = num_conditions + math.prod(self.grid)
@@ -191,7 +190,10 @@ class DiM(nn.Module):
         table = torch.randn(2 * hidden_size) / math.sqrt(hidden_size) if shared else None
         self.final_table = nn.Parameter(table) if shared else None
         self.out = nn.Linear(hidden_size, patch_size**2 * (out_channels or in_channels))
-        self._init_weights()
+        layers.init_weights(self)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.mixer.out_proj.weight.div_(math.sqrt(depth))
 
         # the prefix (conditions, then one row of padding tokens) stays where it is
         self.num_prefix = num_conditions + pad_tokens
@@ -207,24 +209,6 @@ class DiM(nn.Module):
         prefix = torch.arange(self.num_prefix, device="cpu")
         permutations = torch.stack([torch.cat([prefix, self.num_prefix + step]) for step in steps])
         self.register_buffer("permutations", permutations, persistent=False)  # (depth + 1, L)
-
-    def _init_weights(self) -> None:
-        """Draw all weights but those of the mixers, whose outputs are only scaled down."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and ".mixer." not in name:
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
-        for block in self.blocks:
-            if block.modulation is not None:
-                layers.zero_init(block.modulation)
-            with torch.no_grad():
-                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
-        if self.final_modulation is not None:
-            layers.zero_init(self.final_modulation)
-        layers.zero_init(self.out)
 
     def choose_backend(self, device: torch.device) -> None:
         """Decide, and log in one line, who computes the recurrence on `device`; see the function

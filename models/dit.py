@@ -14,7 +14,6 @@ from models import layers
 from models.layers import LabelEmbedding
 from utils.config_types import BelowOne, PositiveFloat, PositiveInt
 
-NUM_TIME_FEATURES = 256
 INIT_STD = 0.02  # of the timestep embedding; labels have 1, as short runs then learn them
 
 # Table 1 of the paper; the number after the slash is the patch size.
@@ -138,7 +137,7 @@ class DiT(nn.Module):
         self.patch_embedding = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         positions = layers.sincos_positions(self.grid, hidden_size)
         self.register_buffer("positions", positions, persistent=False)
-        self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
+        self.time_embedding = layers.TimestepEmbedding(layers.NUM_TIME_FEATURES, hidden_size)
         self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, dropout) for _ in range(depth)
@@ -164,18 +163,6 @@ class DiT(nn.Module):
 
 def init_weights(model: nn.Module) -> None:
     """Draw the weights of a DiT or a JiT: its fresh blocks are identities, its output is 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for module in model.patch_embedding.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    layers.init_weights(model)
     for layer in (model.time_embedding.mlp[0], model.time_embedding.mlp[2]):
         nn.init.normal_(layer.weight, std=INIT_STD)
-    for block in model.blocks:
-        layers.zero_init(block.modulation)
-    layers.zero_init(model.final_modulation)
-    layers.zero_init(model.out)

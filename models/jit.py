@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import layers
-from models.dit import INIT_STD, NUM_TIME_FEATURES, RMS_NORM, DiTBlock, init_weights
+from models.dit import INIT_STD, RMS_NORM, DiTBlock, init_weights
 from models.layers import LabelEmbedding
 from utils.config_types import BelowOne, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -98,23 +98,15 @@ class JiT(nn.Module):
         )
         positions = layers.sincos_positions(self.grid, hidden_size)
         self.register_buffer("positions", positions, persistent=False)
-        self.time_embedding = layers.TimestepEmbedding(NUM_TIME_FEATURES, hidden_size)
+        self.time_embedding = layers.TimestepEmbedding(layers.NUM_TIME_FEATURES, hidden_size)
         self.label_embedding = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         class_positions = torch.randn(self.num_class_tokens, hidden_size) * INIT_STD
         self.class_positions = nn.Parameter(class_positions) if self.num_class_tokens else None
-        mlp = layers.SwiGLU if swiglu else layers.MLP
+        parts = dict(norm=RMS_NORM, mlp=layers.SwiGLU if swiglu else layers.MLP, qk_norm=qk_norm)
         middle = range(depth // 4, depth - depth // 4)
+        dropouts = [dropout if i in middle else 0.0 for i in range(depth)]
         self.blocks = nn.ModuleList(
-            DiTBlock(
-                hidden_size,
-                num_heads,
-                mlp_ratio,
-                dropout if i in middle else 0.0,
-                norm=RMS_NORM,
-                mlp=mlp,
-                qk_norm=qk_norm,
-            )
-            for i in range(depth)
+            DiTBlock(hidden_size, num_heads, mlp_ratio, rate, **parts) for rate in dropouts
         )
         fixed, head_size = self.num_class_tokens, hidden_size // num_heads
         rotations = layers.rotary_table(self.grid, head_size, fixed) if rope else None

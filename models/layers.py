@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_PERIOD = 10_000.0
+NUM_TIME_FEATURES = 256  # of a transformer's timestep embedding
 
 
 def timestep_features(t: Tensor, dim: int) -> Tensor:
@@ -52,6 +53,24 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def init_weights(model: nn.Module) -> None:
+    """Draw the weights of a DiT, JiT or DiM, but for those of mixers, which have drawn their own.
+    What modulates fresh blocks is 0, and so is the output."""
+    drawn = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".mixer." not in name
+    ]
+    drawn += [module for module in model.patch_embedding.modules() if isinstance(module, nn.Conv2d)]
+    for layer in drawn:
+        nn.init.xavier_uniform_(layer.weight.flatten(1))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    modulations = [*(block.modulation for block in model.blocks), model.final_modulation]
+    for layer in filter(None, (*modulations, model.out)):
+        zero_init(layer)
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -56,8 +56,6 @@ def _adapted(model: nn.Module) -> Iterator[str]:
     """The names of the layers that get an adapter."""
     for prefix, owner in model.named_modules():
         for name, layer in owner.named_children():
-            is_dense = isinstance(layer, nn.Linear) or (
-                isinstance(layer, nn.Conv2d) and layer.groups == 1
-            )
+            is_dense = isinstance(layer, nn.Linear | nn.Conv2d) and getattr(layer, "groups", 1) == 1
             if is_dense and name not in getattr(owner, "reads_weights", ()):
                 yield f"{prefix}.{name}" if prefix else name

@@ -134,15 +134,14 @@ def gated_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
     """What a kernel for Mamba-1 computes: `selective_scan` of softplus(dt + bias) by silu(z)."""
-    y, _ = selective_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)
-    return y * F.silu(z)
+    return selective_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D) * F.silu(z)
 
 
 def heads_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor
 ) -> Tensor:
     """What a kernel for Mamba-2 computes: `chunked_scan` of softplus(dt + bias)."""
-    return chunked_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)[0]
+    return chunked_scan(u, F.softplus(at_least_fp32(dt) + bias), A, B, C, D)
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:

@@ -25,14 +25,10 @@ def scan_paths(scan: Scan, grid: tuple[int, int]) -> list[Tensor]:
     """
     cells = torch.arange(grid[0] * grid[1], device="cpu").view(grid)
     rows, columns = cells.flatten(), cells.t().flatten()
-    if scan == "row":
-        return [rows]
-    if scan == "row_bidir":
-        return [rows, rows.flip(0)]
-    if scan == "cross4":
-        return [rows, rows.flip(0), columns, columns.flip(0)]
+    cross = [rows, rows.flip(0), columns, columns.flip(0)]
     corners = [cells, cells.flip(0, 1), cells.flip(1), cells.flip(0)]
-    return [_snake(view) for corner in corners for view in (corner, corner.t())]
+    snakes = [_snake(view) for corner in corners for view in (corner, corner.t())]
+    return {"row": cross[:1], "row_bidir": cross[:2], "cross4": cross, "zigzag8": snakes}[scan]
 
 
 def _snake(cells: Tensor) -> Tensor:

@@ -24,10 +24,8 @@ MAX_SCRATCH = 2**20  # elements of one scratch tensor on a CPU: keeps it near th
 SSD_CHUNK = 64  # tokens that become one matrix product
 
 
-def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = C_t . h_t + D u_t.
+def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = C_t . h_t + D u_t, from a state of zeros.
 
     Computes in float32 (float64 if an input is), whatever autocast says. Differentiable once.
 
@@ -36,18 +34,14 @@ def selective_scan(
         A: (E, N), negative.
         B, C: (B, L, N).
         D: (E,).
-        state: (B, N, E), the state before the first token; default: zero.
 
     Returns:
-        y (B, L, E) and the last state (B, N, E).
+        y (B, L, E).
     """
     u, dt, A, B, C, D = _same_dtype(u, dt, A, B, C, D)
-    if state is None:
-        state = u.new_zeros(u.shape[0], A.shape[1], A.shape[0])
     with torch.autocast(u.device.type, enabled=False):
-        A = A.t() * LOG2_E  # exp2 is the cheaper one
-        y, last, _ = _selective_scan(u, dt, A, B, C, state.to(u.dtype))
-        return torch.addcmul(y, D, u), last
+        y, _ = _selective_scan(u, dt, A.t() * LOG2_E, B, C)  # exp2 is the cheaper one
+        return torch.addcmul(y, D, u)
 
 
 def _same_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -62,49 +56,38 @@ def _segment(tensor: Tensor) -> int:
 # Custom operators, so that torch.compile takes the loops as they are instead of unrolling them.
 @torch.library.custom_op("diffusion_models::selective_scan", mutates_args=())
 def _selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (B, L, E), the last state (B, N, E) and those before each segment (B, S, N, E).
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns y (B, L, E) and the states before each segment (B, S, N, E).
 
     Here A is (N, E), as with E innermost all operations run along contiguous memory, and to the
     base of two: decays are 2^(dt A).
     """
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y, states = _empty_outputs(u, dt, A, B, C)
     length, segment = u.shape[1], _segment(u)
-    states = u.new_empty(u.shape[0], -(-length // segment), *state.shape[1:])
-    last = torch.empty_like(state, memory_format=torch.contiguous_format)
     A = A.contiguous()
     for rows in _row_blocks(u, A, segment):
-        h = state[rows]
+        h = torch.zeros_like(states[rows, 0])
         decay, k = (_scratch(u[rows], A, segment) for _ in range(2))
         for i, start in enumerate(range(0, length, segment)):
             part = (rows, slice(start, min(start + segment, length)))
             states[rows, i] = h
             h = _states(dt[part], u[part], A, B[part], states[rows, i], decay, k)[:, -1]
             y[part] = _dot_n(C[part], k[:, : y[part].shape[1]])
-        last[rows] = h
-    return y, last, states
+    return y, states
 
 
 @_selective_scan.register_fake
-def _(u, dt, A, B, C, state):
+def _empty_outputs(u, dt, A, B, C):
     num_segments = -(-u.shape[1] // _segment(u))
-    states = u.new_empty(u.shape[0], num_segments, *state.shape[1:])
-    return u.new_empty(u.shape), state.new_empty(state.shape), states
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], num_segments, *A.shape)
 
 
 @torch.library.custom_op("diffusion_models::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, dt, A, B, C and the first state, from the last segment to the first.
+    grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, dt, A, B and C, from the last segment to the first.
 
     With g_t the gradient of h_t: g_t = grad_y_t C_t + a_(t+1) g_(t+1), and
     grad A = ln 2 sum_t dt_t r_t with r_t = g_t a_t h_(t-1).
@@ -112,12 +95,11 @@ def _selective_scan_backward(
     grad_u, grad_dt, grad_B, grad_C = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (u, dt, B, C)
     )
-    grad_state = grad_last.new_empty(grad_last.shape)
     A = A.contiguous()
     A_e, grad_A = A * LN_2, torch.zeros_like(A)
     length, segment = u.shape[1], _segment(u)
     for rows in _row_blocks(u, A, segment):
-        carry, next_decay = grad_last[rows], torch.ones_like(grad_last[rows])
+        carry, next_decay = torch.zeros_like(states[rows, 0]), torch.ones_like(states[rows, 0])
         decay, h, g = (_scratch(u[rows], A, segment) for _ in range(3))
         for i in reversed(range(states.shape[1])):
             part = (rows, slice(i * segment, min((i + 1) * segment, length)))
@@ -138,33 +120,29 @@ def _selective_scan_backward(
             r[:, 0].mul_(states[rows, i])
             grad_A += torch.mul(r, dt_t[:, :, None], out=h_t).sum((0, 1))
             grad_dt[part] = torch.addcmul(r.mul_(A_e).sum(2), q, u_t)
-        grad_state[rows] = carry.mul_(next_decay)
-    return grad_u, grad_dt, grad_A.mul_(LN_2), grad_B, grad_C, grad_state
+    return grad_u, grad_dt, grad_A.mul_(LN_2), grad_B, grad_C
 
 
 @_selective_scan_backward.register_fake
-def _(grad_y, grad_last, u, dt, A, B, C, states):
-    like = (u, dt, A, B, C, grad_last)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in like)
+def _(grad_y, u, dt, A, B, C, states):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (u, dt, A, B, C))
 
 
-def _save(ctx, inputs, output) -> None:
-    u, dt, A, B, C, _ = inputs
-    ctx.save_for_backward(u, dt, A, B, C, output[2])
-    ctx.mark_non_differentiable(output[2])
+def keep_states(ctx, inputs, output) -> None:
+    """Save for backward what a scan was given, and its second output, the states of segments."""
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # zeros as large as the stored states, for nothing
 
 
-def _backward(ctx, grad_y, grad_last, _):
-    saved = ctx.saved_tensors  # read once: activation checkpointing hands them out only once
-    u, *_, states = saved
-    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    grad_last = torch.zeros_like(states[:, 0]) if grad_last is None else grad_last
-    with torch.autocast(u.device.type, enabled=False):
-        return _selective_scan_backward(grad_y, grad_last, *saved)
+def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 5
+    with torch.autocast(grad_y.device.type, enabled=False):
+        return _selective_scan_backward(grad_y, *ctx.saved_tensors)
 
 
-_selective_scan.register_autograd(_backward, setup_context=_save)
+_selective_scan.register_autograd(_backward, setup_context=keep_states)
 
 
 def _row_blocks(u: Tensor, A: Tensor, segment: int) -> list[slice]:
@@ -199,11 +177,7 @@ def _states(
     size = dt.shape[1]
     a = torch.mul(dt[:, :, None], A, out=decay[:, :size]).exp2_()
     h = torch.mul((dt * u)[:, :, None], B[..., None], out=out[:, :size])
-    if _chunk(h) == 1:
-        for value, a_t in zip(h.unbind(1), a.unbind(1), strict=True):
-            state = value.addcmul_(a_t, state)
-    else:
-        _advance_in_chunks(h, a, state)
+    _advance(h, a, state)
     return h
 
 
@@ -217,7 +191,7 @@ def _advance_backward(g: Tensor, decay: Tensor, carry: Tensor, next_decay: Tenso
         return next_decay.clone()
     following = torch.cat([decay[:, 1:], next_decay[:, None]], dim=1)
     reverse = g.flip(1)
-    _advance_in_chunks(reverse, following.flip(1), carry)
+    _advance(reverse, following.flip(1), carry)
     g.copy_(reverse.flip(1))
     return decay[:, 0].clone()
 
@@ -227,15 +201,15 @@ def _chunk(values: Tensor) -> int:
     return 1 if values.device.type == "cpu" else GPU_CHUNK
 
 
-def _advance_in_chunks(
-    values: Tensor, decay: Tensor, carry: Tensor, chunk: int = GPU_CHUNK
-) -> None:
+def _advance(values: Tensor, decay: Tensor, carry: Tensor) -> None:
     """In place h_t = a_t h_(t-1) + values_t over dim 1 of (b, T, N, E), in few launches.
 
     All chunks run from zero side by side; then one pass hands each chunk the state before it,
-    through the product of its decays (at most 1, so nothing overflows).
+    through the product of its decays (at most 1, so nothing overflows). What is in no chunk, on a
+    CPU all, goes step by step.
     """
-    whole = values.shape[1] // chunk * chunk
+    chunk = _chunk(values)
+    whole = values.shape[1] // chunk * chunk if chunk > 1 else 0
     if whole:
         v = values[:, :whole].unflatten(1, (-1, chunk))
         product = decay[:, :whole].unflatten(1, (-1, chunk)).clone()
@@ -249,18 +223,9 @@ def _advance_in_chunks(
         carry = value.addcmul_(a_t, carry)
 
 
-def chunked_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor | None = None,
-    *,
-    chunk_size: int = SSD_CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t^T;  y_t = C_t . h_t + D x_t, a head at a time.
+def chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t^T;  y_t = C_t . h_t + D x_t, a head at a time, from
+    states of zeros.
 
     Computes in float32 (float64 if an input is), whatever autocast says.
 
@@ -269,22 +234,18 @@ def chunked_scan(
         dt: (B, L, H) > 0.
         A, D: (H,); A negative.
         B, C: (B, L, G, N); head h uses group h // (H / G).
-        state: (B, H, N, P) before the first token; default: zero.
 
     Returns:
-        y (B, L, H, P) and the last state (B, H, N, P).
+        y (B, L, H, P).
     """
     x, dt, A, B, C, D = _same_dtype(x, dt, A, B, C, D)
     with torch.autocast(x.device.type, enabled=False):
-        y, last = _chunked_scan(x, dt, A, B, C, state, min(chunk_size, x.shape[1]))
-        return torch.addcmul(y, D[:, None], x), last
+        return torch.addcmul(_chunked_scan(x, dt, A, B, C), D[:, None], x)
 
 
-def _chunked_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def _chunked_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     batch, length, heads, _ = x.shape
-    groups = B.shape[2]
+    groups, chunk_size = B.shape[2], min(SSD_CHUNK, length)
     pad = -length % chunk_size  # padded tokens have dt = 0: decay 1, input 0
     x_dt = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad))
     log_decay = F.pad(dt * A, (0, 0, 0, pad))
@@ -301,18 +262,14 @@ def _chunked_scan(
 
     to_end = within[..., -1, :]  # (B, M, G, K, c)
     added = B.transpose(-1, -2) @ (to_end[..., None] * x_dt)  # (B, M, G, K, N, P)
-    if state is None:
-        first = torch.zeros_like(added[:, :1])
-    else:
-        first = state.to(x.dtype).unflatten(1, (groups, -1))[:, None]
-    sources = torch.cat([first, added], dim=1)  # (B, M + 1, G, K, N, P)
+    sources = torch.cat([torch.zeros_like(added[:, :1]), added], dim=1)  # (B, M + 1, G, K, N, P)
     of_chunks = F.pad(log_decay.sum(-1).movedim(1, -1), (1, 0))  # (B, G, K, M + 1)
     carried = torch.einsum("bgkzm,bmgknp->bzgknp", _decay_between(of_chunks), sources)
 
     from_start = torch.exp(log_decay.cumsum(-1))  # (B, M, G, K, c)
     y = y + from_start[..., None] * (C @ carried[:, :-1])
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, x.shape[-1])
-    return y[:, :length], carried[:, -1].flatten(1, 2)
+    return y[:, :length]
 
 
 def _decay_between(log_decay: Tensor) -> Tensor:

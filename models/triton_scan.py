@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.selective_scan import GPU_SEGMENT, LN_2, LOG2_E
+from models.selective_scan import GPU_SEGMENT, LN_2, LOG2_E, keep_states
 
 BLOCK_E, SEGMENT = tl.constexpr(32), tl.constexpr(GPU_SEGMENT)  # channels: a warp's threads
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2_E), tl.constexpr(LN_2)  # exp2 is the cheaper one
@@ -161,12 +161,6 @@ def _empty_gradients(grad_y, saved):
     return [*map(torch.empty_like, (u, dt, z)), tokens, weights]
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
 def _backward(ctx, grad_y, _):
     saved = ctx.saved_tensors  # read once: activation checkpointing hands them out only once
     grad_u, grad_dt, grad_z, tokens, weights = _scan_backward(grad_y.contiguous(), saved)
@@ -174,4 +168,4 @@ def _backward(ctx, grad_y, _):
     return grad_u, grad_dt, weights[:-1], grad_B, grad_C, weights[-1], grad_z
 
 
-_scan.register_autograd(_backward, setup_context=_save)
+_scan.register_autograd(_backward, setup_context=keep_states)

@@ -186,10 +186,9 @@ class UNet(nn.Module):
         emb_dim = 4 * model_channels
         self.time_embedding = TimestepEmbedding(model_channels, emb_dim)
         concat = num_classes > 0 and class_conditioning == "concat"
+        add = num_classes > 0 and not concat
         self.class_planes = LabelEmbedding(num_classes, class_emb_size) if concat else None
-        self.label_embedding = (
-            LabelEmbedding(num_classes, emb_dim) if num_classes > 0 and not concat else None
-        )
+        self.label_embedding = LabelEmbedding(num_classes, emb_dim) if add else None
 
         norm = partial(group_norm, num_groups=norm_groups)
         residual = partial(

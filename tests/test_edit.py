@@ -436,14 +436,12 @@ BAD = [
     ("inpaint --real_split test --n 2 --mask mask.png", "the mask is 6x4 pixels"),
     ("inpaint --real_split test --n 2 --mask absent.png", "absent.png: no such file"),
     ("inpaint --real_split test --n 2 --box 0,0,9,8", "box 0,0,9,8"),
-    ("inpaint --real_split test --n 2 --box 0,0,4,4 --resample 0", "--resample 0"),
     (
         "inpaint --real_split test --n 2 --box 0,0,4,4 --resample 2 --sampling_method dpmpp_2m",
         "use ddpm or ddim",
     ),
     ("invert --real_split test --n 2 --sampling_method ddpm", "invert undoes"),
     ("invert --real_split test --n 2 --seed 1", "--seed"),
-    ("invert --real_split test --n 2 --iterations 0", "--iterations 0"),
     ("decode --latents absent.npz", "absent.npz"),
     ("decode --latents text.png", "text.png: not what edit.py invert writes"),
     ("decode --latents other.npz", "x_T is float32 (2, 3, 8, 8)"),
@@ -466,6 +464,13 @@ def test_bad_input_is_one_line_and_writes_nothing(do, command, message, monkeypa
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path("samples").exists()
+
+
+@pytest.mark.parametrize(("command", "option"), [("inpaint", "resample"), ("invert", "iterations")])
+def test_counts_of_repetitions_are_at_least_one(do, command, option, capsys):
+    with pytest.raises(SystemExit):
+        do(command, "--real_split", "test", f"--{option}", 0)
+    assert f"argument --{option}: 0: must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,25 +14,25 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 BATCH, WIDTH, STATE, HEADS, CHANNELS = 2, 12, 4, 4, 3
 
 
-def walk(u, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
-    """Mamba-1, written from its definition: state (B, N, E)."""
-    h, ys = state.transpose(1, 2), []
+def walk(u, dt, A, B, C, D) -> Tensor:
+    """Mamba-1, written from its definition."""
+    h, ys = u.new_zeros(len(u), *A.shape), []
     for t in range(u.shape[1]):
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt * u)[:, t, :, None] * B[:, t, None, :]
         ys.append((h * C[:, t, None, :]).sum(2) + D * u[:, t])
-    return torch.stack(ys, 1), h.transpose(1, 2)
+    return torch.stack(ys, 1)
 
 
-def walk_heads(x, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
-    """Mamba-2, written from its definition: state (B, H, N, P)."""
+def walk_heads(x, dt, A, B, C, D) -> Tensor:
+    """Mamba-2, written from its definition."""
     share = x.shape[2] // B.shape[2]
     B, C = B.repeat_interleave(share, 2), C.repeat_interleave(share, 2)
-    h, ys = state, []
+    h, ys = x.new_zeros(len(x), x.shape[2], B.shape[3], x.shape[3]), []
     for t in range(x.shape[1]):
         added = (dt[:, t, :, None] * B[:, t])[..., None] * x[:, t, :, None]
         h = torch.exp(dt[:, t] * A)[..., None, None] * h + added
         ys.append((C[:, t, :, :, None] * h).sum(2) + D[:, None] * x[:, t])
-    return torch.stack(ys, 1), h
+    return torch.stack(ys, 1)
 
 
 def draw(mixer: str, length: int, dt_scale: float = 1.0, groups: int = 2) -> list[Tensor]:
@@ -49,27 +49,20 @@ def draw(mixer: str, length: int, dt_scale: float = 1.0, groups: int = 2) -> lis
     if mixer == "mamba1":
         A = -torch.arange(1.0, STATE + 1, dtype=torch.float64).repeat(WIDTH, 1)
         u, B, C = (normal(BATCH, length, n) for n in (WIDTH, STATE, STATE))
-        return [
-            u, steps(BATCH, length, WIDTH), A, B, C, normal(WIDTH), normal(BATCH, STATE, WIDTH)
-        ]  # fmt: skip
+        return [u, steps(BATCH, length, WIDTH), A, B, C, normal(WIDTH)]
     A = -torch.linspace(1, 16, HEADS, dtype=torch.float64)
     x = normal(BATCH, length, HEADS, CHANNELS)
     B, C = (normal(BATCH, length, groups, STATE) for _ in range(2))
-    state = normal(BATCH, HEADS, STATE, CHANNELS)
-    return [x, steps(BATCH, length, HEADS), A, B, C, normal(HEADS), state]
+    return [x, steps(BATCH, length, HEADS), A, B, C, normal(HEADS)]
 
 
 def results(scan, inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs, last state, and the gradient of every input for fixed random weights."""
+    """The output, and the gradient of every input for fixed random weights."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     generator = torch.Generator().manual_seed(0)
-    outputs = scan(*inputs)
-    weighted = [
-        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)).sum()
-        for out in outputs
-    ]
-    gradients = torch.autograd.grad(sum(weighted), inputs)
-    return [*(out.detach() for out in outputs), *gradients]
+    y = scan(*inputs)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    return [y.detach(), *torch.autograd.grad(y, inputs, weights)]
 
 
 def worst_error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -110,10 +103,11 @@ class TestAgainstTheWalk:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 32, 256])
-def test_chunk_size_does_not_matter(chunk_size):
+def test_chunk_size_does_not_matter(chunk_size, monkeypatch):
     inputs = draw("mamba2", 70)
-    found = results(lambda *x: chunked_scan(*x, chunk_size=chunk_size), inputs)
-    assert worst_error(found, results(chunked_scan, inputs)) < 1e-10
+    expected = results(chunked_scan, inputs)
+    monkeypatch.setattr(scans, "SSD_CHUNK", chunk_size)
+    assert worst_error(results(chunked_scan, inputs), expected) < 1e-10
 
 
 def test_size_of_scratch_does_not_matter(monkeypatch):
@@ -126,29 +120,14 @@ def test_size_of_scratch_does_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("mixer", SCANS)
 class TestEachScan:
-    def test_the_state_carries_over(self, mixer, device_variant):
-        scan, _ = SCANS[mixer]
-        inputs = draw(mixer, 50)
-
-        def in_two_parts(*inputs):
-            sequences, A, D, state = (*inputs[:2], *inputs[3:5]), inputs[2], inputs[5], inputs[6]
-            ys = []
-            for part in (slice(0, 19), slice(19, None)):
-                a, b, c, d = (tensor[:, part] for tensor in sequences)
-                y, state = scan(a, b, A, c, d, D, state)
-                ys.append(y)
-            return torch.cat(ys, 1), state
-
-        assert worst_error(results(in_two_parts, inputs), results(scan, inputs)) < 1e-12
-
     def test_no_token_sees_a_later_one(self, mixer, device_variant):
         scan, _ = SCANS[mixer]
         inputs = draw(mixer, 40)
-        before, _ = scan(*inputs)
+        before = scan(*inputs)
         for i in (0, 1, 3, 4):  # what has a length: u or x, dt, B, C
             changed = [tensor.clone() for tensor in inputs]
             changed[i][:, 23] *= 2
-            after, _ = scan(*changed)
+            after = scan(*changed)
             assert torch.equal(after[:, :23], before[:, :23])
             assert not torch.equal(after[:, 23:], before[:, 23:])
 
@@ -156,12 +135,6 @@ class TestEachScan:
         scan, _ = SCANS[mixer]
         inputs = [tensor[:1] if tensor.dim() > 2 else tensor for tensor in draw(mixer, 9)]
         assert torch.autograd.gradcheck(scan, [tensor.requires_grad_() for tensor in inputs])
-
-    def test_no_state_is_a_zero_state(self, mixer):
-        scan, _ = SCANS[mixer]
-        *inputs, state = draw(mixer, 9)
-        for found, expected in zip(scan(*inputs), scan(*inputs, state * 0), strict=True):
-            assert torch.equal(found, expected)
 
     def test_autocast_does_not_reach_inside(self, mixer):
         scan, _ = SCANS[mixer]
@@ -182,15 +155,15 @@ class TestEachScan:
     def test_low_precision_inputs_are_widened(self, mixer):
         scan, _ = SCANS[mixer]
         inputs = [tensor.bfloat16() for tensor in draw(mixer, 40)]
-        y, state = scan(*inputs)
-        assert y.dtype == state.dtype == torch.float32
-        torch.testing.assert_close(y, scan(*(tensor.float() for tensor in inputs))[0])
+        y = scan(*inputs)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, scan(*(tensor.float() for tensor in inputs)))
 
 
 def test_operators_keep_their_contract():
     """Shapes without data, no hidden writes, and autograd's formula, as torch.compile needs."""
-    u, dt, A, B, C, _, state = draw("mamba1", 20)
-    inputs = [t.requires_grad_() for t in (u, dt, A.t().contiguous(), B, C, state)]
+    u, dt, A, B, C, _ = draw("mamba1", 20)
+    inputs = [t.requires_grad_() for t in (u, dt, A.t().contiguous(), B, C)]
     torch.library.opcheck(scans._selective_scan, inputs)
 
 
@@ -210,14 +183,3 @@ def test_backward_keeps_states_of_segments_only():
     all_states = BATCH * length * WIDTH * STATE * 8
     scaled_decays = WIDTH * STATE * 8
     assert sum(kept.values()) == all_states / scans.CPU_SEGMENT + scaled_decays
-
-
-def test_either_output_may_go_unused():
-    inputs = [tensor.requires_grad_() for tensor in draw("mamba1", 20)]
-    for i in (0, 1):
-        found = torch.autograd.grad(selective_scan(*inputs)[i].sum(), inputs, allow_unused=True)
-        expected = torch.autograd.grad(walk(*inputs)[i].sum(), inputs, allow_unused=True)
-        for ours, theirs in zip(found, expected, strict=True):
-            theirs = torch.zeros(()) if theirs is None else theirs
-            ours = torch.zeros(()) if ours is None else ours
-            torch.testing.assert_close(ours, theirs.expand_as(ours), check_dtype=False)

@@ -48,8 +48,7 @@ def inputs_of(length: int, d_state: int, dt_scale: float, width: int, batch: int
 
 
 def by_definition(u, dt, A, B, C, D, z, bias):
-    y, _ = walk(u, F.softplus(dt + bias), A, B, C, D, u.new_zeros(len(u), *A.t().shape))
-    return y * F.silu(z)
+    return walk(u, F.softplus(dt + bias), A, B, C, D) * F.silu(z)
 
 
 def results(function, inputs) -> list[Tensor]:
