@@ -87,16 +87,17 @@ ARENAS = {
     ),
 }
 # Shipped configs; what is behind a name changes their size and nothing else.
+NARROW = "model_params.model_channels=16"
 OURS: dict[str, tuple[str, ...]] = {
     "UNet": ("digits_unet.py",),
+    "UNet, width 16": ("digits_unet.py", NARROW),
     "UNet, flow": ("digits_flow.py",),
+    "UNet, flow, width 16": ("digits_flow.py", NARROW),
     "DiT": ("digits_dit.py",),
     "JiT": ("digits_jit.py",),
     "DiM": ("digits_dim.py",),
-    "UNet, width 16": ("digits_unet.py", "model_params.model_channels=16"),
-    "UNet, flow, width 16": ("digits_flow.py", "model_params.model_channels=16"),
 }
-BY_DEFAULT = (*list(OURS)[:5], *PEERS)
+BY_DEFAULT = tuple(name for name in (*OURS, *PEERS) if name != "UNet, flow")
 
 
 def trainer_of(config: Config) -> Trainer:
@@ -296,7 +297,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--work", type=Path, default=Path("learning"), help="folder for all that is made")
     add("--budget", type=float, nargs="+", default=[100.0], help="CPU seconds of training")
-    add("--samples", type=int, default=1000, help="images drawn and scored of each")
+    add("--samples", type=int, default=500, help="images drawn and scored of each")
     add("--arenas", nargs="+", choices=ARENAS, help="default: mnist16, and cifar16 with --cifar")
     add("--contestants", nargs="+", choices=[*OURS, *PEERS], default=list(BY_DEFAULT))
     add("--data_root", help="folder of MNIST; default: the config's")
