@@ -72,7 +72,7 @@ class Real(NamedTuple):
         images = self.sets and self.sets.reference
         dataset = {
             "name": self.name,
-            "fingerprint": images and images.fingerprint,
+            "fingerprint": images and images.dataset.fingerprint,
             "num_images": images and len(images.indices),
         }
         return {"split": images and images.split, "dataset": dataset}

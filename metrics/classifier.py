@@ -209,7 +209,7 @@ def split_images(real: RealSets, *, seed: int) -> tuple[RealImages, RealImages]:
 
     Those are test images, or where there are none, a tenth of the train images, held out.
     """
-    num_images, test = len(real.train.labels), real.test
+    num_images, test = len(real.train.dataset), real.test
     rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
     order = rng.permutation(num_images).tolist()
     num_held_out = max(1, int(num_images * HELD_OUT_SHARE)) if test is None else 0
@@ -229,7 +229,7 @@ def trained_classifier(
     seen, and what identifies it, as plain types.
     """
     train, test = real.train, real.test
-    fingerprints = [train.fingerprint, test.fingerprint if test else "held out"]
+    fingerprints = [train.dataset.fingerprint, test.dataset.fingerprint if test else "held out"]
     key = content_key([VERSION, asdict(spec), fingerprints])
     path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
     details = {"key": key, "path": path and str(path), "spec": asdict(spec)}
@@ -246,9 +246,10 @@ def trained_classifier(
     count = len(seen.indices)
     size = f"{spec.num_steps} steps of {min(spec.batch_size, count)}"
     log.info("training the classifier of class_acc: %d real images, %s", count, size)
-    network = train_classifier(seen.load(seen.indices), seen.labels[seen.indices], spec, device)
-    probs, _ = classify(network, unseen.load(unseen.indices), device)
-    confusion = count_pairs(unseen.labels[unseen.indices], probs.argmax(1), spec.num_classes)
+    network = train_classifier(*seen.load(seen.indices), spec, device)
+    images, labels = unseen.load(unseen.indices)
+    probs, _ = classify(network, images, device)
+    confusion = count_pairs(labels, probs.argmax(1), spec.num_classes)
     log.info("  accuracy on %d unseen real images: %.4f", len(unseen.indices), accuracy(confusion))
     if path is not None:
         state = {k: v.cpu() for k, v in network.state_dict().items()}
@@ -284,12 +285,12 @@ class ClassifierViews(Collector):
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or len(real.train.labels) < 2:
+        if real is None or len(real.train.dataset) < 2:
             raise ValueError("the classifier needs at least 2 real images to train on")
-        train, keeps = real.train, self.context.keeps
-        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
+        train, keeps, dataset = real.train, self.context.keeps, real.train.dataset
+        self.class_names, num_classes = dataset.class_names, dataset.spec.num_classes
         shape, flip = self.context.generated.spec.shape, self.context.real.flip
-        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
+        spec = classifier_spec(shape, num_classes, len(dataset), flip=flip)
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return

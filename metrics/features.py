@@ -197,7 +197,7 @@ class Features(Collector):
                 self.meta[name] = {
                     "extractor": self.extractor.details | SFID.get(name, {}),
                     "weights_sha256": context.weights[context.network].sha256,
-                    "data_fingerprint": sets.reference.fingerprint,
+                    "data_fingerprint": sets.reference.dataset.fingerprint,
                     "split": sets.reference.split,
                     "num_images": len(sets.reference.indices),
                     "shape": list(context.generated.spec.shape),

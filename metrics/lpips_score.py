@@ -148,9 +148,11 @@ class Lpips(ChosenImages, Metric):
         if real is None or not runtime.is_main:
             return
         images = real.reference
-        pool = [images.indices[i] for i in fixed_subset(len(images.indices), 2 * NUM_PAIRS)]
-        labels = images.labels[pool] if images.num_classes and self.labels is not None else None
-        self.real = diversity(self.distance, images.load(pool), labels, self.device)
+        pool = images.at(fixed_subset(len(images.indices), 2 * NUM_PAIRS))
+        pictures, labels = images.load(pool)
+        if self.labels is None or not images.dataset.spec.num_classes:
+            labels = None
+        self.real = diversity(self.distance, pictures, labels, self.device)
 
     def compute(self) -> Entry:
         parts = {}

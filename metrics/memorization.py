@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.real import RealImages, RealSets
+from datasets.real import RealSets
 from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
@@ -201,8 +201,9 @@ class Memorization(ChosenImages, Metric):
         self.train, self.test = real.train, real.test
         if runtime.is_main:
             source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
-            chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
-            self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
+            chosen = fixed_subset(len(source.indices), NUM_CHECKED, draw)
+            left_out = None if self.test else torch.from_numpy(chosen)
+            self.held_out = self._search(source.load(source.at(chosen))[0], left_out)
 
     def reset(self) -> None:
         super().reset()
@@ -218,7 +219,7 @@ class Memorization(ChosenImages, Metric):
         if near.lpips is not None:
             by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)), **real)
             nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
-        self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
+        self.closest = [images[rows], *(train.load(train.at(p.tolist()))[0] for p in nearest)]
         columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
         closest = [
             {"index": index, "train_index": train.indices[place], "distance": distance}
@@ -229,8 +230,8 @@ class Memorization(ChosenImages, Metric):
             doubts.append(f"only {len(images)} generated images are checked")
         if num_held_out < MIN_CHECKED:
             doubts.append(f"only {num_held_out} held-out real images to compare with")
-        if num_train < len(train.labels):
-            searched = f"{num_train} of {len(train.labels)} train images are searched"
+        if num_train < len(train.dataset):
+            searched = f"{num_train} of {len(train.dataset)} train images are searched"
             doubts.append(f"{searched}, copies of the others are missed")
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
         baseline = self.test.split if self.test else LEFT_OUT
@@ -275,7 +276,7 @@ class Memorization(ChosenImages, Metric):
         """The train images; after the last `num_equal` is how many of them equal another one."""
         hashes: list[int] = []
         for images, _ in self.train.fetch(self.train.indices):
-            hashes += map(image_hash, images.cpu())
+            hashes += map(image_hash, images)
             yield images
         self.num_equal = num_equal(hashes)
 
@@ -286,12 +287,7 @@ class Memorization(ChosenImages, Metric):
         for block, near in blocks:
             needed, rows = near.unique(return_inverse=True)
             a = block.repeat_interleave(near.shape[1], 0)
-            b = _load(self.train, needed)[rows.flatten()]
+            b = self.train.load(self.train.at(needed.tolist()))[0][rows.flatten()]
             pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
             parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
-
-
-def _load(real: RealImages, positions: Tensor) -> Tensor:
-    """(n, C, H, W) on the CPU: the images at these places of `real.indices`."""
-    return real.load([real.indices[i] for i in positions.tolist()]).cpu()

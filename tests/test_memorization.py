@@ -237,7 +237,7 @@ def test_entry_is_what_brute_force_gives(digits):
     found = result(images, real, test)
     squared = {
         kind: brute_force(queries, train).sort(1).values.double().numpy()
-        for kind, queries in {"generated": images, "held_out": test.load(test.indices)}.items()
+        for kind, queries in {"generated": images, "held_out": test.load(test.indices)[0]}.items()
     }
     nearest = {kind: np.sqrt(table[:, 0] / 64) / 255 for kind, table in squared.items()}
     threshold = np.percentile(nearest["held_out"], 1)

@@ -545,14 +545,14 @@ def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path, mon
     assert found["value"] == found["real_ceiling"] >= 0.97
     assert found["per_class"] == found["per_class_real"]
     assert found["ci95"][0] < found["value"] <= found["ci95"][1]
-    assert sum(map(sum, found["confusion"])) == found["n"] == len(test.labels)
+    assert sum(map(sum, found["confusion"])) == found["n"] == len(test.dataset)
     assert len(list(tmp_path.glob("classifier_*.pth"))) == 1
     assert caplog.messages
 
     caplog.clear()
     again = score_digits(labels[1438:])
     assert not caplog.messages  # nothing was trained
-    shuffled = score_digits(labels[1438:][torch.randperm(len(test.labels), generator=rng(1))])
+    shuffled = score_digits(labels[1438:][torch.randperm(len(test.dataset), generator=rng(1))])
     assert again == found
     assert abs(shuffled["value"] - 0.1) < 0.06
     assert shuffled["real_ceiling"] == found["real_ceiling"]
@@ -560,13 +560,13 @@ def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path, mon
 
 def test_training_is_a_function_of_its_arguments(digits):
     train, _, _, _ = digits
-    images = train.load(range(200))
+    images, labels = train.load(range(200))
     spec = classifier.classifier_spec((1, 8, 8), 10, 200, flip=True)
     spec = ClassifierSpec(**(dataclasses.asdict(spec) | {"num_steps": 4}))
     state = torch.random.get_rng_state()
-    one = classifier.train_classifier(images, train.labels[:200], spec, CPU).state_dict()
+    one = classifier.train_classifier(images, labels, spec, CPU).state_dict()
     torch.manual_seed(99)
-    two = classifier.train_classifier(images, train.labels[:200], spec, CPU).state_dict()
+    two = classifier.train_classifier(images, labels, spec, CPU).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     torch.random.set_rng_state(state)
 
