@@ -73,21 +73,17 @@ def classifier_spec(
     return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
 
 
-def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """A 3 x 3 convolution, batch normalisation and ReLU."""
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
 class Classifier(nn.Module):
     """Stem and three stages that double the width; a stage halves sides above 4 pixels."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
+        from torchvision.ops import Conv2dNormActivation as ConvBlock  # 3 x 3, batch norm, ReLU
+
         super().__init__()
         width = spec.base_width
-        self.stem = conv_block(spec.channels, width)
-        self.stages = nn.ModuleList(conv_block(width * n, width * n * 2) for n in (1, 2, 4))
-        self.mixer = conv_block(width * 8, width * 8)
+        self.stem = ConvBlock(spec.channels, width)
+        self.stages = nn.ModuleList(ConvBlock(width * n, width * n * 2) for n in (1, 2, 4))
+        self.mixer = ConvBlock(width * 8, width * 8)
         self.head = nn.Linear(width * 8, spec.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
