@@ -5,12 +5,10 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Collector, Context, Entry
@@ -38,6 +37,8 @@ HELD_OUT_SHARE = 0.1  # of the train images, held out where there is no test spl
 TEST_BATCH = 500
 MIN_CEILING = 0.9
 MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
+# A context in which cuDNN chooses the same algorithms in every run
+deterministic_cudnn = partial(cudnn.flags, enabled=True, deterministic=True, allow_tf32=False)
 
 log = logging.getLogger("diffusion")
 
@@ -167,18 +168,6 @@ def rate_factor(step: int, num_steps: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, num_steps - rise))
-
-
-@contextlib.contextmanager
-def deterministic_cudnn() -> Iterator[None]:
-    """Make cuDNN choose the same algorithms in every run, within the body."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
 
 
 def classify(network: Classifier, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
