@@ -127,13 +127,12 @@ def compare(
     counts = len(generated), len(held_out)
     copies, copies_real = (int((x[:, 0] == 0).sum()) for x in (generated, held_out))
     num_real, equal = counts[1] + searched, copies_real + equal
-    chances, thresholds, shares = {}, {}, {}
+    chances, thresholds = {}, {}
     for sign, values in {"distance": lambda x: x[:, 0], "ratio": ratios}.items():
         pair = values(generated), values(held_out)
         thresholds[sign] = float(np.percentile(pair[1], CLOSE_PERCENTILE))
         hits = [int((x <= thresholds[sign]).sum()) for x in pair]
         chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
-        shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
     chances["copies"] = float(not copies)
     if equal:
         chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
@@ -145,8 +144,8 @@ def compare(
         "p_values": chances,
         "threshold": thresholds["distance"],
         "ratio_threshold": thresholds["ratio"],
-        "generated": _summary(generated, *(share[0] for share in shares.values())),
-        "held_out": _summary(held_out, *(share[1] for share in shares.values())),
+        "generated": _summary(generated, *thresholds.values()),
+        "held_out": _summary(held_out, *thresholds.values()),
     }
 
 
@@ -161,14 +160,14 @@ def num_equal(hashes: Iterable[int]) -> int:
     return sum(count for count in Counter(hashes).values() if count > 1)
 
 
-def _summary(distances: np.ndarray, share_close: float, share_close_ratio: float) -> dict[str, Any]:
-    first = distances[:, 0]
+def _summary(distances: np.ndarray, close: float, close_ratio: float) -> dict[str, Any]:
+    first, ratio = distances[:, 0], ratios(distances)
     percentiles = zip(PERCENTILES, np.percentile(first, PERCENTILES).tolist(), strict=True)
     return {
-        "share_close": share_close,
-        "share_close_ratio": share_close_ratio,
+        "share_close": float((first <= close).mean()),
+        "share_close_ratio": float((ratio <= close_ratio).mean()),
         "num_copies": int((first == 0).sum()),
-        "median_ratio": float(np.median(ratios(distances))) if distances.shape[1] > 1 else None,
+        "median_ratio": float(np.median(ratio)) if distances.shape[1] > 1 else None,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
