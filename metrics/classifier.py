@@ -269,8 +269,8 @@ class ClassifierViews(Collector):
         self.num_images = context.generated.num_images
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or len(real.train.dataset) < 2:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if len(real.train.dataset) < 2:
             raise ValueError("the classifier needs at least 2 real images to train on")
         train, keeps, dataset = real.train, self.context.keeps, real.train.dataset
         self.class_names, num_classes = dataset.class_names, dataset.spec.num_classes

@@ -144,8 +144,8 @@ class Lpips(ChosenImages, Metric):
         size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
         self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or not runtime.is_main:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if not runtime.is_main:
             return
         images = real.reference
         pool = images.at(fixed_subset(len(images.indices), 2 * NUM_PAIRS))

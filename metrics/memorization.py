@@ -194,8 +194,8 @@ class Memorization(ChosenImages, Metric):
         self.device, self.shown = context.runtime.device, context.generated.shown
         self.distance: Distance | None = context.networks.get(ALEXNET)
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or len(real.train.indices) < 2:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
         self.train, self.test = real.train, real.test
         if runtime.is_main:
