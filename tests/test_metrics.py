@@ -259,7 +259,7 @@ def test_a_failing_metric_is_recorded_and_the_others_go_on(caplog):
     parts = scoring_of(["is"], images, networks={INCEPTION: tiny_extractor()}).parts
     failing = Part(Failing(), {"lpips": OfFailing(None)})
     scoring = Scoring([failing, *parts], SINGLE)
-    scoring.update_real(None)
+    scoring.update_real(real_sets(real_images_of(images)))
     found = scoring.score(batches_of(images), 6)
     assert found["lpips"]["status"] == "failed"
     assert found["lpips"]["reason"] == "RuntimeError: boom"
