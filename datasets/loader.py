@@ -137,12 +137,8 @@ def global_indices(
         return numpy_generator(seed, Stream.PERMUTATION, epoch).permutation(num_images)
 
     for step in itertools.count(start_step):
-        parts, sample, stop = [], step * batch_size, (step + 1) * batch_size
-        while sample < stop:
-            epoch, position = divmod(sample, num_images)
-            parts.append(order(epoch)[position : position + stop - sample])
-            sample += len(parts[-1])
-        yield np.concatenate(parts)
+        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), num_images)
+        yield np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs).tolist()])
 
 
 def _load(
