@@ -292,10 +292,8 @@ class ClassifierViews(Collector):
             self.real, self.unseen = self._features(seen), self._features(unseen)
 
     def _features(self, images: RealImages) -> Tensor:
-        rows = [torch.zeros(0, self.network.head.in_features)]
-        for batch, _ in images.fetch(images.indices):
-            rows.append(classify(self.network, batch, self.device)[1])
-        return torch.cat(rows)
+        rows = (classify(self.network, x, self.device)[1] for x, _ in images.fetch(images.indices))
+        return torch.cat([torch.zeros(0, self.network.head.in_features), *rows])
 
     def reduce_real(self, runtime: Runtime) -> None:
         for tensor in self.network.state_dict().values():

@@ -224,20 +224,19 @@ class Memorization(ChosenImages, Metric):
             {"index": index, "train_index": train.indices[place], "distance": distance}
             for index, place, distance in zip(*(c.tolist() for c in columns), strict=True)
         ]
-        doubts, num_held_out, num_train = [], len(held_out.pixels), len(train.indices)
-        if len(images) < MIN_CHECKED:
-            doubts.append(f"only {len(images)} generated images are checked")
-        if num_held_out < MIN_CHECKED:
-            doubts.append(f"only {num_held_out} held-out real images to compare with")
-        if num_train < len(train.dataset):
-            searched = f"{num_train} of {len(train.dataset)} train images are searched"
-            doubts.append(f"{searched}, copies of the others are missed")
+        num_held_out, num_train = len(held_out.pixels), len(train.indices)
+        searched = f"{num_train} of {len(train.dataset)} train images are searched"
+        doubts = {
+            f"only {len(images)} generated images are checked": len(images) < MIN_CHECKED,
+            f"only {num_held_out} held-out real images to compare with": num_held_out < MIN_CHECKED,
+            f"{searched}, copies of the others are missed": num_train < len(train.dataset),
+        }
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
         baseline = self.test.split if self.test else LEFT_OUT
         counts["n_train_equal"] = self.num_equal
         details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
         share = compared["generated"]["share_close"]
-        return measured(share, "; ".join(doubts), **compared, **details)
+        return measured(share, "; ".join(filter(doubts.get, doubts)), **compared, **details)
 
     def pictures(self) -> dict[str, Picture]:
         if not self.closest:
