@@ -50,8 +50,7 @@ class RealImages:
 
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (len(indices), C, H, W) and labels, all in memory."""
-        images, labels = map(torch.cat, zip(*self.fetch(indices), strict=True))
-        return images, labels
+        return tuple(map(torch.cat, zip(*self.fetch(indices), strict=True)))
 
 
 class RealSets(NamedTuple):

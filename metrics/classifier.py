@@ -25,7 +25,7 @@ from utils.checkpoint import read_tensors, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import one_line
 from utils.files import content_key
-from utils.images import to_float
+from utils.images import ImageSpec, to_float
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, Stream, derive_seed, numpy_generator, torch_generator
 
@@ -60,18 +60,16 @@ class ClassifierSpec:
     weight_decay: float = 0.02
 
 
-def classifier_spec(
-    shape: tuple[int, int, int], num_classes: int, num_images: int, *, flip: bool, seed: int = 0
-) -> ClassifierSpec:
+def classifier_spec(images: ImageSpec, num_images: int, *, flip: bool) -> ClassifierSpec:
     """Choose a size that fits the data: narrow and short for grey or few images, else wider.
 
     The narrow one takes seconds to minutes on a CPU. The wide one (colour, 20,000 images and more)
     takes seconds on a GPU, an hour on a CPU.
     """
-    wide = shape[0] == 3 and num_images >= 20_000
+    wide = images.channels == 3 and num_images >= 20_000
     epochs, base_width = (15, 32) if wide else (2, 16)
     num_steps = max(250, epochs * math.ceil(min(num_images, MAX_TRAIN_IMAGES) / 128))
-    return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
+    return ClassifierSpec(*images, base_width, num_steps, flip)
 
 
 class Classifier(nn.Module):
@@ -273,9 +271,8 @@ class ClassifierViews(Collector):
         if len(real.train.dataset) < 2:
             raise ValueError("the classifier needs at least 2 real images to train on")
         train, keeps, dataset = real.train, self.context.keeps, real.train.dataset
-        self.class_names, num_classes = dataset.class_names, dataset.spec.num_classes
-        shape, flip = self.context.generated.spec.shape, self.context.real.flip
-        spec = classifier_spec(shape, num_classes, len(dataset), flip=flip)
+        self.class_names = dataset.class_names
+        spec = classifier_spec(dataset.spec, len(dataset), flip=self.context.real.flip)
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return

@@ -561,7 +561,7 @@ def test_classifier_is_right_on_real_digits_and_repeatable(digits, tmp_path, mon
 def test_training_is_a_function_of_its_arguments(digits):
     train, _, _, _ = digits
     images, labels = train.load(range(200))
-    spec = classifier.classifier_spec((1, 8, 8), 10, 200, flip=True)
+    spec = classifier.classifier_spec(ImageSpec(1, 8, 8, 10), 200, flip=True)
     spec = ClassifierSpec(**(dataclasses.asdict(spec) | {"num_steps": 4}))
     state = torch.random.get_rng_state()
     one = classifier.train_classifier(images, labels, spec, CPU).state_dict()
@@ -583,7 +583,7 @@ def test_a_weak_classifier_makes_the_accuracy_unreliable(digits, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (3, 20, 48), (1, 28, 28), (3, 96, 96)])
 def test_classifier_takes_any_shape_and_shifts_keep_it(shape):
-    spec = classifier.classifier_spec(shape, 4, 10, flip=False)
+    spec = classifier.classifier_spec(ImageSpec(*shape, 4), 10, flip=False)
     images = random_images(2, shape)
     probs, _ = classifier.classify(classifier.Classifier(spec).eval(), images, CPU)
     assert probs.shape == (2, 4)
