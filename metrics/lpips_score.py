@@ -172,7 +172,5 @@ class Lpips(ChosenImages, Metric):
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        notes = [] if result["sem"] is None else [f"+- {number(result['sem'])}"]
-        if result["real_value"] is not None:
-            notes.append(f"real {number(result['real_value'])}")
-        return ", ".join(notes)
+        parts = {"+-": result["sem"], "real": result["real_value"]}
+        return ", ".join(f"{text} {number(x)}" for text, x in parts.items() if x is not None)
