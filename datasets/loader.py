@@ -109,8 +109,7 @@ def make_resident(
     held = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
     held.values = dataset.values
     if partners := getattr(dataset, "partners", None):
-        how = dict(resident=resident, num_workers=num_workers)
-        held.partners = make_resident(partners, runtime, **how)
+        held.partners = make_resident(partners, runtime, resident=resident, num_workers=num_workers)
     return held
 
 
