@@ -177,8 +177,8 @@ class Bench:
             runtime = Runtime(torch.device("cpu"))
             sets = real_sets(load_config("configs/digits_unet.py", self.overrides), runtime, 500)
             for part in (sets.train, sets.test):
-                pixels = part.load(range(len(part.labels))).permute(0, 2, 3, 1)
-                arrays = {"arr_0": pixels.numpy(), "arr_1": part.labels.numpy()}
+                pixels, classes = part.load(range(len(part.dataset)))
+                arrays = {"arr_0": pixels.permute(0, 2, 3, 1).numpy(), "arr_1": classes.numpy()}
                 write_npz(self.work / f"{part.split}.npz", **arrays)
         return read_images(path)
 

@@ -85,7 +85,7 @@ def main() -> None:
     config = validate(raw, problems=apply_overrides(raw, overrides))
     sets = real_sets(config, Runtime(torch.device("cpu")), 1000)
     parts = [sets.train, sets.test]
-    images = torch.cat([part.load(part.indices).cpu() for part in parts if part is not None])
+    images = torch.cat([part.load(part.indices)[0] for part in parts if part is not None])
     hashes = np.array([image_hash(image) for image in images])
     alarms, right, most = Counter(), Counter(), max(args.copies)
     for split in range(args.splits):

@@ -118,14 +118,8 @@ def native_spec(config: Config) -> ImageSpec | None:
 
     None if the size or number of classes can only be told from the files, and for an unknown name.
     """
-    entry = DATASETS.get(config.dataset)
-    if entry is None:
-        return None
-    channels, height, width, num_classes = entry.native or (3, None, None, _num_classes(config))
-    height, width = config.image_size or (height, width)
-    if height is None or num_classes is None:
-        return None
-    return ImageSpec(config.image_channels or channels, height, width, num_classes)
+    spec = _told_by(config) if DATASETS.get(config.dataset) else (None,)
+    return None if None in spec else spec
 
 
 def default_flip(config: Config) -> bool:
@@ -141,14 +135,14 @@ def check_config(config: Config) -> Iterator[Problem]:
         yield from unknown
         return
     name, entry = config.dataset, DATASETS[config.dataset]
-    num_classes = _num_classes(config)
+    channels, height, width, num_classes = _told_by(config)
     has = f"{name} has " + ("labels" if num_classes is None else f"{num_classes} classes")
     if num_classes == 0 and entry.native is None:
         has += " with use_subdirs=False and no label_file"
     faults: dict[str, str] = {}  # key -> what is wrong with its value
     if entry.native is not None and config.image_channels not in (None, 1, 3):
         faults["image_channels"] = ": use 1 or 3; other numbers are for array files, dataset=custom"
-    channels, shown = config.image_channels or (entry.native or [3])[0], config.preview_channels
+    shown = config.preview_channels
     if shown is not None and (len(shown) not in (1, 3) or max(shown) >= channels):
         faults["preview_channels"] = f": name one or three of 0..{channels - 1}"
     if config.label_file is not None and config.use_subdirs and entry.native is None:
@@ -161,14 +155,12 @@ def check_config(config: Config) -> Iterator[Problem]:
         )
     if config.classes and num_classes is not None and max(config.classes) >= num_classes:
         faults["classes"] = f": {has}, numbered from 0"
-    size = config.image_size or (entry.native and entry.native.shape[1:])
-    channels = config.image_channels or (entry.native.channels if entry.native else 3)
     kind, colors, factor = config.condition, config.condition_colors or (), config.condition_factor
     if kind == "folder" and (entry.native is not None or config.condition_root is None):
         faults["condition"] = " needs dataset='custom' and condition_root, the folder of pictures"
     if kind == "grey" and channels == 1:
         faults["condition"] = ": the images are grey already; use RGB ones, or another condition"
-    if kind == "downsample" and any(side % factor for side in size or (1,)):
+    if kind == "downsample" and any((side or 1) % factor for side in (height, width)):
         faults["condition_factor"] = ": must divide image_size, height and width"
     if config.condition_channels not in (None, 1, 3) or (config.condition_channels and colors):
         faults["condition_channels"] = ": use 1 (grey) or 3 (RGB), or condition_colors"
@@ -179,6 +171,9 @@ def check_config(config: Config) -> Iterator[Problem]:
         yield Problem((key, "dataset"), f"{key}={given[key]!r}{fault}")
 
 
-def _num_classes(config: Config) -> int | None:
+def _told_by(config: Config) -> ImageSpec:
+    """As `native_spec`, but for what the files decide there is None in its place."""
     entry = DATASETS[config.dataset]
-    return entry.native.num_classes if entry.native else entry.num_classes(config)
+    spec = entry.native or ImageSpec(3, None, None, entry.num_classes(config))
+    height, width = config.image_size or spec.shape[1:]
+    return ImageSpec(config.image_channels or spec.channels, height, width, spec.num_classes)

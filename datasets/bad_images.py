@@ -103,18 +103,11 @@ def read_sizes(listing: Listing, channels: int, dtype: str | None = None) -> lis
     return results
 
 
-def decoding_error(config: Config, listing: Listing, index: int) -> BadImageError | None:
-    """Why image `index` cannot be decoded as the config asks for it; None if it can.
-
-    Raises a DataError if the file cannot be read at all.
-    """
+def try_decoding(config: Config, listing: Listing, index: int) -> None:
+    """Decode image `index` as the config asks for it, see `decode_image` for what it raises."""
     path, channels = listing.path(index), config.image_channels or 3
-    try:
-        size = config.image_size or read_size(path, channels)
-        decode_image(path, ImageSpec(channels, *size, 0))
-    except BadImageError as error:
-        return error
-    return None
+    size = config.image_size or read_size(path, channels)
+    decode_image(path, ImageSpec(channels, *size, 0))
 
 
 def replace_bad_images(config: Config, listing: Listing) -> Listing:
@@ -128,7 +121,7 @@ def replace_bad_images(config: Config, listing: Listing) -> Listing:
         return listing
     count = len(listing.names)
     log.info("on_bad_image=skip: decoding %d images once", count)
-    error_of = map_images(partial(decoding_error, config, listing), count, "looking for bad images")
+    error_of = map_images(partial(try_decoding, config, listing), count, "looking for bad images")
     bad = {index: error for index, error in enumerate(error_of) if error is not None}
     for error in bad.values():
         if not isinstance(error, BadImageError):

@@ -27,7 +27,8 @@ from datasets.storage import ImageDataset, Listing
 from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, UserError, exit_code_of, say, show
+from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, exit_code_of, say, show
+from utils.files import write_each
 from utils.images import ImageSpec
 from utils.logs import setup_logging
 
@@ -82,16 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     finally:
         if args.json and not args.dry_run:
-            write_json(args.json, report)
+            text = json.dumps(report, indent=2) + "\n"
+            list(write_each({args.json: partial(Path.write_text, data=text, encoding="utf-8")}))
     return code
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write the report; raises a UserError if the file cannot be written."""
-    try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def examine_split(config: Config, split: str, train: dict[bytes, str]) -> dict[str, Any]:

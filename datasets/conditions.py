@@ -115,8 +115,7 @@ def condition_sheet(
     planes: Tensor, config: Config, others: Sequence[Tensor], names: Sequence[str] = ()
 ) -> Tensor:
     """A row for each picture and the images of `others`, uint8 (n, C, H, W): uint8 (3, H', W')."""
-    images = shown(planes, config)
-    columns = [as_pictures(images), *others]
+    columns = [as_pictures(shown(planes, config)), *others]
     rows = [list(range(i, len(planes) * len(columns), len(planes))) for i in range(len(planes))]
     return contact_sheet(torch.cat([to_rgb(column) for column in columns]), rows, left=names)
 

@@ -247,11 +247,11 @@ def _list_folder(config: Config, folders: dict[str, ImagePath], split: str) -> L
         return Listing(root, names, [0] * len(names), (), passed_over)
     names, labels = [], []
     for class_name, files in inside.items():
-        fault = (
-            None if files.images else f"a class folder with {_seen(files)}; add some, or remove it"
-        )
+        fault = None
         if class_name not in class_names:
             fault = f"no such class folder in {show(train)}; add it there or remove this one"
+        elif not files.images:
+            fault = f"a class folder with {_seen(files)}; add some, or remove it"
         if fault:
             raise DataError(f"{show(folder / class_name)}: {fault}")
         names += [f"{prefix}{class_name}/{name}" for name in files.images]

@@ -109,8 +109,7 @@ def make_resident(
     held = InMemoryDataset(images, labels, class_names, fingerprint=dataset.fingerprint)
     held.values = dataset.values
     if partners := getattr(dataset, "partners", None):
-        how = dict(resident=resident, num_workers=num_workers)
-        held.partners = make_resident(partners, runtime, **how)
+        held.partners = make_resident(partners, runtime, resident=resident, num_workers=num_workers)
     return held
 
 
@@ -137,12 +136,8 @@ def global_indices(
         return numpy_generator(seed, Stream.PERMUTATION, epoch).permutation(num_images)
 
     for step in itertools.count(start_step):
-        parts, sample, stop = [], step * batch_size, (step + 1) * batch_size
-        while sample < stop:
-            epoch, position = divmod(sample, num_images)
-            parts.append(order(epoch)[position : position + stop - sample])
-            sample += len(parts[-1])
-        yield np.concatenate(parts)
+        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), num_images)
+        yield np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs).tolist()])
 
 
 def _load(

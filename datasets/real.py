@@ -14,11 +14,10 @@ from torch import Tensor
 from datasets import build_dataset, has_test_split
 from datasets.conditions import planes_at
 from datasets.loader import image_batches
-from datasets.remarks import passed_over
+from datasets.storage import ImageDataset
 from utils.config import Config
 from utils.distributed import Runtime
 from utils.errors import DataError
-from utils.images import ImageSpec, Values
 from utils.rng import EvaluationDraw, fixed_subset
 
 log = logging.getLogger("diffusion")
@@ -26,36 +25,32 @@ log = logging.getLogger("diffusion")
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images by index, wherever they come from."""
+    """Real images of a data set by index."""
 
-    labels: Tensor  # (N,) int64; all 0 when unlabelled
+    dataset: ImageDataset
     indices: Sequence[int]  # those to compare with, sorted; normally all N
-    # Indices -> images (b, C, H, W) and labels (b,), batch by batch, in the given order.
-    fetch: Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
-    spec: ImageSpec
-    fingerprint: str
-    split: str = "train"
-    class_names: tuple[str, ...] = ()
-    passed_over: Sequence[str] = ()  # a line about what lies there too, or none
-    values: Values | None = None  # of images that are floats; None: they are uint8
+    split: str
+    batch_size: int  # of what `fetch` yields
+    num_workers: int
     planes: Callable[..., Tensor] | None = None  # of the conditions, see `planes_at`
 
-    @property
-    def num_classes(self) -> int:
-        return self.spec.num_classes
+    def fetch(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, C, H, W) and labels (b,) at `indices`, batch by batch, in the given order."""
+        return image_batches(self.dataset, indices, self.batch_size, num_workers=self.num_workers)
 
     def share(self, runtime: Runtime) -> Sequence[int]:
         """This process's part of `indices`."""
         part = runtime.share(len(self.indices))
         return self.indices[part.start : part.stop]
 
-    def paired(self, places: Iterable[int]) -> list[int]:
-        """The index of the image for each generated one; behind the last comes the first again."""
+    def at(self, places: Iterable[int]) -> list[int]:
+        """The indices at these places of `indices`; behind the last comes the first again, as more
+        images may be drawn from real ones than there are."""
         return [self.indices[place % len(self.indices)] for place in places]
 
-    def load(self, indices: Sequence[int]) -> Tensor:
-        """Images (len(indices), C, H, W), all in memory."""
-        return torch.cat([images for images, _ in self.fetch(indices)])
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (len(indices), C, H, W) and labels, all in memory."""
+        return tuple(map(torch.cat, zip(*self.fetch(indices), strict=True)))
 
 
 class RealSets(NamedTuple):
@@ -68,8 +63,6 @@ class RealSets(NamedTuple):
 
 def chosen_images(num_images: int, limit: int | None) -> Sequence[int]:
     """The indices of all images, or of `limit` of them, always the same ones, ascending."""
-    if limit is None or limit >= num_images:
-        return range(num_images)
     return fixed_subset(num_images, limit, EvaluationDraw.REAL_IMAGES).tolist()
 
 
@@ -93,20 +86,9 @@ def real_sets(
     def images_of(name: str) -> RealImages:
         with runtime.main_first():  # it may download
             dataset = build_dataset(config, name)
-        return RealImages(
-            labels=dataset.labels.cpu(),
-            indices=chosen_images(len(dataset), limit if name == split else None),
-            fetch=partial(
-                image_batches, dataset, batch_size=batch_size, num_workers=config.num_workers
-            ),
-            spec=dataset.spec,
-            fingerprint=dataset.fingerprint,
-            split=name,
-            class_names=tuple(dataset.class_names),
-            passed_over=passed_over(getattr(dataset, "listing", None)),
-            values=dataset.values,
-            planes=config.condition and partial(planes_at, config, dataset),
-        )
+        indices = chosen_images(len(dataset), limit if name == split else None)
+        planes = config.condition and partial(planes_at, config, dataset)
+        return RealImages(dataset, indices, name, batch_size, config.num_workers, planes)
 
     train, test = images_of("train"), None
     try:

@@ -22,10 +22,8 @@ def passed_over(listing: Listing | None) -> list[str]:
     """A line on what lies there and is not used, most first, as `12 passed over: 8 .tif, ...`."""
     counts = listing.passed_over if listing else {}
     kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
-    told = [f"{counts[kind]} {kind}" for kind in kinds[:MAX_KINDS]] + ["..."] * bool(
-        kinds[MAX_KINDS:]
-    )
-    names = show(", ".join(told))
+    told = [f"{counts[kind]} {kind}" for kind in kinds[:MAX_KINDS]]
+    names = show(", ".join(told + ["..."] * (len(kinds) > MAX_KINDS)))
     kinds = f"{' '.join(PICTURE_EXTENSIONS)}, or without these {' '.join(ARRAY_EXTENSIONS)}"
     read = f"passed over: {names} (images are read from {kinds})"
     return [f"{sum(counts.values())} files or folders {read}"] if counts else []

@@ -12,7 +12,19 @@ from datasets.storage import InMemoryDataset
 from utils.config import Config
 from utils.rng import Stream, numpy_generator
 
-CLASS_NAMES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+# Class -> distance in pixels of places (x, y) to the edge of a shape of circumradius about r;
+# negative inside.
+SHAPES = {
+    "circle": lambda x, y, r: np.hypot(x, y) - r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8 * r,
+    "triangle": lambda x, y, r: np.maximum(math.sqrt(0.75) * abs(x) - 0.5 * y, y) - 0.5 * r,
+    "cross": lambda x, y, r: np.minimum(
+        np.maximum(abs(x) - 0.3 * r, abs(y) - r), np.maximum(abs(x) - r, abs(y) - 0.3 * r)
+    ),
+    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r,
+    "diamond": lambda x, y, r: (abs(x) + abs(y) - r) * math.sqrt(0.5),
+}
+CLASS_NAMES = tuple(SHAPES)
 NUM_IMAGES = {"train": 1200, "test": 300}
 DEFAULT_SIZE = (32, 32)
 DRAWING_SEED = 20240229  # the data set is the same for every run's seed
@@ -52,26 +64,7 @@ def draw_shapes(label: int, draws: np.ndarray, height: int, width: int) -> np.nd
     background = 32 * draws[:, 6:9]
     y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - centre_y[:, None, None]
     x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - centre_x[:, None, None]
-    distance = signed_distance(CLASS_NAMES[label], x, y, radius[:, None, None])
+    distance = SHAPES[CLASS_NAMES[label]](x, y, radius[:, None, None])
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     pixels = background[:, None, None] + coverage * (colour - background)[:, None, None]
     return np.rint(pixels).astype(np.uint8)
-
-
-def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Distance in pixels to the edge of a shape of circumradius about `r`; negative inside."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.8 * r
-    if shape == "triangle":
-        slanted = math.sqrt(0.75) * abs(x) - 0.5 * y
-        return np.maximum(slanted, y) - 0.5 * r
-    if shape == "cross":
-        upright = np.maximum(abs(x) - 0.3 * r, abs(y) - r)
-        return np.minimum(upright, np.maximum(abs(x) - r, abs(y) - 0.3 * r))
-    if shape == "ring":
-        return abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r
-    if shape == "diamond":
-        return (abs(x) + abs(y) - r) * math.sqrt(0.5)
-    raise ValueError(f"no shape {shape!r}; there are {', '.join(CLASS_NAMES)}")

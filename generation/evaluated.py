@@ -19,6 +19,7 @@ from datasets.loader import image_batches
 from datasets.packed import open_root
 from datasets.pictures import folder_settings, read_pictures
 from datasets.real import chosen_images, real_sets
+from datasets.remarks import passed_over
 from diffusion.likelihood import Likelihood
 from generation.run import Run
 from generation.sample_store import remove, resumed, saved, tell_clipped
@@ -102,10 +103,10 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
     if config.condition and pairs is None:
         raise ConfigError(f"this model draws from pictures of real images: {real.missing}")
     if config.conditional and config.condition and mode is None:
-        labels = pairs.labels[pairs.paired(range(count))].tolist()
+        labels = pairs.dataset.labels[pairs.at(range(count))].tolist()
     elif config.conditional:
         mode, classes = mode or "balanced", run.classes
-        seen = real.sets and real.sets.train.labels
+        seen = real.sets and real.sets.train.dataset.labels
         labels = requested_labels(
             mode, count, run.spec.num_classes, classes=classes, train_labels=seen
         )
@@ -133,7 +134,7 @@ def drawn_images(args: argparse.Namespace, run: Run, real: Real, runtime: Runtim
             sampling=setting.sampling,
             batch_size=args.batch_size,
             runtime=replace(runtime, rank=0, world_size=1),
-            planes_of=config.condition and partial(pairs.planes, pairs.paired(indices)),
+            planes_of=config.condition and partial(pairs.planes, pairs.at(indices)),
         )
 
     own = run.values, config.preview_channels, config.condition and config
@@ -164,7 +165,7 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
 
     Raises a ConfigError if there are fewer than --num_samples, and what `read_pictures` raises.
     """
-    path, train = Path(args.images), real.sets and real.sets.train
+    path, train = Path(args.images), real.sets and real.sets.train.dataset
     has_size = any(override.startswith("image_size=") for override in args.overrides)
     pictures = read_pictures(
         path,
@@ -182,7 +183,7 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         batches = image_batches(dataset, chosen[indices.start : indices.stop], args.batch_size)
         return (images for images, _ in batches)
 
-    spec = dataset.spec._replace(num_classes=train.num_classes if train else 0)
+    spec = dataset.spec._replace(num_classes=train.spec.num_classes if train else 0)
     labels, own = (
         labels and [labels[i] for i in chosen],
         (pictures.unlabelled or "", dataset.values),
@@ -217,7 +218,7 @@ def compared_with(
         )
     except DataError as error:
         return Real(None, f"no real images: {error}", statistics)
-    for line in sets.reference.passed_over:
+    for line in passed_over(getattr(sets.reference.dataset, "listing", None)):
         log.warning("%s: %s", show(config.data_root), line)
     return Real(sets, None, statistics, config.dataset, flip=default_flip(config))
 

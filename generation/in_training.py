@@ -95,7 +95,7 @@ def training_evaluation(job: Job) -> Evaluation | None:
     split = "test" if config.condition and has_test_split(config) else "train"
     sets = real_sets(config, runtime, EVAL_BATCH_SIZE, split=split)
     if config.conditional and config.condition:
-        labels = sets.reference.labels[sets.reference.paired(range(count))].tolist()
+        labels = sets.reference.dataset.labels[sets.reference.at(range(count))].tolist()
     elif config.conditional:
         labels = requested_labels("balanced", count, spec.num_classes, classes=config.classes)
     made = dict(values=dataset.values, shown=config.preview_channels)
@@ -124,7 +124,7 @@ def evaluate(
     seeds = range(config.seed, config.seed + count)
     facts = {"step": step, "epoch": epoch, "ema": run.ema, "n": count, **setting.facts()}
     pairs, options = evaluation.context.real.sets.reference, dict(batch_size=EVAL_BATCH_SIZE)
-    options["planes_of"] = pairs.planes and partial(pairs.planes, pairs.paired(range(count)))
+    options["planes_of"] = pairs.planes and partial(pairs.planes, pairs.at(range(count)))
     images = draw(run, seeds, generated.labels, runtime=runtime, **options)
     report = evaluation.score(images, facts=facts)
     values = None

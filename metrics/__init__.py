@@ -21,7 +21,7 @@ from metrics.prdc import Prdc
 from metrics.sanity import Sanity
 from metrics.weights import Network
 from training.saving import VAL_LOSS
-from utils.config import Config, Parts, Problem, did_you_mean, kind_of, unknown_name
+from utils.config import Config, Parts, Problem, did_you_mean, kind_of
 from utils.errors import ConfigError
 
 _METRICS = {  # in the order of the report
@@ -84,13 +84,10 @@ def check_config(config: Config) -> Iterator[Problem]:
     """Check `eval_metrics` and `eval_best_metric` against the table and each other."""
     try:
         names = check_metric_names(config.eval_metrics)
+        usable = [*(n for n in names if METRICS[n].better in ("lower", "higher")), VAL_LOSS]
     except ConfigError as error:
         yield Problem(("eval_metrics",), f"eval_metrics: {' '.join(str(error).split())}")
         return
-    for name in names:
-        yield from (unknown := list(unknown_name("eval_metrics", name, METRICS)))
-        if unknown:
-            return
     if (best := config.eval_best_metric) is None:
         return
     interval = "val_interval" if best == VAL_LOSS else "eval_interval"
@@ -98,7 +95,6 @@ def check_config(config: Config) -> Iterator[Problem]:
         text = f"eval_best_metric={best!r} needs its value during training"
         where = ("eval_best_metric", interval)
         yield Problem(where, f"{text}; set {interval} to a number of epochs")
-    usable = [*(n for n in names if METRICS[n].better in ("lower", "higher")), VAL_LOSS]
     if best not in usable:
         text = "must be one of the eval_metrics that are better when lower or higher, or val_loss"
         choice = f"{', '.join(usable)}{did_you_mean(best, usable)}"

@@ -72,7 +72,7 @@ class Real(NamedTuple):
         images = self.sets and self.sets.reference
         dataset = {
             "name": self.name,
-            "fingerprint": images and images.fingerprint,
+            "fingerprint": images and images.dataset.fingerprint,
             "num_images": images and len(images.indices),
         }
         return {"split": images and images.split, "dataset": dataset}
@@ -105,8 +105,8 @@ class Collector:
     what the processes have seen, only collectives belong.
     """
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        """Look at the real images, or at this process's share of them."""
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        """Look at the real images, if there are any, or at this process's share of them."""
 
     def reduce_real(self, runtime: Runtime) -> None:
         """Put together what the processes have seen of the real images."""

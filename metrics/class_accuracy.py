@@ -26,8 +26,6 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of a share (Wilson 1927); sensible at 0, 1 and small counts."""
     from scipy.stats import binomtest
 
-    if count == 0:
-        return 0.0, 1.0
     return tuple(binomtest(hits, count).proportion_ci(method="wilson"))
 
 

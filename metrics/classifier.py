@@ -5,12 +5,10 @@ Each is kept, with what it reaches on unseen images, in a file named by a key of
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from datasets.real import RealImages, RealSets
 from metrics.base import Collector, Context, Entry
@@ -26,7 +25,7 @@ from utils.checkpoint import read_tensors, save_checkpoint
 from utils.distributed import Runtime
 from utils.errors import one_line
 from utils.files import content_key
-from utils.images import to_float
+from utils.images import ImageSpec, to_float
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, Stream, derive_seed, numpy_generator, torch_generator
 
@@ -38,6 +37,8 @@ HELD_OUT_SHARE = 0.1  # of the train images, held out where there is no test spl
 TEST_BATCH = 500
 MIN_CEILING = 0.9
 MAX_MISTAKES = 40  # pictures of wrong classes kept for the report
+# A context in which cuDNN chooses the same algorithms in every run
+deterministic_cudnn = partial(cudnn.flags, enabled=True, deterministic=True, allow_tf32=False)
 
 log = logging.getLogger("diffusion")
 
@@ -59,35 +60,29 @@ class ClassifierSpec:
     weight_decay: float = 0.02
 
 
-def classifier_spec(
-    shape: tuple[int, int, int], num_classes: int, num_images: int, *, flip: bool, seed: int = 0
-) -> ClassifierSpec:
+def classifier_spec(images: ImageSpec, num_images: int, *, flip: bool) -> ClassifierSpec:
     """Choose a size that fits the data: narrow and short for grey or few images, else wider.
 
     The narrow one takes seconds to minutes on a CPU. The wide one (colour, 20,000 images and more)
     takes seconds on a GPU, an hour on a CPU.
     """
-    wide = shape[0] == 3 and num_images >= 20_000
+    wide = images.channels == 3 and num_images >= 20_000
     epochs, base_width = (15, 32) if wide else (2, 16)
     num_steps = max(250, epochs * math.ceil(min(num_images, MAX_TRAIN_IMAGES) / 128))
-    return ClassifierSpec(*shape, num_classes, base_width, num_steps, flip, seed)
-
-
-def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """A 3 x 3 convolution, batch normalisation and ReLU."""
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return ClassifierSpec(*images, base_width, num_steps, flip)
 
 
 class Classifier(nn.Module):
     """Stem and three stages that double the width; a stage halves sides above 4 pixels."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
+        from torchvision.ops import Conv2dNormActivation as ConvBlock  # 3 x 3, batch norm, ReLU
+
         super().__init__()
         width = spec.base_width
-        self.stem = conv_block(spec.channels, width)
-        self.stages = nn.ModuleList(conv_block(width * n, width * n * 2) for n in (1, 2, 4))
-        self.mixer = conv_block(width * 8, width * 8)
+        self.stem = ConvBlock(spec.channels, width)
+        self.stages = nn.ModuleList(ConvBlock(width * n, width * n * 2) for n in (1, 2, 4))
+        self.mixer = ConvBlock(width * 8, width * 8)
         self.head = nn.Linear(width * 8, spec.num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -173,18 +168,6 @@ def rate_factor(step: int, num_steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, num_steps - rise))
 
 
-@contextlib.contextmanager
-def deterministic_cudnn() -> Iterator[None]:
-    """Make cuDNN choose the same algorithms in every run, within the body."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
-
-
 def classify(network: Classifier, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) -> probabilities (N, K) and features (N, F), on the CPU."""
     with torch.inference_mode(), full_float32(device), deterministic_cudnn():
@@ -209,7 +192,7 @@ def split_images(real: RealSets, *, seed: int) -> tuple[RealImages, RealImages]:
 
     Those are test images, or where there are none, a tenth of the train images, held out.
     """
-    num_images, test = len(real.train.labels), real.test
+    num_images, test = len(real.train.dataset), real.test
     rng = numpy_generator(seed, Stream.EVALUATION, EvaluationDraw.CLASSIFIER_SPLIT)
     order = rng.permutation(num_images).tolist()
     num_held_out = max(1, int(num_images * HELD_OUT_SHARE)) if test is None else 0
@@ -229,7 +212,7 @@ def trained_classifier(
     seen, and what identifies it, as plain types.
     """
     train, test = real.train, real.test
-    fingerprints = [train.fingerprint, test.fingerprint if test else "held out"]
+    fingerprints = [train.dataset.fingerprint, test.dataset.fingerprint if test else "held out"]
     key = content_key([VERSION, asdict(spec), fingerprints])
     path = None if cache_dir is None else cache_dir / f"classifier_{key}.pth"
     details = {"key": key, "path": path and str(path), "spec": asdict(spec)}
@@ -246,9 +229,10 @@ def trained_classifier(
     count = len(seen.indices)
     size = f"{spec.num_steps} steps of {min(spec.batch_size, count)}"
     log.info("training the classifier of class_acc: %d real images, %s", count, size)
-    network = train_classifier(seen.load(seen.indices), seen.labels[seen.indices], spec, device)
-    probs, _ = classify(network, unseen.load(unseen.indices), device)
-    confusion = count_pairs(unseen.labels[unseen.indices], probs.argmax(1), spec.num_classes)
+    network = train_classifier(*seen.load(seen.indices), spec, device)
+    images, labels = unseen.load(unseen.indices)
+    probs, _ = classify(network, images, device)
+    confusion = count_pairs(labels, probs.argmax(1), spec.num_classes)
     log.info("  accuracy on %d unseen real images: %.4f", len(unseen.indices), accuracy(confusion))
     if path is not None:
         state = {k: v.cpu() for k, v in network.state_dict().items()}
@@ -283,13 +267,12 @@ class ClassifierViews(Collector):
         self.num_images = context.generated.num_images
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or len(real.train.labels) < 2:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if len(real.train.dataset) < 2:
             raise ValueError("the classifier needs at least 2 real images to train on")
-        train, keeps = real.train, self.context.keeps
-        self.class_names = train.class_names or [str(k) for k in range(train.num_classes)]
-        shape, flip = self.context.generated.spec.shape, self.context.real.flip
-        spec = classifier_spec(shape, train.num_classes, len(train.labels), flip=flip)
+        train, keeps, dataset = real.train, self.context.keeps, real.train.dataset
+        self.class_names = dataset.class_names
+        spec = classifier_spec(dataset.spec, len(dataset), flip=self.context.real.flip)
         self.network = new_classifier(spec, self.device)
         if not runtime.is_main:
             return
@@ -306,10 +289,8 @@ class ClassifierViews(Collector):
             self.real, self.unseen = self._features(seen), self._features(unseen)
 
     def _features(self, images: RealImages) -> Tensor:
-        rows = [torch.zeros(0, self.network.head.in_features)]
-        for batch, _ in images.fetch(images.indices):
-            rows.append(classify(self.network, batch, self.device)[1])
-        return torch.cat(rows)
+        rows = (classify(self.network, x, self.device)[1] for x, _ in images.fetch(images.indices))
+        return torch.cat([torch.zeros(0, self.network.head.in_features), *rows])
 
     def reduce_real(self, runtime: Runtime) -> None:
         for tensor in self.network.state_dict().values():

@@ -43,9 +43,9 @@ class Plan:
         num_classes = generated.spec.num_classes
         no_classes = {0: "the data set has no class labels", 1: "the data set has only one class"}
         no_classes = no_classes.get(num_classes)
-        if real.sets is not None and real.sets.train.num_classes != num_classes:
-            counts = f"{num_classes}, but {real.sets.train.num_classes} in the real images"
-            no_classes = f"number of classes: {counts}"
+        num_real = real.sets and real.sets.train.dataset.spec.num_classes
+        if num_real not in (None, num_classes):
+            no_classes = f"number of classes: {num_classes}, but {num_real} in the real images"
         for name in names:
             metric = METRICS[name]
             needs_images = metric.real_images and metric.keeps not in real.statistics
@@ -161,7 +161,8 @@ class Evaluation:
         weights: dict[str, str | None] | None = None,
         download: bool = True,
     ) -> None:
-        kinds = [(x.spec.shape, x.values) for x in (generated, real.sets and real.sets.train) if x]
+        theirs = real.sets and real.sets.train.dataset
+        kinds = [(x.spec.shape, x.values) for x in (generated, theirs) if x is not None]
         if kinds[0] != kinds[-1]:
             texts = [" x ".join(map(str, s)) + (f" of {v}" if v else "") for s, v in kinds]
             missing = "these images are {}, the real ones {}".format(*texts)

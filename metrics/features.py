@@ -197,7 +197,7 @@ class Features(Collector):
                 self.meta[name] = {
                     "extractor": self.extractor.details | SFID.get(name, {}),
                     "weights_sha256": context.weights[context.network].sha256,
-                    "data_fingerprint": sets.reference.fingerprint,
+                    "data_fingerprint": sets.reference.dataset.fingerprint,
                     "split": sets.reference.split,
                     "num_images": len(sets.reference.indices),
                     "shape": list(context.generated.spec.shape),
@@ -216,11 +216,9 @@ class Features(Collector):
         self.real = FeatureSet(self.keeps_real, self.extractor, self.runtime.device)
         self.num_real = 0  # how many were looked at
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
         if not self.keeps_real:
             return
-        if real is None:
-            raise ValueError("real images are needed")
         self.num_real = len(real.reference.indices)
         for images, _ in real.reference.fetch(real.reference.share(runtime)):
             self.real.update(*self.extractor(images.to(runtime.device)))

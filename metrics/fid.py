@@ -27,17 +27,13 @@ def frechet_distance(
 ) -> tuple[float, float]:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), in float64.
 
-    Takes means (D,) and covariances (D, D); raises a ValueError if their shapes do not fit or a
-    value is not finite. Returns the distance clamped at 0, and as it came out: a set against
-    itself gives -1e-13 to -1e-7. With any R for which R R^T = S1 the last trace is the sum of the
-    root eigenvalues of R^T S2 R. It is symmetric, so they are real. R is a Cholesky factor, or,
-    where a covariance is singular (fewer images than features), made of eigenvectors.
+    Takes means (D,) and covariances (D, D); raises a ValueError if a value is not finite. Returns
+    the distance clamped at 0, and as it came out: a set against itself gives -1e-13 to -1e-7. With
+    any R for which R R^T = S1 the last trace is the sum of the root eigenvalues of R^T S2 R. It is
+    symmetric, so they are real. R is a Cholesky factor, or, where a covariance is singular (fewer
+    images than features), made of eigenvectors.
     """
     mu1, sigma1, mu2, sigma2 = (x.double().cpu() for x in (mu1, sigma1, mu2, sigma2))
-    dim = len(mu1)
-    if mu1.shape != mu2.shape or sigma1.shape != (dim, dim) or sigma2.shape != (dim, dim):
-        shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(f"need means (D,) and covariances (D, D) of one D, got {shapes}")
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("features are not finite")
     root, failed = torch.linalg.cholesky_ex(sigma1)

@@ -66,9 +66,7 @@ def first_images(num_images: int, labels: Sequence[int] | None) -> list[int]:
     """The ascending indices of the first images of every class; without classes, the first ones."""
     if labels is None:
         return list(range(min(num_images, MAX_IMAGES)))
-    by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_class.setdefault(label, []).append(index)
-    classes = sorted(by_class)[:MAX_CLASSES]
+    labels = torch.tensor(labels)
+    classes = labels.unique()[:MAX_CLASSES]
     per_class = max(1, MAX_IMAGES // len(classes))
-    return sorted(index for label in classes for index in by_class[label][:per_class])
+    return sorted(i for k in classes for i in (labels == k).nonzero()[:per_class, 0].tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,20 +33,19 @@ class Nll(Metric, Collector):
 
     def __init__(self, context: Context) -> None:
         sets, self.model = context.real.sets, context.generated.likelihood
-        self.real, self.runtime = sets.test or sets.train, context.runtime
+        real, self.runtime = sets.test or sets.train, context.runtime
+        self.real = replace(real, indices=chosen_images(len(real.dataset), NUM_IMAGES))
         self.bits: dict[int, float] = {}  # by index, of this process's share
         self.version: int | None = None
 
     def update(self, images: Tensor, indices: range) -> None:
         if self.version == self.model.version:  # these weights have been measured
             return
-        self.version = self.model.version
-        chosen, self.bits = chosen_images(len(self.real.labels), NUM_IMAGES), {}
-        share = self.runtime.share(len(chosen))
-        chosen = list(chosen[share.start : share.stop])
-        for start in range(0, len(chosen), BATCH):
-            part = chosen[start : start + BATCH]
-            x, y = (torch.cat(x) for x in zip(*self.real.fetch(part), strict=True))
+        self.version, self.bits = self.model.version, {}
+        share = self.real.share(self.runtime)
+        for start in range(0, len(share), BATCH):
+            part = share[start : start + BATCH]
+            x, y = self.real.load(part)
             draws = [numpy_generator(0, Stream.EVALUATION, EvaluationDraw.GAPS, i) for i in part]
             gaps = np.stack([rng.random(x.shape[1:], np.float32) - 0.5 for rng in draws])
             probes = np.stack([rng.integers(2, size=x.shape[1:]) * 2 - 1 for rng in draws])

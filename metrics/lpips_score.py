@@ -144,13 +144,15 @@ class Lpips(ChosenImages, Metric):
         size = lpips_input(torch.zeros(1, *generated.spec.shape, dtype=torch.uint8)).shape[-2:]
         self.details = {"net": "alex", "size": list(size), **context.origin_of(ALEXNET)}
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or not runtime.is_main:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if not runtime.is_main:
             return
         images = real.reference
-        pool = [images.indices[i] for i in fixed_subset(len(images.indices), 2 * NUM_PAIRS)]
-        labels = images.labels[pool] if images.num_classes and self.labels is not None else None
-        self.real = diversity(self.distance, images.load(pool), labels, self.device)
+        pool = images.at(fixed_subset(len(images.indices), 2 * NUM_PAIRS))
+        pictures, labels = images.load(pool)
+        if self.labels is None or not images.dataset.spec.num_classes:
+            labels = None
+        self.real = diversity(self.distance, pictures, labels, self.device)
 
     def compute(self) -> Entry:
         parts = {}
@@ -170,7 +172,5 @@ class Lpips(ChosenImages, Metric):
 
     @classmethod
     def note(cls, result: Entry) -> str:
-        notes = [] if result["sem"] is None else [f"+- {number(result['sem'])}"]
-        if result["real_value"] is not None:
-            notes.append(f"real {number(result['real_value'])}")
-        return ", ".join(notes)
+        parts = {"+-": result["sem"], "real": result["real_value"]}
+        return ", ".join(f"{text} {number(x)}" for text, x in parts.items() if x is not None)

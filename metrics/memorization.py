@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.real import RealImages, RealSets
+from datasets.real import RealSets
 from metrics.base import Context, Entry, Metric, measured
 from metrics.gallery import ChosenImages
 from metrics.lpips_score import ALEXNET, PAIR_BATCH, Distance, distances
@@ -127,13 +127,12 @@ def compare(
     counts = len(generated), len(held_out)
     copies, copies_real = (int((x[:, 0] == 0).sum()) for x in (generated, held_out))
     num_real, equal = counts[1] + searched, copies_real + equal
-    chances, thresholds, shares = {}, {}, {}
+    chances, thresholds = {}, {}
     for sign, values in {"distance": lambda x: x[:, 0], "ratio": ratios}.items():
         pair = values(generated), values(held_out)
         thresholds[sign] = float(np.percentile(pair[1], CLOSE_PERCENTILE))
         hits = [int((x <= thresholds[sign]).sum()) for x in pair]
         chances[sign] = chance_of_hits(hits[0], counts[0], hits[1], counts[1])
-        shares[sign] = [n / count for n, count in zip(hits, counts, strict=True)]
     chances["copies"] = float(not copies)
     if equal:
         chances["copies"] = chance_of_hits(copies, counts[0], equal, num_real)
@@ -145,8 +144,8 @@ def compare(
         "p_values": chances,
         "threshold": thresholds["distance"],
         "ratio_threshold": thresholds["ratio"],
-        "generated": _summary(generated, *(share[0] for share in shares.values())),
-        "held_out": _summary(held_out, *(share[1] for share in shares.values())),
+        "generated": _summary(generated, *thresholds.values()),
+        "held_out": _summary(held_out, *thresholds.values()),
     }
 
 
@@ -161,14 +160,14 @@ def num_equal(hashes: Iterable[int]) -> int:
     return sum(count for count in Counter(hashes).values() if count > 1)
 
 
-def _summary(distances: np.ndarray, share_close: float, share_close_ratio: float) -> dict[str, Any]:
-    first = distances[:, 0]
+def _summary(distances: np.ndarray, close: float, close_ratio: float) -> dict[str, Any]:
+    first, ratio = distances[:, 0], ratios(distances)
     percentiles = zip(PERCENTILES, np.percentile(first, PERCENTILES).tolist(), strict=True)
     return {
-        "share_close": share_close,
-        "share_close_ratio": share_close_ratio,
+        "share_close": float((first <= close).mean()),
+        "share_close_ratio": float((ratio <= close_ratio).mean()),
         "num_copies": int((first == 0).sum()),
-        "median_ratio": float(np.median(ratios(distances))) if distances.shape[1] > 1 else None,
+        "median_ratio": float(np.median(ratio)) if distances.shape[1] > 1 else None,
         "percentiles": {f"p{p}": value for p, value in percentiles},
     }
 
@@ -195,14 +194,15 @@ class Memorization(ChosenImages, Metric):
         self.device, self.shown = context.runtime.device, context.generated.shown
         self.distance: Distance | None = context.networks.get(ALEXNET)
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None or len(real.train.indices) < 2:
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
+        if len(real.train.indices) < 2:
             raise ValueError("a search for copies needs at least 2 real train images")
         self.train, self.test = real.train, real.test
         if runtime.is_main:
             source, draw = self.test or self.train, EvaluationDraw.STAND_INS_FOR_TEST_IMAGES
-            chosen = torch.from_numpy(fixed_subset(len(source.indices), NUM_CHECKED, draw))
-            self.held_out = self._search(_load(source, chosen), None if self.test else chosen)
+            chosen = fixed_subset(len(source.indices), NUM_CHECKED, draw)
+            left_out = None if self.test else torch.from_numpy(chosen)
+            self.held_out = self._search(source.load(source.at(chosen))[0], left_out)
 
     def reset(self) -> None:
         super().reset()
@@ -218,26 +218,25 @@ class Memorization(ChosenImages, Metric):
         if near.lpips is not None:
             by_lpips = compare(*(x.lpips.sort(1).values.numpy() for x in (near, held_out)), **real)
             nearest.append(near.positions[rows, near.lpips[rows].argmin(1)])
-        self.closest = [images[rows], *(_load(train, positions) for positions in nearest)]
+        self.closest = [images[rows], *(train.load(train.at(p.tolist()))[0] for p in nearest)]
         columns = self.chosen[rows], nearest[0], near.pixels[rows, 0]
         closest = [
             {"index": index, "train_index": train.indices[place], "distance": distance}
             for index, place, distance in zip(*(c.tolist() for c in columns), strict=True)
         ]
-        doubts, num_held_out, num_train = [], len(held_out.pixels), len(train.indices)
-        if len(images) < MIN_CHECKED:
-            doubts.append(f"only {len(images)} generated images are checked")
-        if num_held_out < MIN_CHECKED:
-            doubts.append(f"only {num_held_out} held-out real images to compare with")
-        if num_train < len(train.labels):
-            searched = f"{num_train} of {len(train.labels)} train images are searched"
-            doubts.append(f"{searched}, copies of the others are missed")
+        num_held_out, num_train = len(held_out.pixels), len(train.indices)
+        searched = f"{num_train} of {len(train.dataset)} train images are searched"
+        doubts = {
+            f"only {len(images)} generated images are checked": len(images) < MIN_CHECKED,
+            f"only {num_held_out} held-out real images to compare with": num_held_out < MIN_CHECKED,
+            f"{searched}, copies of the others are missed": num_train < len(train.dataset),
+        }
         counts = {"n_checked": len(images), "n_held_out": num_held_out, "n_train": num_train}
         baseline = self.test.split if self.test else LEFT_OUT
         counts["n_train_equal"] = self.num_equal
         details = {"lpips": by_lpips, "closest": closest, "baseline": baseline, **counts}
         share = compared["generated"]["share_close"]
-        return measured(share, "; ".join(doubts), **compared, **details)
+        return measured(share, "; ".join(filter(doubts.get, doubts)), **compared, **details)
 
     def pictures(self) -> dict[str, Picture]:
         if not self.closest:
@@ -275,7 +274,7 @@ class Memorization(ChosenImages, Metric):
         """The train images; after the last `num_equal` is how many of them equal another one."""
         hashes: list[int] = []
         for images, _ in self.train.fetch(self.train.indices):
-            hashes += map(image_hash, images.cpu())
+            hashes += map(image_hash, images)
             yield images
         self.num_equal = num_equal(hashes)
 
@@ -286,12 +285,7 @@ class Memorization(ChosenImages, Metric):
         for block, near in blocks:
             needed, rows = near.unique(return_inverse=True)
             a = block.repeat_interleave(near.shape[1], 0)
-            b = _load(self.train, needed)[rows.flatten()]
+            b = self.train.load(self.train.at(needed.tolist()))[0][rows.flatten()]
             pairs = zip(a.split(PAIR_BATCH), b.split(PAIR_BATCH), strict=True)
             parts.append(distances(self.distance, pairs, self.device))
         return torch.cat(parts).view(positions.shape)
-
-
-def _load(real: RealImages, positions: Tensor) -> Tensor:
-    """(n, C, H, W) on the CPU: the images at these places of `real.indices`."""
-    return real.load([real.indices[i] for i in positions.tolist()]).cpu()

@@ -34,8 +34,9 @@ class Psnr(ChosenImages, Metric):
     def compute(self) -> Entry:
         reference, values, name = self.real.reference, [], None
         for images, places in zip(self.values.split(BATCH), self.chosen.split(BATCH), strict=True):
-            indices = reference.paired(places.tolist())
-            real, guess = reference.load(indices), shown(reference.planes(indices), self.config)
+            indices = reference.at(places.tolist())
+            real, _ = reference.load(indices)
+            guess = shown(reference.planes(indices), self.config)
             if guess.shape[1] in (1, real.shape[1]):
                 name = KINDS[self.config.condition][2]
             guess = to_uint8(guess).expand_as(real) if name else real

@@ -60,14 +60,12 @@ def prdc(real: Tensor, generated: Tensor, *, k: int = K, block: int = BLOCK) -> 
     """Compare real (N, D) with generated (M, D) features.
 
     Time grows with N M D, memory with `block` max(N, M). Raises a ValueError for a set of k or
-    fewer points, for another D, and for features that are not finite.
+    fewer points, and for features that are not finite.
     """
     x, y = (points.to("cpu", torch.float64, copy=True) for points in (real, generated))
     if k < 1 or min(len(x), len(y)) <= k:
         needs = f"k={k} nearest neighbours need k >= 1 and more than k images of each kind"
         raise ValueError(f"{needs}, got {len(x)} real and {len(y)} generated")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"need features of one D, got {x.shape[1]} and {y.shape[1]}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features are not finite")
     centre = x.mean(0)  # far from 0 the products would cancel

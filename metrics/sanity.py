@@ -58,9 +58,7 @@ class Sanity(Metric, Collector):
         self.real = torch.zeros(context.generated.spec.channels, 256, dtype=torch.int64)
         self.num_real = 0
 
-    def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
-        if real is None:
-            return
+    def update_real(self, real: RealSets, runtime: Runtime) -> None:
         self.num_real = len(real.reference.indices)
         for images, _ in real.reference.fetch(real.reference.share(runtime)):
             self.real += count_pixels(images.to(self.device))

@@ -55,8 +55,9 @@ class Scoring:
         self.runtime = runtime
 
     def update_real(self, real: RealSets | None) -> None:
-        """Show the real images to every collector."""
-        self._each(lambda part: part.collector.update_real(real, self.runtime))
+        """Show the real images, where there are any, to every collector."""
+        if real is not None:
+            self._each(lambda part: part.collector.update_real(real, self.runtime))
         self.runtime.patient_barrier()  # a classifier may be trained
         self._agree()
         for part in self.alive:

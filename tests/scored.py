@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.real import RealImages, RealSets
+from datasets.storage import InMemoryDataset
 from metrics.base import Context, Entry, Generated, Real
 from metrics.evaluation import build_parts
 from metrics.scoring import Scoring
@@ -32,15 +33,10 @@ def random_images(count: int, shape: tuple[int, int, int] = (1, 16, 16), seed: i
 def real_images_of(
     images: Tensor, labels: Tensor | None = None, *, split: str = "train", size: int = 50
 ) -> RealImages:
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-
-    def fetch(indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(indices), size):
-            rows = torch.tensor(indices[start : start + size])
-            yield images[rows], labels[rows]
-
-    spec = ImageSpec(*images.shape[1:], int(labels.max()) + 1)
-    return RealImages(labels, range(len(images)), fetch, spec, f"data-{split}", split)
+    labels = torch.zeros(len(images)) if labels is None else labels
+    names = [str(k) for k in range(int(labels.max()) + 1)]
+    dataset = InMemoryDataset(images, labels, names, fingerprint=f"data-{split}")
+    return RealImages(dataset, range(len(images)), split, size, num_workers=0)
 
 
 def real_sets(train: RealImages, test: RealImages | None = None) -> RealSets:
@@ -69,7 +65,7 @@ def scoring_of(
     Args:
         options: further fields of the `Context`.
     """
-    spec = ImageSpec(*images.shape[1:], 0 if real is None else real.train.num_classes)
+    spec = ImageSpec(*images.shape[1:], 0 if real is None else real.train.dataset.spec.num_classes)
     generated = Generated(spec, len(images), labels)
     context = Context(runtime, generated, Real(real), networks=networks or {}, **options)
     scoring = Scoring(build_parts(tuple(names), context), runtime)

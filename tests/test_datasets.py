@@ -249,7 +249,7 @@ def test_a_limit_is_one_of_the_images_to_compare_with_alone(split):
             assert len(images.indices) == 5
             assert images.indices == sorted(set(images.indices))
         else:
-            assert list(images.indices) == list(range(len(images.labels)))
+            assert list(images.indices) == list(range(len(images.dataset)))
 
 
 def test_mnist_reads_the_raw_files(tmp_path):
