@@ -258,7 +258,7 @@ def test_a_run_on_arrays(run, tmp_path):
     assert "8-bit images of 1 or 3 channels" in report["fid"]["reason"]
     assert report["lpips"]["status"] == "skipped"
     assert report["sanity"]["value"] == 1
-    assert report["memorization"]["status"] == "ok", report["memorization"]
+    assert report["memorization"]["status"] == "unreliable", report["memorization"]  # of 6
     again = ("--images", "ev", "--config", "run.py", "--metrics", "sanity,memorization", *device)
     assert run(evaluate.main, *again)[0] == EXIT_OK
     other = json.loads(Path("ev_eval/report.json").read_text())["metrics"]
