@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import ConfigError, UserError, one_line
+from utils.errors import ConfigError, UserError, one_line, told_as
 from utils.precision import allow_tf32
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
@@ -222,13 +222,11 @@ def place_in_job(port: int | None = None) -> tuple[int, int, int]:
     os.environ.setdefault("MASTER_PORT", str(port))
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = from_launcher("MASTER_PORT", 0, 1, 65535)
-    try:
+    place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
+    with told_as(UserError, f"{place}: not usable; give others, or {UNSET}", OSError, UnicodeError):
         socket.getaddrinfo(address or "?", port)
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             socket.create_server(("", port)).close()
-    except (OSError, UnicodeError) as error:
-        place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
-        raise UserError(f"{place}: {one_line(error)}; give others, or {UNSET}") from error
     return rank, local_rank, count
 
 

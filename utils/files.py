@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from utils.errors import ConfigError, UserError, one_line, show
+from utils.errors import ConfigError, UserError, one_line, show, told_as
 
 if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
@@ -96,13 +96,11 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 def make_output_dir(path: str | Path, option: str) -> None:
     """Make a folder for results before hours of work, not after. A UserError tells that it cannot
     be made or written to, and the command-line option that named it."""
-    try:
+    refused = f"{option} {show(path)}: cannot be written"
+    with told_as(UserError, refused, OSError, ValueError):  # a ValueError: a zero byte in the name
         Path(path).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {show(path)}: {reason}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"{option} {show(path)}: cannot be written")
+        raise UserError(refused)
 
 
 def is_writable(folder: Path) -> bool:
