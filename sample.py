@@ -112,9 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        place = len(seeds), run, runtime
-        images = gather_images(bar, *place)
-        frames = [gather_images(parts, *place) for parts in steps.values()]
+        images = gather_images(bar, run, runtime)
+        frames = [gather_images(parts, run, runtime) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
                 tell(f"wrote {path}")

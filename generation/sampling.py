@@ -229,15 +229,13 @@ def generate(
         yield run_steps(run, steps, len(seeds[rows]), device, frames)
 
 
-def gather_images(
-    parts: Iterable[Tensor], num_images: int, run: Run, runtime: Runtime
-) -> Tensor | None:
-    """All images, (num_images, C, H, W) on the CPU of the main process; None on the others.
+def gather_images(parts: Iterable[Tensor], run: Run, runtime: Runtime) -> Tensor | None:
+    """All images, (N, C, H, W) on the CPU of the main process; None on the others.
 
     `parts` are the batches of this rank's share of a run's images in order, on the CPU.
     """
     none = torch.zeros((0, *run.spec.shape), dtype=torch.float32 if run.values else torch.uint8)
-    return runtime.gather(torch.cat([none, *parts]), num_images)
+    return runtime.gather(torch.cat([none, *parts]))
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

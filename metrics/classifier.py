@@ -280,7 +280,6 @@ class ClassifierViews(Collector):
 
     def __init__(self, context: Context) -> None:
         self.context, self.device = context, context.runtime.device
-        self.num_images = context.generated.num_images
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
@@ -332,7 +331,7 @@ class ClassifierViews(Collector):
                 self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
 
     def reduce(self, runtime: Runtime) -> None:
-        rows = runtime.gather(torch.cat(self.parts), self.num_images)
+        rows = runtime.gather(torch.cat(self.parts))
         if rows is not None:
             self.views, self.features = rows[:, :3], rows[:, 3:]
         self.parts = []

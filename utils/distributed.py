@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -92,19 +92,10 @@ class Runtime:
             dist.gather_object(value, values or None, dst=0)
         return values
 
-    def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
-        """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`. The other
-        ranks get None."""
-        if self.world_size == 1:
-            return rows.cpu()
-        sizes = [len(replace(self, rank=r).share(num_items)) for r in range(self.world_size)]
-        padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype)
-        padded[: len(rows)] = rows.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
-        dist.gather(padded, parts, dst=0)
-        if parts is None:
-            return None
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def gather(self, rows: Tensor) -> Tensor | None:
+        """Concatenate every rank's rows, by rank, on rank 0 (CPU). The other ranks get None."""
+        parts = self.gather_objects(rows.cpu())
+        return torch.cat(parts) if parts else None
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
