@@ -67,8 +67,6 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one. Goes over gloo: no GPU synchronisation."""
-        if self.world_size == 1:
-            return flag
         return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
 
     def broadcast_object(self, value: Any) -> Any:
@@ -103,18 +101,14 @@ class Runtime:
 
         So one process alone downloads into a folder, shared or local; the others wait for hours.
         """
-        if self.world_size == 1:
-            yield
-            return
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        with _patient_group() as group:
-            for _ in range(turn):
-                dist.barrier(group)
-            try:
-                yield
-            finally:
-                for _ in range(2 - turn):
-                    dist.barrier(group)
+        for _ in range(turn):
+            self.patient_barrier()
+        try:
+            yield
+        finally:
+            for _ in range(2 - turn):
+                self.patient_barrier()
 
     @contextlib.contextmanager
     def all_or_none(self, otherwise: str) -> Iterator[None]:
@@ -131,17 +125,11 @@ class Runtime:
     def patient_barrier(self) -> None:
         """Wait for hours, where one process alone works: the others' time-out does not run."""
         if self.world_size > 1:
-            with _patient_group() as group:
+            group = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
+            try:
                 dist.barrier(group)
-
-
-@contextlib.contextmanager
-def _patient_group() -> Iterator[dist.ProcessGroup]:
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+            finally:
+                dist.destroy_process_group(group)
 
 
 def choose_device(name: str | None, index: int = 0, *, several: bool = False) -> torch.device:
