@@ -26,12 +26,7 @@ REPORT, VERIFY = "report", "verify"
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
     """The parser of `python runs.py`, or of one of its commands."""
-    parser = Parser(
-        prog=f"runs.py {command}".strip(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=f"runs.py {command}".strip(), description=__doc__)
     parser.set_defaults(command=command, save_dir=None)
     add = parser.add_argument
     add("--print_config", action="store_true", help="print the configs of the runs and stop")

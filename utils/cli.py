@@ -26,6 +26,10 @@ class Parser(argparse.ArgumentParser):
 
     given: Sequence[str] = ()
 
+    def __init__(self, **settings: Any) -> None:
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=as_written, allow_abbrev=False, **settings)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does, but unknown options are an error; also of a subcommand's parser."""
         self.given = args or ()
@@ -83,12 +87,8 @@ def new_parser(
 ) -> argparse.ArgumentParser:
     """A parser with the options that every script has; `parse_args` below reads the command line.
     The parser of a subcommand is made (`make`) by the parser above it."""
-    parser = make(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1",
-    )
+    keys = "Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1"
+    parser = make(description=description, epilog=keys)
     add = parser.add_argument
     override = "override a config key (same as a bare key=value)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="set_values", help=override)
