@@ -7,6 +7,7 @@ naming where the value was written. Nothing is created or read besides the confi
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -61,20 +62,18 @@ class Parts(dict[str, Any]):
 
     def __init__(self, rows: Mapping[str, Any], accept: Callable[[Any], Any]) -> None:
         super().__init__(rows)
-        self._accept, self._imported = accept, {}
+        self._accept = accept
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or bool(PART.fullmatch(str(name)))
 
     def __missing__(self, name: str) -> Any:
-        if name not in self._imported:
-            if not PART.fullmatch(name):
-                raise KeyError(name)
-            try:
-                self._imported[name] = self._accept(_imported(*name.split(":")))
-            except Exception as error:  # of a stranger's module
-                raise ConfigError(f"{name}: {one_line(error)}") from error
-        return self._imported[name]
+        if not PART.fullmatch(name):
+            raise KeyError(name)
+        try:
+            return self._accept(_imported(*name.split(":")))
+        except Exception as error:  # of a stranger's module
+            raise ConfigError(f"{name}: {one_line(error)}") from error
 
     def get(self, name: str, default: Any = None) -> Any:
         try:
@@ -88,6 +87,7 @@ class Parts(dict[str, Any]):
         return [n for n in own if n in names] + [n for n in names if n not in own]
 
 
+@functools.cache
 def _imported(module: str, attribute: str) -> Any:
     """The object, see `Parts`. Raises a ValueError if there is no such module or object."""
     sys.path.extend(FOLDERS)
