@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
@@ -179,17 +178,7 @@ def read_number(value: Any) -> Any:
         raise ValueError("a number is needed, not true or false")
     if isinstance(value, str):
         value = plain_number(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("a finite number is needed")
-        return int(value) if value.is_integer() else value
-    return value
-
-
-def read_flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("only True or False is allowed")
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_sequence(value: Any) -> Any:

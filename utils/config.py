@@ -42,6 +42,12 @@ Check = Callable[[Config], Iterable[Problem]]
 
 PART = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+NEEDED = {  # by pydantic's name of the fault
+    "string_type": "text is needed; put it in quotes",
+    "bool_type": "only True or False is allowed",
+    "finite_number": "a finite number is needed",
+}
+
 # What the schema says of each key, see `key` there.
 RULES = {name: field.json_schema_extra or {} for name, field in Config.model_fields.items()}
 ALIASES = {alias: name for name, rules in RULES.items() for alias in rules.get("also", ())}
@@ -214,9 +220,7 @@ def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         hint = did_you_mean(key, Config.model_fields, ALIASES)
         return f"{key!r} is not a config key{hint or '; docs/configs.md lists them all'}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "string_type":
-        message = "text is needed; put it in quotes"
+    message = NEEDED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     if fault["type"] == "literal_error":
         message = f"use {fault['ctx']['expected']}"
         if isinstance(value, str):
