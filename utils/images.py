@@ -142,18 +142,15 @@ def make_grid(
     """One picture, uint8 (C, H', W'), of images uint8 (B, C, H, W) at the indices in `rows`, see
     `grid_rows`. Images whose longer side has less than `min_cell_size` pixels are enlarged by a
     whole factor."""
-    channels, height, width = images.shape[1:]
-    scale = max(1, math.ceil(min_cell_size / max(height, width)))
-    height, width = height * scale, width * scale
-    step_y, step_x = height + GRID_PADDING, width + GRID_PADDING
-    shape = (len(rows) * step_y + GRID_PADDING, max(map(len, rows)) * step_x + GRID_PADDING)
-    grid = torch.full((channels, *shape), GRID_BACKGROUND, dtype=torch.uint8)
-    for r, row in enumerate(rows):
-        for c, index in enumerate(row):
-            cell = images[index].cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-            y, x = GRID_PADDING + r * step_y, GRID_PADDING + c * step_x
-            grid[:, y : y + height, x : x + width] = cell
-    return grid
+    scale = max(1, math.ceil(min_cell_size / max(images.shape[2:])))
+    columns = max(map(len, rows))
+    places = torch.tensor([[*row, *[-1] * (columns - len(row))] for row in rows])  # -1: empty
+    cells = images.cpu()[places]
+    cells[places < 0] = GRID_BACKGROUND
+    cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)  # (R, C, ch, h, w)
+    cells = F.pad(cells, (0, GRID_PADDING, 0, GRID_PADDING), value=GRID_BACKGROUND)
+    grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return F.pad(grid, (GRID_PADDING, 0, GRID_PADDING, 0), value=GRID_BACKGROUND)
 
 
 def save_image(path: Path, image: Tensor) -> None:
