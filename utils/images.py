@@ -156,15 +156,14 @@ def make_grid(
 def save_image(path: Path, image: Tensor) -> None:
     """Write a uint8 (C, H, W) image as PNG (or what the suffix says; as .npy any type), making the
     folder. An error leaves an older one as it was, and so does a link to one elsewhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            return np.save(file, image.numpy())
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
+    if kind is None and path.suffix != ".npy":
         raise ValueError(f"unknown file extension: {path.suffix}")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        Image.fromarray(to_array(image)).save(file, kind)
+        if path.suffix == ".npy":
+            np.save(file, image.numpy())
+        else:
+            Image.fromarray(to_array(image)).save(file, kind)
 
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
@@ -178,7 +177,6 @@ def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
 
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
     """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     frame_ms = max(MIN_GIF_FRAME_MS, 1000.0 / fps)
     final_ms = max(frame_ms, final_seconds * 1000.0)
     durations = [frame_ms] * (len(frames) - 1) + [final_ms]
