@@ -155,9 +155,7 @@ def keys_by_resume(*kinds: str) -> tuple[str, ...]:
 
 def did_you_mean(word: str, allowed: Iterable[str], aliases: Mapping[str, str] = {}) -> str:
     """The end of a message, "; did you mean 'x'?", or "" if no allowed word is near."""
-    if word in aliases:
-        return f"; did you mean {aliases[word]!r}?"
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    near = [aliases[word]] if word in aliases else difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -199,10 +197,9 @@ def validate(
     try:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
-        for fault in error.errors():
-            key = str(fault["loc"][0])
-            bad_keys.add(key)
-            faults.append(Problem((key,), _describe(key, raw.values.get(key), fault)))
+        told = [(str(fault["loc"][0]), fault) for fault in error.errors()]
+        faults = [Problem((k,), _describe(k, raw.values.get(k), fault)) for k, fault in told]
+        bad_keys = {key for key, _ in told}
         good_values = {k: v for k, v in raw.values.items() if str(k) not in bad_keys}
         config = Config.model_validate(good_values)
     for check in (check_values, *checks):

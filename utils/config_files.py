@@ -71,8 +71,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
 def merge(base: RawConfig, top: RawConfig) -> None:
     """Lay `top` over `base` in place; `model_params` merge key by key for an unchanged model."""
     old_model = base.values.get("model_type", Config.model_fields["model_type"].default)
-    new_model = top.values.get("model_type", old_model)
-    same_model = plain_name(new_model) == plain_name(old_model)
+    same_model = plain_name(top.values.get("model_type", old_model)) == plain_name(old_model)
     old, new = base.values.get("model_params"), top.values.get("model_params")
     if not same_model:
         base.values.pop("model_params", None)

@@ -88,9 +88,8 @@ def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor
 def to_float(images: Tensor) -> Tensor:
     """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]. Those that are
     floats are in this range already."""
-    if images.is_floating_point():
-        return images.to(torch.float32)
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
+    values = images.to(torch.float32)
+    return values if images.is_floating_point() else values.div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -179,10 +178,9 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
     """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
     frame_ms = max(MIN_GIF_FRAME_MS, 1000.0 / fps)
     final_ms = max(frame_ms, final_seconds * 1000.0)
-    durations = [frame_ms] * (len(frames) - 1) + [final_ms]
     arrays = [to_array(frame) for frame in frames]
     # Pillow takes no list for a single frame
-    duration = durations if len(arrays) > 1 else final_ms
+    duration = [frame_ms] * (len(frames) - 1) + [final_ms] if len(frames) > 1 else final_ms
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         iio.imwrite(file, arrays, extension=".gif", duration=duration, loop=0)
 
