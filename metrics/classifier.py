@@ -280,6 +280,7 @@ class ClassifierViews(Collector):
 
     def __init__(self, context: Context) -> None:
         self.context, self.device = context, context.runtime.device
+        self.num_images = context.generated.num_images
         self.labels = context.generated.labels if "accuracy" in context.keeps else None
 
     def update_real(self, real: RealSets | None, runtime: Runtime) -> None:
