@@ -20,7 +20,7 @@ from utils.checkpoint import WEIGHTS_SUFFIX
 from utils.cli import add_checkpoint_options, new_parser, parse_args
 from utils.config import format_config
 from utils.distributed import choose_device
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require, say, show
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, require, say, show, told_as
 from utils.logs import setup_logging
 
 
@@ -63,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = model_card(run, output, args.license, sampling, difference)
     if args.dry_run:
         return EXIT_OK
-    try:
+    with told_as(UserError, f"--output {output}: cannot be written", OSError):
         write(card)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}") from error
     say(f"wrote {output}")
     if args.push is not None:
         say(f"uploaded: {push(args.push, output)}")

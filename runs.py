@@ -18,7 +18,7 @@ from reporting import run_files
 from reporting.run_files import RunFacts, by_name, facts_of, find_runs, is_run, texts_of
 from utils.cli import Parser, normalized, whole_number
 from utils.config import Config
-from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say, show
+from utils.errors import EXIT_OK, ConfigError, UserError, exit_code_of, say, show, told_as
 from utils.files import write_text
 
 REPORT, VERIFY = "report", "verify"
@@ -26,12 +26,7 @@ REPORT, VERIFY = "report", "verify"
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
     """The parser of `python runs.py`, or of one of its commands."""
-    parser = Parser(
-        prog=f"runs.py {command}".strip(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=f"runs.py {command}".strip(), description=__doc__)
     parser.set_defaults(command=command, save_dir=None)
     add = parser.add_argument
     add("--print_config", action="store_true", help="print the configs of the runs and stop")
@@ -102,11 +97,9 @@ def write_report(folders: Sequence[Path], output: str | None, *, dry_run: bool =
     if not path.parent.is_dir():
         raise ConfigError(f"--output {path}: {path.parent} is not a folder")
     text = render_report(list(dict.fromkeys(folders)))
-    try:
-        if not dry_run:
+    if not dry_run:
+        with told_as(UserError, f"{path}: cannot be written", OSError):
             write_text(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     end = "not written" if dry_run else "open it in a browser"
     say(f"{path}: {len(text) / 1e6:.1f} MB, {end}")
 

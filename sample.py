@@ -59,8 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace, run: Run) -> tuple[list[int], list[int] | None]:
     """Seeds and labels of the images asked for; a ConfigError if the model cannot draw them."""
-    default = len(args.seeds) if args.seeds else run.config.num_samples
-    num_samples = default if args.num_samples is None else args.num_samples
+    num_samples = args.num_samples or len(args.seeds or ()) or run.config.num_samples
     num_samples = num_samples if args.inputs is None else len(args.inputs.outputs)
     seed = run.config.seed if args.seed is None else args.seed
     seeds = args.seeds or list(range(seed, seed + num_samples))
@@ -112,9 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = generate(run, seeds, labels, frames=steps, **options)
         total = len(batch_rows(len(seeds), args.batch_size, runtime))
         bar = tqdm(batches, total=total, unit="batch", disable=not runtime.is_main)
-        place = len(seeds), run, runtime
-        images = gather_images(bar, *place)
-        frames = [gather_images(parts, *place) for parts in steps.values()]
+        images = gather_images(bar, run, runtime)
+        frames = [gather_images(parts, run, runtime) for parts in steps.values()]
         if images is not None:
             for path in write_outputs(args, run, labels, [images, *frames]):
                 tell(f"wrote {path}")
@@ -171,7 +169,7 @@ def write_outputs(
             pictures.save_image(path / f"{number:03d}.png", grid)
 
     saved = dict(images=images, labels=labels, stems=inputs.outputs if inputs else ())
-    count, channels, height, width = images.shape
+    size = "x".join(map(str, arrays["arr_0"].shape))
     seconds = args.gif_final_seconds
     gif = partial(pictures.save_gif, frames=grids, fps=args.gif_fps, final_seconds=seconds)
     outputs = {
@@ -179,8 +177,7 @@ def write_outputs(
         f"{name}.gif": args.create_gif and gif,
         f"{name}_steps": args.save_intermediate and write_steps,
         "images": args.save_images and partial(save_images, **saved),
-        f"{name}_{count}x{height}x{width}x{channels}.npz": args.npz
-        and partial(files.write_npz, **arrays),
+        f"{name}_{size}.npz": args.npz and partial(files.write_npz, **arrays),
     }
     return files.write_each({folder / name: write for name, write in outputs.items() if write})
 

@@ -26,7 +26,7 @@ from utils.files import atomic_path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the .zip and say how to train on it. Returns the exit code."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", help="the images; key=value can follow as for training")
     parser.add_argument("output", type=Path, help="the .zip to write; nothing is replaced")
     args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = [(name, labels[name]) for name in sorted(labels, key=os.fsencode)]
     tables = {"dataset": {"labels": pairs if class_names else None}, "class_names": class_names}
     try:
+        output.parent.resolve(strict=True)  # one that is not there is a slip, not to be made
         with atomic_path(output) as path, zipfile.ZipFile(path, "w") as archive:
             for name, _ in pairs:
                 if not (root / name).is_file():  # opening a named pipe would wait for ever

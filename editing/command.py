@@ -95,7 +95,7 @@ class Job(NamedTuple):
         rows = batch_rows(num_images, self.args.batch_size, runtime)
         bar = tqdm(rows, unit="batch", disable=not runtime.is_main)
         parts = (run_steps(run, steps_of(r), r.stop - r.start, runtime.device) for r in bar)
-        return gather_images(parts, num_images, run, runtime)
+        return gather_images(parts, run, runtime)
 
 
 def spread(values: Sequence[Any], count: int, name: str) -> list[Any]:

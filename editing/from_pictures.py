@@ -174,7 +174,7 @@ def invert(job: Job) -> Iterator[str]:
         count, lambda r: invert_steps(run, inputs.batch(r, device), times, sampling, noise)
     )
     parts = [part.float().cpu() for part in noise]
-    x_T = gather_images(parts, count, run, job.runtime)
+    x_T = gather_images(parts, run, job.runtime)
     if images is None:
         return
     yield from errors_of(images, inputs)

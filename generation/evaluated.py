@@ -184,11 +184,9 @@ def existing_images(args: argparse.Namespace, config: Config, real: Real) -> Ima
         return (images for images, _ in batches)
 
     spec = dataset.spec._replace(num_classes=train.spec.num_classes if train else 0)
-    labels, own = (
-        labels and [labels[i] for i in chosen],
-        (pictures.unlabelled or "", dataset.values),
-    )
-    generated = Generated(spec, len(chosen), labels, *own, config.preview_channels)
+    labels = labels and [labels[i] for i in chosen]
+    own = pictures.unlabelled or "", dataset.values, config.preview_channels
+    generated = Generated(spec, len(chosen), labels, *own)
     facts = {"images": str(path), "images_fingerprint": dataset.fingerprint}
     home = Path(os.path.abspath(path))  # of `.` and `..`, too
     home = home.with_name(f"{home.stem}_eval")

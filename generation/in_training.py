@@ -68,7 +68,7 @@ def preview(
     options = dict(batch_size=PREVIEW_BATCH_SIZE, runtime=runtime, planes_of=planes_of)
     with runtime.all_or_none("sampling failed on another process"):
         parts = list(draw(run, range(count), labels, **options))
-    drawn = gather_images(parts, count, run, runtime)
+    drawn = gather_images(parts, run, runtime)
     if drawn is None:
         return None
     pictures = as_pictures(drawn, config.preview_channels)

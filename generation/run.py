@@ -164,9 +164,8 @@ def load_run_of(args: argparse.Namespace, device: torch.device, compile: str | N
     for warning in warnings_of(sampled):
         if warning.split()[0] in named:
             log.warning(warning)
-    if guide := getattr(args, "guide", None):
-        return with_guide(run, load_run(guide, device))
-    return run
+    guide = getattr(args, "guide", None)
+    return with_guide(run, load_run(guide, device)) if guide else run
 
 
 def with_guide(run: Run, guide: Run) -> Run:

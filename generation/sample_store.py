@@ -68,7 +68,6 @@ def resumed(
 
     def keep(start: int, images: Tensor) -> None:
         if start not in stored:
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"images_{start:08d}_{start + len(images):08d}.npy"
             save_checked(path, lambda file: (np.save(file, images.numpy()), file.write(bytes(2))))
 

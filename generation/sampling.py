@@ -117,10 +117,8 @@ def sampling_from(
         raise ConfigError(f"ddim_eta={eta:g}: must lie in 0..1")
     if has_guide and cfg_scale is None and scale == 1:
         raise ConfigError("--guide: has no effect with cfg_scale=1; give --cfg_scale, such as 2")
-    problem = steps_problem(config, steps)
-    if not has_guide:
-        problem = problem or guidance_problem(config, scale)
-    if problem:
+    problem = None if has_guide else guidance_problem(config, scale)
+    if problem := steps_problem(config, steps) or problem:
         raise ConfigError(problem)
     kept = config.cfg_interval, config.threshold, config.timestep_spacing, config.conditional
     more = config.cfg_rescale, config.timestep_spacing_shift, has_guide, config.condition_scale
@@ -169,8 +167,7 @@ def sample_steps(
 def batch_rows(num_images: int, batch_size: int, runtime: Runtime) -> list[slice]:
     """This rank's share of `num_images`, cut into batches: slices of 0..num_images."""
     share = runtime.share(num_images)
-    starts = range(share.start, share.stop, batch_size)
-    return [slice(start, min(start + batch_size, share.stop)) for start in starts]
+    return [slice(i, min(i + batch_size, share.stop)) for i in share[::batch_size]]
 
 
 def run_steps(
@@ -229,15 +226,13 @@ def generate(
         yield run_steps(run, steps, len(seeds[rows]), device, frames)
 
 
-def gather_images(
-    parts: Iterable[Tensor], num_images: int, run: Run, runtime: Runtime
-) -> Tensor | None:
-    """All images, (num_images, C, H, W) on the CPU of the main process; None on the others.
+def gather_images(parts: Iterable[Tensor], run: Run, runtime: Runtime) -> Tensor | None:
+    """All images, (N, C, H, W) on the CPU of the main process; None on the others.
 
     `parts` are the batches of this rank's share of a run's images in order, on the CPU.
     """
     none = torch.zeros((0, *run.spec.shape), dtype=torch.float32 if run.values else torch.uint8)
-    return runtime.gather(torch.cat([none, *parts]), num_images)
+    return runtime.gather(torch.cat([none, *parts]))
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

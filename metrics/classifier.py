@@ -313,7 +313,7 @@ class ClassifierViews(Collector):
                 self.mistakes.append((images[i], int(asked[i]), int(seen[i])))
 
     def reduce(self, runtime: Runtime) -> None:
-        rows = runtime.gather(torch.cat(self.parts), self.num_images)
+        rows = runtime.gather(torch.cat(self.parts))
         if rows is not None:
             self.views, self.features = rows[:, :3], rows[:, 3:]
         self.parts = []

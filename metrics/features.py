@@ -168,12 +168,12 @@ class FeatureSet:
         for kind, parts in self.rows.items():
             parts.append(layers[kind].float().cpu())
 
-    def reduce(self, runtime: Runtime, num_images: int) -> None:
-        """Bring together what the processes have of `num_images` images. A collective."""
+    def reduce(self, runtime: Runtime) -> None:
+        """Bring together what the processes have. A collective."""
         for moments in self.moments.values():
             moments.all_reduce(runtime)
         for kind, parts in self.rows.items():
-            self.rows[kind] = runtime.gather(torch.cat(parts), num_images)
+            self.rows[kind] = runtime.gather(torch.cat(parts))
 
 
 class Features(Collector):
@@ -224,7 +224,7 @@ class Features(Collector):
             self.real.update(*self.extractor(images.to(runtime.device)))
 
     def reduce_real(self, runtime: Runtime) -> None:
-        self.real.reduce(runtime, self.num_real)
+        self.real.reduce(runtime)
         for name in self.stores.keys() & self.real.moments.keys() if runtime.is_main else ():
             # A disk that refuses costs the next evaluation its time, not this one its result.
             with contextlib.suppress(OSError, ValueError):
@@ -252,4 +252,4 @@ class Features(Collector):
         self.generated.update(*self.extractor(images.to(self.runtime.device)))
 
     def reduce(self, runtime: Runtime) -> None:
-        self.generated.reduce(runtime, self.num_images)
+        self.generated.reduce(runtime)

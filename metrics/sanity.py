@@ -79,7 +79,7 @@ class Sanity(Metric, Collector):
 
     def reduce(self, runtime: Runtime) -> None:
         runtime.all_reduce(self.generated)
-        self.marks = runtime.gather(self.marks, self.num_images)
+        self.marks = runtime.gather(self.marks)
 
     def compute(self) -> Entry:
         hashes, blank = self.marks.unbind(1)

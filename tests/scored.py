@@ -137,14 +137,6 @@ class ThreadRuntime(Runtime):
         values = self.board.exchange(self.rank, value)
         return values if self.is_main else []
 
-    def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
-        parts = self.board.exchange(self.rank, rows.cpu())
-        assert [len(part) for part in parts] == [
-            len(Runtime(self.device, rank, self.world_size).share(num_items))
-            for rank in range(self.world_size)
-        ]
-        return torch.cat(parts) if self.is_main else None
-
     def patient_barrier(self) -> None:
         self.board.exchange(self.rank, None)
 

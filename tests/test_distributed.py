@@ -34,7 +34,7 @@ with distributed_runtime("cpu") as runtime:
     with runtime.main_first():
         turns.append(runtime.rank)
     rows = torch.full((len(runtime.share(5)), 2), runtime.rank)
-    gathered = runtime.gather(rows, 5)
+    gathered = runtime.gather(rows)
     assert runtime.any(runtime.rank == 1)
     assert not runtime.any(False)
     assert runtime.broadcast_object({"rank": runtime.rank}) == {"rank": 0}

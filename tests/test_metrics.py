@@ -631,6 +631,9 @@ def test_the_main_process_knows_the_mistakes_of_all():
     )
 
     class Gathering(Runtime):
+        def gather(self, rows):
+            return rows
+
         def gather_objects(self, value):
             return [value, mistakes[2:]]
 

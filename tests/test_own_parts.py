@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.test_train import assert_same_training, state_of
 from training.optim import OPTIMIZERS
 from utils.checkpoint import save_checkpoint
-from utils.config import load_config
+from utils.config import _imported, load_config
 from utils.config_files import FOLDERS
 from utils.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, ConfigError, exit_code_of
 
@@ -35,8 +35,7 @@ def forget() -> None:
     """As in a process that has imported none of them."""
     sys.modules.pop("own_parts", None)
     FOLDERS.clear()
-    for table in TABLES:
-        table._imported.clear()
+    _imported.cache_clear()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from utils.captions import class_captions, contact_sheet
 from utils.checkpoint import BEST, CURRENT, FORMAT_VERSION
 from utils.config import PART, Config, warnings_of
 from utils.distributed import describe_device
-from utils.errors import UserError, shell_line, show
+from utils.errors import UserError, shell_line, show, told_as
 from utils.images import as_pictures, save_image
 from utils.labels import NULL_LABEL
 
@@ -57,10 +57,8 @@ def try_batch(job: Job, sheet: str | None) -> None:
     names = class_captions(labels, job.dataset.class_names)
     names = [DROPPED if label == NULL_LABEL else names[i] for i, label in enumerate(labels)]
     above = [] if example.y is None else [[names[i] for i in row] for row in rows]
-    try:
+    with told_as(UserError, f"--sheet {sheet}: cannot be written", OSError, ValueError):
         save_image(Path(sheet), contact_sheet(images, rows, above=above))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sheet {sheet}: {error}") from error
     log.info("the first %d images of it: %s", len(images), sheet)
 
 

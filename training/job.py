@@ -96,6 +96,5 @@ def prepare(config: Config, runtime: Runtime) -> Job | None:
     process, workers = diffusion.build_process(config), config.num_workers
     images = make_resident(dataset, runtime, resident=config.resident, num_workers=workers)
     examples = partial(training_examples, config, process, images, runtime)
-    made = dict(schedule=schedule, model=model, process=process, examples=examples)
-    start = dict(precision=precision, resume=resume, seen=seen, held_out=held_out)
-    return Job(config, runtime, dataset, **made, **start)
+    made = dataset, schedule, model, process, examples
+    return Job(config, runtime, *made, precision, resume, seen, held_out)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from training.progress import Schedule
 from training.sharding import load_optimizer_state
 from utils.config import Config, Parts
-from utils.errors import ConfigError, one_line
+from utils.errors import ConfigError, told_as
 
 MUON = "muon"
 KEYS = {"betas": "adam_betas", "weight_decay": "weight_decay"}  # an optimizer's name of the key
@@ -63,7 +63,8 @@ def try_optimizer(model: nn.Module, config: Config) -> None:
     if ":" not in config.optimizer:
         return
     layer, file = nn.Linear(2, 2, device=next(model.parameters()).device), io.BytesIO()
-    try:
+    fault = f"optimizer={config.optimizer} cannot take a step and go on from a checkpoint of it"
+    with told_as(ConfigError, fault):  # by a stranger's code
         build_optimizer(model, config)
         optimizer = build_optimizer(layer, config)
         LambdaLR(optimizer, lambda _: 1.0)
@@ -72,9 +73,6 @@ def try_optimizer(model: nn.Module, config: Config) -> None:
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
         load_optimizer_state(optimizer, torch.load(file, weights_only=True))
-    except Exception as error:  # of a stranger's code
-        fault = f"optimizer={config.optimizer} cannot take a step and go on from a checkpoint of it"
-        raise ConfigError(f"{fault}: {one_line(error)}") from error
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

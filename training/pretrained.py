@@ -15,7 +15,7 @@ from models.lora import merged_weights
 from training.resume import changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
 from utils.config import Config, keys_by_resume
-from utils.errors import CheckpointError, one_line, show
+from utils.errors import CheckpointError, show, told_as
 
 MAX_SHOWN = 10  # parameters in a message
 
@@ -41,11 +41,8 @@ def weights_of(
     if weights is None:
         raise CheckpointError(f"{path}: holds EMA weights alone; leave out --no_ema, use_ema=false")
     if state["config"].get("lora_rank"):
-        try:
+        with told_as(CheckpointError, f"{show(path)}: its adapters do not fit"):
             weights = merged_weights(weights, state["config"]["lora_alpha"])
-        except Exception as error:  # whatever adapters lead to that do not fit
-            reason = f"its adapters do not fit ({type(error).__name__}: {one_line(error)})"
-            raise CheckpointError(f"{show(path)}: {reason}") from error
     return weights, is_ema
 
 

@@ -55,13 +55,13 @@ class LossStats:
     steps' losses; then, for n buckets, sums and counts of the examples' losses.
     """
 
-    def __init__(self, device: torch.device, bucket_names: tuple[str, ...] = ()) -> None:
+    def __init__(self, device: torch.device, bucket_names: tuple[str, ...]) -> None:
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.values = torch.zeros(4 + 2 * len(bucket_names), dtype=dtype, device=device)
         self._names = bucket_names
         self._numbers = torch.arange(len(bucket_names), device=device)
 
-    def add(self, loss: Tensor, losses: Tensor | None = None, bucket: Tensor | None = None) -> None:
+    def add(self, loss: Tensor, losses: Tensor, bucket: Tensor) -> None:
         """Take in one step's mean loss, a scalar on the device. One not finite is left out.
 
         `losses` and `bucket` (the place among the names) are (b,), of each example of that step.
@@ -71,10 +71,9 @@ class LossStats:
         new = torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
         self.values[:2].mul_(torch.where(is_finite, keep, 1.0)).add_(new * (1 - keep))
         self.values[2:4].add_(new)
-        if bucket is not None:
-            is_here = (bucket[:, None] == self._numbers) & is_finite  # (b, n)
-            sums = torch.where(is_here, losses[:, None], 0.0).sum(0)
-            self.values[4:].add_(torch.cat([sums, is_here.sum(0)]))
+        is_here = (bucket[:, None] == self._numbers) & is_finite  # (b, n)
+        sums = torch.where(is_here, losses[:, None], 0.0).sum(0)
+        self.values[4:].add_(torch.cat([sums, is_here.sum(0)]))
 
     def share(self, runtime: Runtime) -> None:
         """Replace every rank's values by their mean, which is what a checkpoint holds."""

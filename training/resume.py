@@ -46,12 +46,10 @@ class Resume:
     def continued(self, config: Config) -> Config:
         """`config`, but where it has no value for a key, and the run began with what was the
         default then, that default stays."""
-        kept = {}
-        for key, rules in RULES.items():
-            was, is_given = rules.get("was"), key in config.model_fields_set
-            if was is not None and not is_given and self.state["config"].get(key) == was:
-                kept[key] = was
-        return Config.model_construct(config.model_fields_set, **{**dict(config), **kept})
+        given, began = config.model_fields_set, self.state["config"]
+        earlier = {k: rules.get("was") for k, rules in RULES.items() if k not in given}
+        kept = {k: was for k, was in earlier.items() if was is not None and began.get(k) == was}
+        return Config.model_construct(given, **{**dict(config), **kept})
 
 
 def find_resume(config: Config) -> Resume | None:

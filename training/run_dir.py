@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import errors
 from utils.config import Config, format_config
-from utils.errors import ConfigError, UserError, one_line, shell_line
+from utils.errors import ConfigError, UserError, one_line, reason_of, shell_line
 from utils.files import write_text
 from utils.logs import log_to_file
 
@@ -224,7 +224,7 @@ def open_run_dir(config: Config, runtime: Runtime, seen: Seen) -> Iterator[Statu
                 error = failure
             except OSError as failure:
                 error = UserError(
-                    f"{folder}: cannot be written ({failure.strerror or failure}); make it "
+                    f"{folder}: cannot be written ({reason_of(failure)}); make it "
                     "writable and free some space, or set save_dir"
                 )
         error = runtime.broadcast_object(error)

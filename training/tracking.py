@@ -42,14 +42,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path, self._has_warned = path, False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            lines = stack.enter_context(open(path, "rb")) if path.is_file() else ()
-            kept = stack.enter_context(open(stack.enter_context(atomic_path(path)), "wb"))
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        with atomic_path(path) as temporary, open(temporary, "wb") as kept:
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     if json.loads(line)["step"] <= start_step:
-                        kept.write(line.rstrip(b"\r\n") + b"\n")
+                        kept.write(line + b"\n")
 
     def append(self, scalars: Mapping[str, float], step: int) -> None:
         row = (json.dumps({"step": step, **scalars}) + "\n").encode()

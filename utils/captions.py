@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
+from functools import cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -36,7 +36,7 @@ WIDE_FONTS = (
 )
 
 
-@functools.cache
+@cache
 def wide_font() -> ImageFont.FreeTypeFont | None:
     """The first of `WIDE_FONTS` that is installed, or None."""
     for name in WIDE_FONTS:
@@ -71,24 +71,24 @@ def contact_sheet(
     gutter = max([round(font.getlength(text)) + 2 * MARGIN for text in left if text], default=0)
     strips = [make_grid(images, [row]) for row in rows]
     width = max(strip.shape[2] for strip in strips)
-    parts: list[Tensor] = []
-    words: list[tuple[int, int, str]] = []
-    y = 0
+    parts = []
     for r, strip in enumerate(strips):
         texts = above[r] if above else ()
+        line, middle = LINE_HEIGHT if any(texts) else 0, (strip.shape[1] - LINE_HEIGHT) // 2
         cell = (strip.shape[2] - GRID_PADDING) // len(rows[r])
+        around = (gutter, width - strip.shape[2], line, 0)  # left, right, above, below
+        strip = strip if r == len(strips) - 1 else strip[:, :-GRID_PADDING]  # the next one has it
+        part = Image.fromarray(to_array(F.pad(strip, around, value=GRID_BACKGROUND)))
+        write = partial(ImageDraw.Draw(part).text, fill=TEXT_COLOUR, font=font, anchor="ls")
         for text, run in groupby(range(len(texts)), key=texts.__getitem__):
             columns = list(run)
             space = len(columns) * cell - GRID_PADDING
-            words.append((gutter + GRID_PADDING + columns[0] * cell, y, _fit(text, font, space)))
-        line = LINE_HEIGHT if any(texts) else 0
+            write((gutter + GRID_PADDING + columns[0] * cell, BASELINE), _fit(text, font, space))
         if left:
-            words.append((MARGIN, y + line + (strip.shape[1] - LINE_HEIGHT) // 2, left[r]))
-        strip = strip if r == len(strips) - 1 else strip[:, :-GRID_PADDING]  # the next one has it
-        around = (gutter, width - strip.shape[2], line, 0)  # left, right, above, below
-        parts.append(F.pad(strip, around, value=GRID_BACKGROUND))
-        y += parts[-1].shape[1]
-    return _write(torch.cat(parts, dim=1), words, font)
+            write((MARGIN, line + middle + BASELINE), left[r])
+        parts.append(np.array(part))
+    sheet = torch.from_numpy(np.concatenate(parts))
+    return sheet[None] if sheet.dim() == 2 else sheet.permute(2, 0, 1)
 
 
 def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:
@@ -98,13 +98,3 @@ def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:
         text = text[:-1]
         shown = text and text + ".."
     return shown
-
-
-def _write(sheet: Tensor, words: list[tuple[int, int, str]], font: ImageFont.ImageFont) -> Tensor:
-    """The sheet with each text at its left upper corner (x, y)."""
-    image = Image.fromarray(to_array(sheet))
-    draw = ImageDraw.Draw(image)
-    for x, y, text in words:
-        draw.text((x, y + BASELINE), text, fill=TEXT_COLOUR, font=font, anchor="ls")
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if image.mode == "L" else pixels.permute(2, 0, 1)

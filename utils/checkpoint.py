@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.config_schema import Config
-from utils.errors import CheckpointError, one_line, require, show
+from utils.errors import CheckpointError, one_line, require, show, told_as
 from utils.files import atomic_path, looks_like
 from utils.images import VALUE_TYPES, is_range
 
@@ -197,15 +197,12 @@ def load_weights(path: Path) -> dict[str, Any]:
     require("safetensors")
     from safetensors import safe_open
 
-    try:
+    with told_as(CheckpointError, f"{show(path)}: cannot be read as safetensors"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = {k: metadata[k] for k in WEIGHTS_FACTS if k in metadata}
         state = {name: json.loads(text) for name, text in facts.items()}
-    except Exception as error:
-        reason = one_line(error)
-        raise CheckpointError(f"{show(path)}: cannot be read as safetensors ({reason})") from error
     if missing := [k for k in (*WEIGHTS_FACTS[:-3], WEIGHTS_CHECKSUM) if k not in metadata]:
         raise CheckpointError(f"{path}: not written by export.py, its metadata lacks {missing}")
     if metadata[WEIGHTS_CHECKSUM] != checksum_of_weights(weights, facts):

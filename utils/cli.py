@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
@@ -25,6 +24,10 @@ class Parser(argparse.ArgumentParser):
     with what to write instead of the options that other projects have."""
 
     given: Sequence[str] = ()
+
+    def __init__(self, **settings: Any) -> None:
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=as_written, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does, but unknown options are an error; also of a subcommand's parser."""
@@ -83,12 +86,8 @@ def new_parser(
 ) -> argparse.ArgumentParser:
     """A parser with the options that every script has; `parse_args` below reads the command line.
     The parser of a subcommand is made (`make`) by the parser above it."""
-    parser = make(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1",
-    )
+    keys = "Config keys can follow as key=value, e.g. batch_size=64 model_params.dropout=0.1"
+    parser = make(description=description, epilog=keys)
     add = parser.add_argument
     override = "override a config key (same as a bare key=value)"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="set_values", help=override)
@@ -179,17 +178,7 @@ def read_number(value: Any) -> Any:
         raise ValueError("a number is needed, not true or false")
     if isinstance(value, str):
         value = plain_number(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError("a finite number is needed")
-        return int(value) if value.is_integer() else value
-    return value
-
-
-def read_flag(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError("only True or False is allowed")
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_sequence(value: Any) -> Any:

@@ -7,6 +7,7 @@ naming where the value was written. Nothing is created or read besides the confi
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -41,6 +42,12 @@ Check = Callable[[Config], Iterable[Problem]]
 
 PART = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+NEEDED = {  # by pydantic's name of the fault
+    "string_type": "text is needed; put it in quotes",
+    "bool_type": "only True or False is allowed",
+    "finite_number": "a finite number is needed",
+}
+
 # What the schema says of each key, see `key` there.
 RULES = {name: field.json_schema_extra or {} for name, field in Config.model_fields.items()}
 ALIASES = {alias: name for name, rules in RULES.items() for alias in rules.get("also", ())}
@@ -61,20 +68,18 @@ class Parts(dict[str, Any]):
 
     def __init__(self, rows: Mapping[str, Any], accept: Callable[[Any], Any]) -> None:
         super().__init__(rows)
-        self._accept, self._imported = accept, {}
+        self._accept = accept
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or bool(PART.fullmatch(str(name)))
 
     def __missing__(self, name: str) -> Any:
-        if name not in self._imported:
-            if not PART.fullmatch(name):
-                raise KeyError(name)
-            try:
-                self._imported[name] = self._accept(_imported(*name.split(":")))
-            except Exception as error:  # of a stranger's module
-                raise ConfigError(f"{name}: {one_line(error)}") from error
-        return self._imported[name]
+        if not PART.fullmatch(name):
+            raise KeyError(name)
+        try:
+            return self._accept(_imported(*name.split(":")))
+        except Exception as error:  # of a stranger's module
+            raise ConfigError(f"{name}: {one_line(error)}") from error
 
     def get(self, name: str, default: Any = None) -> Any:
         try:
@@ -88,6 +93,7 @@ class Parts(dict[str, Any]):
         return [n for n in own if n in names] + [n for n in names if n not in own]
 
 
+@functools.cache
 def _imported(module: str, attribute: str) -> Any:
     """The object, see `Parts`. Raises a ValueError if there is no such module or object."""
     sys.path.extend(FOLDERS)
@@ -149,9 +155,7 @@ def keys_by_resume(*kinds: str) -> tuple[str, ...]:
 
 def did_you_mean(word: str, allowed: Iterable[str], aliases: Mapping[str, str] = {}) -> str:
     """The end of a message, "; did you mean 'x'?", or "" if no allowed word is near."""
-    if word in aliases:
-        return f"; did you mean {aliases[word]!r}?"
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    near = [aliases[word]] if word in aliases else difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -193,10 +197,9 @@ def validate(
     try:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
-        for fault in error.errors():
-            key = str(fault["loc"][0])
-            bad_keys.add(key)
-            faults.append(Problem((key,), _describe(key, raw.values.get(key), fault)))
+        told = [(str(fault["loc"][0]), fault) for fault in error.errors()]
+        faults = [Problem((k,), _describe(k, raw.values.get(k), fault)) for k, fault in told]
+        bad_keys = {key for key, _ in told}
         good_values = {k: v for k, v in raw.values.items() if str(k) not in bad_keys}
         config = Config.model_validate(good_values)
     for check in (check_values, *checks):
@@ -214,9 +217,7 @@ def _describe(key: str, value: Any, fault: Mapping[str, Any]) -> str:
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         hint = did_you_mean(key, Config.model_fields, ALIASES)
         return f"{key!r} is not a config key{hint or '; docs/configs.md lists them all'}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "string_type":
-        message = "text is needed; put it in quotes"
+    message = NEEDED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     if fault["type"] == "literal_error":
         message = f"use {fault['ctx']['expected']}"
         if isinstance(value, str):

@@ -17,7 +17,7 @@ import yaml
 
 from utils.cli import PLAIN_NUMBER, plain_name
 from utils.config_schema import Config, PathText
-from utils.errors import ConfigError, one_line
+from utils.errors import ConfigError, one_line, told_as
 from utils.files import expand_home
 
 MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a config file
@@ -52,7 +52,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
     if path.suffix not in READERS:
         raise ConfigError(f"{path}: config files end in .py, .yml or .yaml")
     FOLDERS[str(path.parent.resolve())] = None
-    values, mappings = READERS[path.suffix](path)
+    values, mappings = READERS[path.suffix](path, _source(path))
     sources = {key: f"{path}:{line}" for key, line in _lines_of(mappings, path).items()}
     for key in values:
         if not isinstance(key, str):
@@ -71,8 +71,7 @@ def read_config_file(path: Path, *, chain: tuple[Path, ...] = ()) -> RawConfig:
 def merge(base: RawConfig, top: RawConfig) -> None:
     """Lay `top` over `base` in place; `model_params` merge key by key for an unchanged model."""
     old_model = base.values.get("model_type", Config.model_fields["model_type"].default)
-    new_model = top.values.get("model_type", old_model)
-    same_model = plain_name(new_model) == plain_name(old_model)
+    same_model = plain_name(top.values.get("model_type", old_model)) == plain_name(old_model)
     old, new = base.values.get("model_params"), top.values.get("model_params")
     if not same_model:
         base.values.pop("model_params", None)
@@ -133,9 +132,8 @@ def _source(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read_python(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
+def _read_python(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]]:
     """Run the file in a namespace of its own and take its `config`."""
-    source = _source(path)
     try:
         tree = ast.parse(source, filename=str(path))
         code = compile(tree, str(path), "exec")
@@ -189,12 +187,9 @@ def _yaml_nodes(source: str) -> list[yaml.Node]:
     return nodes
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], list[Mapping]]:
-    source = _source(path)
-    try:
+def _read_yaml(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]]:
+    with told_as(ConfigError, f"{path}: not valid YAML"):  # whatever odd tags' constructors raise
         nodes, values = _yaml_nodes(source), yaml.safe_load(source)
-    except Exception as error:  # PyYAML's own, and what its constructors raise for odd tags
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
     for mapping in (values, values.get("model_params")):

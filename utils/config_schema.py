@@ -37,6 +37,7 @@ from utils.config_types import (
 
 WARMING_UP = having(use_scheduler=True, scheduler_type="warmup_cosine")
 STEPPING = having(use_scheduler=True, scheduler_type="step")
+VARIANCES = having(process="ddpm")
 RAMP = (
     "process='ddpm' and another beta_schedule than 'cosine'",
     lambda config: config.process == "ddpm" and config.beta_schedule != "cosine",
@@ -50,6 +51,7 @@ DROPPING = ("conditional=True", lambda config: config.conditional or config.cfg_
 SCALED = ("conditional=True, sampling uses 1", lambda c: c.conditional or c.cfg_scale == 1)
 GUIDES = "guidance, which is conditional=True and cfg_scale above 1"
 GUIDANCE = (GUIDES, lambda config: config.guidance_scale not in (0, 1))
+PAIRED = having(condition="folder")
 CONDITIONED = ("a condition", lambda config: config.condition is not None)
 VALIDATING = ("val_interval above 0", lambda config: config.val_interval > 0)
 
@@ -127,15 +129,11 @@ class Config(BaseModel):
         4, resume="meaning", needs=having(condition="downsample")
     )
     """how many times smaller the sides of the pictures are"""
-    condition_root: PathText | None = key(None, needs=having(condition="folder"))
+    condition_root: PathText | None = key(None, needs=PAIRED)
     """folder of the pictures, in the folders that `data_root` has"""
-    condition_channels: Channels | None = key(
-        None, resume="architecture", needs=having(condition="folder")
-    )
+    condition_channels: Channels | None = key(None, resume="architecture", needs=PAIRED)
     """their channels; default: 3"""
-    condition_colors: Colors | None = key(
-        None, resume="architecture", needs=having(condition="folder")
-    )
+    condition_colors: Colors | None = key(None, resume="architecture", needs=PAIRED)
     """colours, or grey levels, of label maps: each becomes a channel of its own"""
     condition_dropout_prob: Probability = key(0.1, resume="warn", needs=CONDITIONED)
     """share of conditions dropped in training"""
@@ -149,9 +147,7 @@ class Config(BaseModel):
     """first beta"""
     beta_end: Beta = key(0.02, resume="meaning", needs=RAMP)
     """last beta"""
-    beta_schedule: str = key(
-        "linear", resume="meaning", also="schedule", needs=having(process="ddpm")
-    )
+    beta_schedule: str = key("linear", resume="meaning", also="schedule", needs=VARIANCES)
     """linear, cosine, quadratic or sigmoid"""
     noise_scale: Scale = key(1.0, resume="meaning")
     """how strong the noise is beside the image, which is divided by it; above 1 for large images"""

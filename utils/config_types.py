@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.cli import MAX_IMAGES, plain_name, read_flag, read_image_size, read_number, read_sequence
+from utils.cli import MAX_IMAGES, plain_name, read_image_size, read_number, read_sequence
 from utils.files import expand_home
 
 PathText = Annotated[str, AfterValidator(expand_home)]
 Name = Annotated[str, BeforeValidator(plain_name)]
 Int = Annotated[int, BeforeValidator(read_number)]
-Float = Annotated[float, BeforeValidator(read_number)]
-Bool = Annotated[bool, BeforeValidator(read_flag)]
+Float = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
 PositiveInt = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 ImageCount = Annotated[Int, Field(ge=1, le=MAX_IMAGES)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import ConfigError, UserError, one_line
+from utils.errors import ConfigError, UserError, one_line, told_as
 from utils.precision import allow_tf32
 
 DEFAULT_TIMEOUT_MINUTES = 10.0
@@ -67,8 +67,6 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one. Goes over gloo: no GPU synchronisation."""
-        if self.world_size == 1:
-            return flag
         return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
 
     def broadcast_object(self, value: Any) -> Any:
@@ -92,19 +90,10 @@ class Runtime:
             dist.gather_object(value, values or None, dst=0)
         return values
 
-    def gather(self, rows: Tensor, num_items: int) -> Tensor | None:
-        """Concatenate every rank's rows on rank 0 (CPU); `rows` holds `share(num_items)`. The other
-        ranks get None."""
-        if self.world_size == 1:
-            return rows.cpu()
-        sizes = [len(replace(self, rank=r).share(num_items)) for r in range(self.world_size)]
-        padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype)
-        padded[: len(rows)] = rows.cpu()
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
-        dist.gather(padded, parts, dst=0)
-        if parts is None:
-            return None
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def gather(self, rows: Tensor) -> Tensor | None:
+        """Concatenate every rank's rows, by rank, on rank 0 (CPU). The other ranks get None."""
+        parts = self.gather_objects(rows.cpu())
+        return torch.cat(parts) if parts else None
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -112,18 +101,14 @@ class Runtime:
 
         So one process alone downloads into a folder, shared or local; the others wait for hours.
         """
-        if self.world_size == 1:
-            yield
-            return
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        with _patient_group() as group:
-            for _ in range(turn):
-                dist.barrier(group)
-            try:
-                yield
-            finally:
-                for _ in range(2 - turn):
-                    dist.barrier(group)
+        for _ in range(turn):
+            self.patient_barrier()
+        try:
+            yield
+        finally:
+            for _ in range(2 - turn):
+                self.patient_barrier()
 
     @contextlib.contextmanager
     def all_or_none(self, otherwise: str) -> Iterator[None]:
@@ -140,17 +125,11 @@ class Runtime:
     def patient_barrier(self) -> None:
         """Wait for hours, where one process alone works: the others' time-out does not run."""
         if self.world_size > 1:
-            with _patient_group() as group:
+            group = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
+            try:
                 dist.barrier(group)
-
-
-@contextlib.contextmanager
-def _patient_group() -> Iterator[dist.ProcessGroup]:
-    group = dist.new_group(backend="gloo", timeout=timedelta(hours=PATIENCE_HOURS))
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+            finally:
+                dist.destroy_process_group(group)
 
 
 def choose_device(name: str | None, index: int = 0, *, several: bool = False) -> torch.device:
@@ -222,13 +201,11 @@ def place_in_job(port: int | None = None) -> tuple[int, int, int]:
     os.environ.setdefault("MASTER_PORT", str(port))
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     port = from_launcher("MASTER_PORT", 0, 1, 65535)
-    try:
+    place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
+    with told_as(UserError, f"{place}: not usable; give others, or {UNSET}", OSError, UnicodeError):
         socket.getaddrinfo(address or "?", port)
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             socket.create_server(("", port)).close()
-    except (OSError, UnicodeError) as error:
-        place = f"MASTER_ADDR={address!r} MASTER_PORT={port}"
-        raise UserError(f"{place}: {one_line(error)}; give others, or {UNSET}") from error
     return rank, local_rank, count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import io
@@ -9,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
@@ -54,6 +55,20 @@ class MissingWeightsError(UserError):
 def one_line(error: object, limit: int = 200) -> str:
     """The message of an error on one line, cut to `limit` characters; without one, its class."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, on one line; where the system refused it, in its words alone."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+@contextlib.contextmanager
+def told_as(kind: type[UserError], message: str, *causes: type[Exception]) -> Iterator[None]:
+    """Raise errors of the body, of these classes or any, as one of `kind`: "message (reason)"."""
+    try:
+        yield
+    except causes or Exception as error:  # noqa: B030
+        raise kind(f"{message} ({reason_of(error)})") from error
 
 
 def show(path: Path | str) -> str:
@@ -138,7 +153,7 @@ def exit_code_of(main: Callable[[], int]) -> int:
         message = "not enough memory" if isinstance(error, MemoryError) else str(error)
         if isinstance(error, OSError):  # a full disk, a name that is too long: whatever named it
             place = f"{show(os.fsdecode(error.filename))}: " if error.filename else ""
-            message = place + (error.strerror or one_line(error))
+            message = place + reason_of(error)
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         print(printable(f"{prefix}: {message}"), file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from utils.errors import ConfigError, UserError, one_line, show
+from utils.errors import ConfigError, UserError, one_line, show, told_as
 
 if TYPE_CHECKING:  # the list of runs is there before numpy would be
     import numpy as np
@@ -56,7 +56,7 @@ def expand_home(path: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the body ends.
+    """A temporary path beside `path` that takes its place when the body ends; makes its folder.
 
     At every moment readers see the old file or the whole new one. If the body raises, `path` stays
     as it was and the temporary file is removed. A killed process leaves a file named
@@ -64,6 +64,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():  # a device or a pipe would be gone
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
@@ -77,7 +78,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file so that readers see the old or the new one; makes its folder. An
     OSError leaves `path` as it was. Broken bytes of file names are escaped, as in JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -96,13 +96,11 @@ def socket_timeout(seconds: float) -> Iterator[None]:
 def make_output_dir(path: str | Path, option: str) -> None:
     """Make a folder for results before hours of work, not after. A UserError tells that it cannot
     be made or written to, and the command-line option that named it."""
-    try:
+    refused = f"{option} {show(path)}: cannot be written"
+    with told_as(UserError, refused, OSError, ValueError):  # a ValueError: a zero byte in the name
         Path(path).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{option} {show(path)}: {reason}") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"{option} {show(path)}: cannot be written")
+        raise UserError(refused)
 
 
 def is_writable(folder: Path) -> bool:
@@ -233,7 +231,6 @@ def write_npz(path: Path, **arrays: Any) -> None:
     """Write arrays to an .npz, compressed: the whole file, or after an error what was there."""
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -88,9 +88,8 @@ def as_pictures(images: Tensor, channels: Sequence[int] | None = None) -> Tensor
 def to_float(images: Tensor) -> Tensor:
     """Images of uint8 values 0..255, of any shape, as float32 values in [-1, 1]. Those that are
     floats are in this range already."""
-    if images.is_floating_point():
-        return images.to(torch.float32)
-    return images.to(torch.float32).div_(127.5).sub_(1.0)
+    values = images.to(torch.float32)
+    return values if images.is_floating_point() else values.div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -142,32 +141,28 @@ def make_grid(
     """One picture, uint8 (C, H', W'), of images uint8 (B, C, H, W) at the indices in `rows`, see
     `grid_rows`. Images whose longer side has less than `min_cell_size` pixels are enlarged by a
     whole factor."""
-    channels, height, width = images.shape[1:]
-    scale = max(1, math.ceil(min_cell_size / max(height, width)))
-    height, width = height * scale, width * scale
-    step_y, step_x = height + GRID_PADDING, width + GRID_PADDING
-    shape = (len(rows) * step_y + GRID_PADDING, max(map(len, rows)) * step_x + GRID_PADDING)
-    grid = torch.full((channels, *shape), GRID_BACKGROUND, dtype=torch.uint8)
-    for r, row in enumerate(rows):
-        for c, index in enumerate(row):
-            cell = images[index].cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-            y, x = GRID_PADDING + r * step_y, GRID_PADDING + c * step_x
-            grid[:, y : y + height, x : x + width] = cell
-    return grid
+    scale = max(1, math.ceil(min_cell_size / max(images.shape[2:])))
+    columns = max(map(len, rows))
+    places = torch.tensor([[*row, *[-1] * (columns - len(row))] for row in rows])  # -1: empty
+    cells = images.cpu()[places]
+    cells[places < 0] = GRID_BACKGROUND
+    cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)  # (R, C, ch, h, w)
+    cells = F.pad(cells, (0, GRID_PADDING, 0, GRID_PADDING), value=GRID_BACKGROUND)
+    grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return F.pad(grid, (GRID_PADDING, 0, GRID_PADDING, 0), value=GRID_BACKGROUND)
 
 
 def save_image(path: Path, image: Tensor) -> None:
     """Write a uint8 (C, H, W) image as PNG (or what the suffix says; as .npy any type), making the
     folder. An error leaves an older one as it was, and so does a link to one elsewhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            return np.save(file, image.numpy())
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None:
+    if kind is None and path.suffix != ".npy":
         raise ValueError(f"unknown file extension: {path.suffix}")
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        Image.fromarray(to_array(image)).save(file, kind)
+        if path.suffix == ".npy":
+            np.save(file, image.numpy())
+        else:
+            Image.fromarray(to_array(image)).save(file, kind)
 
 
 def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
@@ -181,13 +176,11 @@ def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
 
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
     """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     frame_ms = max(MIN_GIF_FRAME_MS, 1000.0 / fps)
     final_ms = max(frame_ms, final_seconds * 1000.0)
-    durations = [frame_ms] * (len(frames) - 1) + [final_ms]
     arrays = [to_array(frame) for frame in frames]
     # Pillow takes no list for a single frame
-    duration = durations if len(arrays) > 1 else final_ms
+    duration = [frame_ms] * (len(frames) - 1) + [final_ms] if len(frames) > 1 else final_ms
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         iio.imwrite(file, arrays, extension=".gif", duration=duration, loop=0)
 

@@ -30,15 +30,9 @@ class _ConsoleHandler(logging.Handler):
         sys.stdout.flush()
 
 
-class _FileHandler(logging.FileHandler):
-    """A full disk costs lines of the file, not a traceback each; the console has them all."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        pass
-
-
 def setup_logging(*, is_main: bool) -> logging.Logger:
     """The project's logger: it prints from INFO on in the main process, errors alone in others."""
+    logging.raiseExceptions = False  # a full disk costs lines of the file, not a traceback each
     logger = logging.getLogger("diffusion")
     logger.handlers.clear()
     logger.propagate = False
@@ -52,7 +46,7 @@ def setup_logging(*, is_main: bool) -> logging.Logger:
 
 def log_to_file(path: Path) -> None:
     """Append to `path` all that was logged since `setup_logging` or will be, with UTC times."""
-    handler = _FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8")
     form = "%(asctime)sZ %(levelname)s %(message)s"
     handler.setFormatter(_Formatter(form, "%Y-%m-%dT%H:%M:%S"))
     logger = logging.getLogger("diffusion")

@@ -76,8 +76,6 @@ def fixed_subset(num_items: int, limit: int | None, *index: int) -> np.ndarray:
     """At most `limit` of `num_items` (None: all) as sorted int64 indices, spread at random, as data
     sets are often sorted by class. A function of the arguments alone; `index` says which subset it
     is, see `EvaluationDraw`."""
-    if limit is None or limit >= num_items:
-        return np.arange(num_items)
     return np.sort(numpy_generator(0, Stream.EVALUATION, *index).permutation(num_items)[:limit])
 
 
