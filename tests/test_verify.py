@@ -83,6 +83,14 @@ def test_what_differs_is_named(trained, capsys, monkeypatch):
     assert "classes: None in the checkpoint, [0, 1, 2, 3, 4, 5, 6, 7] in the config" in text
 
 
+def test_a_name_that_no_table_has_is_one_line(trained, capsys):
+    set_key(optimizer="adamwx")
+    assert verify("--steps", 1) == EXIT_USAGE
+    assert capsys.readouterr().err == (
+        "error: 'adamwx': use adam, adamw, muon; did you mean 'adamw'?\n"
+    )
+
+
 def test_one_bit_of_a_loss_is_a_difference(trained, capsys):
     path = FOLDER / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

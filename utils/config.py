@@ -57,8 +57,8 @@ class Parts(dict[str, Any]):
     """A table of parts by name, which also holds those of other packages: `package.module:name`.
 
     Such a part is imported when it is first asked for: of an installed package, or of a module
-    beside a config file that was read. A ConfigError says what is wrong with it. It is not listed
-    among the names of the table.
+    beside a config file that was read. A ConfigError says what is wrong with it, or which names
+    there are. It is not listed among them.
 
     Args:
         rows: the parts of this project.
@@ -75,7 +75,8 @@ class Parts(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         if not PART.fullmatch(name):
-            raise KeyError(name)
+            hint = did_you_mean(name.lower(), self)
+            raise ConfigError(f"{name!r}: use {', '.join(self)}{hint}")
         try:
             return self._accept(_imported(*name.split(":")))
         except Exception as error:  # of a stranger's module
@@ -84,7 +85,7 @@ class Parts(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         try:
             return self[name]
-        except (KeyError, ConfigError):
+        except ConfigError:
             return default
 
     def ordered(self, names: Iterable[str]) -> list[str]:
