@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import Config, Problem
@@ -109,6 +107,8 @@ def shard(model: nn.Module, runtime: Runtime, precision: str) -> nn.Module:
     That is a twin of the model as it was, of the same slices and buffers but without FSDP's
     hooks: to optimize, average, copy, save and load.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     atexit.register(_forget_group, mesh)
     # the twin must not hold on to the whole parameters, which are freed unit by unit
@@ -150,14 +150,19 @@ def copy_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module
     return copy.deepcopy(model, memo)
 
 
+def is_slice(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: told without an import that would slow the start of every script."""
+    return hasattr(tensor, "full_tensor")
+
+
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """List what this rank holds of each tensor: all of it, or its slice."""
-    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return [x.to_local() if is_slice(x) else x for x in tensors]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return `tensor`, or the whole of a sharded one, on its device. A collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_slice(tensor) else tensor
 
 
 def full_model(model: nn.Module) -> nn.Module:
@@ -166,7 +171,7 @@ def full_model(model: nn.Module) -> nn.Module:
     To sample: FSDP's own forward is a collective, too, and ranks whose shares of the images differ
     call it unequally often.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any(map(is_slice, model.parameters())):
         return model
     whole = [nn.Parameter(full_tensor(p.detach()), requires_grad=False) for p in model.parameters()]
     return copy_with(model, whole)
@@ -219,6 +224,8 @@ def slice_as(owner: Tensor | None, value: Any) -> Any:
         return value
     if value.stride() != owner.stride():  # of which fused kernels take no notice on a CPU
         value = value.new_empty_strided(owner.shape, owner.stride()).copy_(value)
-    if not isinstance(owner, DTensor):
+    if not is_slice(owner):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, owner.device_mesh, owner.placements, src_data_rank=None)
