@@ -18,7 +18,7 @@ import train
 from diffusion import SAMPLERS, Sampler
 from diffusion.ddim import ddim
 from editing.command import Pictures
-from editing.mathematics import img2img_steps
+from editing.mathematics import img2img_steps, last_timesteps
 from generation.run import load_run
 from generation.sampling import sampling_from, timesteps_of
 from tests.conftest import TINY_CONFIG
@@ -190,8 +190,9 @@ def test_pictures_are_noised_as_far_as_the_strength_says(do, runs):
     sampling = sampling_from(run.config, "ddim", 10)
     pictures = Pictures(torch.zeros(2, 1, 8, 8), [3, 3], [0, 1])
     for strength, count in ((1.0, 10), (0.6, 6)):
+        timesteps = last_timesteps(timesteps_of(run, sampling), strength)
         with torch.inference_mode():
-            steps = list(img2img_steps(run, pictures, strength, sampling))
+            steps = list(img2img_steps(run, pictures, timesteps, sampling))
         assert [s.t for s in steps] == [*timesteps_of(run, sampling)[1:], -1][-count:]
     options = ("--real_split", "test", "--n", 5, "--seeds", "0-4", "--labels", 3, "--steps", 20)
     distances = []
