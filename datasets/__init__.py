@@ -118,7 +118,9 @@ def native_spec(config: Config) -> ImageSpec | None:
 
     None if the size or number of classes can only be told from the files, and for an unknown name.
     """
-    spec = _told_by(config) if DATASETS.get(config.dataset) else (None,)
+    if DATASETS.get(config.dataset) is None:
+        return None
+    spec = _told_by(config)
     return None if None in spec else spec
 
 

@@ -28,7 +28,6 @@ from utils.cli import new_parser, parse_args
 from utils.config import Config, format_config, load_config
 from utils.distributed import choose_device
 from utils.errors import EXIT_FAILURE, EXIT_OK, DataError, exit_code_of, say, show
-from utils.files import write_each
 from utils.images import ImageSpec
 from utils.logs import setup_logging
 
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if args.json and not args.dry_run:
             text = json.dumps(report, indent=2) + "\n"
-            list(write_each({args.json: partial(Path.write_text, data=text, encoding="utf-8")}))
+            args.json.write_text(text, encoding="utf-8")
     return code
 
 

@@ -63,6 +63,8 @@ class RealSets(NamedTuple):
 
 def chosen_images(num_images: int, limit: int | None) -> Sequence[int]:
     """The indices of all images, or of `limit` of them, always the same ones, ascending."""
+    if limit is None:
+        return range(num_images)
     return fixed_subset(num_images, limit, EvaluationDraw.REAL_IMAGES).tolist()
 
 

@@ -7,16 +7,19 @@ network. Names, paths and messages from elsewhere are escaped by jinja2; the pag
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_SHRINK = 8  # pictures are shown at an eighth of their size before they are left out
 MAX_TEXT = 2000  # characters of one value
@@ -47,7 +50,7 @@ def render_page(
     after an eighth of its size; the page says so. What is too long without any picture stays so.
     """
     figures = {name: with_file(picture, 1) for name, picture in pictures.items()}
-    page = ENVIRONMENT.get_template(template)
+    page = environment().get_template(template)
     while True:
         text = page.render(context, figures=figures, max_bytes=max_bytes)
         text = text.encode("ascii", "xmlcharrefreplace").decode()
@@ -101,12 +104,18 @@ def to_number(value: Any) -> str:
     return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=True,
-    finalize=to_text,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-ENVIRONMENT.filters |= {"number": to_number, "text": to_text}
+@functools.cache
+def environment() -> Environment:
+    """What fills the templates; made when the first page is, so that no script starts slower."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        finalize=to_text,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"number": to_number, "text": to_text}
+    return made

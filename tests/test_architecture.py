@@ -194,7 +194,7 @@ def test_start_up_is_lean_and_other_packages_work_beside_our_datasets_folder():
     code = f"""
 import sys
 import train, sample
-loaded = {(*OPTIONAL, "torch.distributed.tensor", "sympy")!r}
+loaded = {(*OPTIONAL, "torch.distributed.tensor", "sympy", "jinja2")!r}
 print([name for name in loaded if name in sys.modules])
 import datasets
 print(datasets.__file__)

@@ -317,7 +317,8 @@ def test_what_is_written(check, tmp_path, capsys):
     assert check("--print_config").text.startswith("{")
     code = exit_code_of(lambda: main(["--config", "run.py", "--json", "no/such/folder.json"]))
     assert code == EXIT_FAILURE
-    assert "cannot be written" in capsys.readouterr().err
+    refused = "error: no/such/folder.json: No such file or directory\n"
+    assert capsys.readouterr().err == refused
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"images", "run.py"}
 
