@@ -6,8 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jinja2
-
 from generation.run import Run
 from generation.sampling import Sampling
 from metrics.report import Report, code_version, read_report, stamped
@@ -24,12 +22,14 @@ def model_card(
 ) -> str:
     """The card of a run that is exported to `output`, with the `output_difference`; for diffusers
     with the settings to sample with. The same bytes for the same checkpoint, reports, versions."""
+    from jinja2 import ChainableUndefined, Template
+
     facts = dict(run=run, file=Path(output.name), license=license, sampling=sampling)
     facts["difference"] = difference
     facts |= dict(config=run.config.to_dict(), defaults=Config().to_dict(), reports=reports_of(run))
     facts |= stamped({"code": code_version()})
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8") + "\n"
-    template = jinja2.Template(text, trim_blocks=True, undefined=jinja2.ChainableUndefined)
+    template = Template(text, trim_blocks=True, undefined=ChainableUndefined)
     return template.render(facts, json=json.dumps, printable=printable, shell_line=shell_line)
 
 

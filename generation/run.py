@@ -18,8 +18,7 @@ import models
 from diffusion import Process
 from training.ema import states_of_widths
 from training.optim import OPTIMIZERS
-from training.pretrained import weights_of
-from training.resume import SAME_MODEL, changed_settings
+from training.pretrained import SAME_MODEL, changed_settings, weights_of
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
 from utils.cli import read_sequence
 from utils.config import (

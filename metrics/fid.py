@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metrics.base import Entry, Metric, measured, number
-from metrics.features import INCEPTION, Features
+from metrics.features import DINOV2, EFFNET, INCEPTION, Features
 
 SINGULAR_BELOW = 2048  # or at just as many images the covariance of 2048 features is singular
 COMPARABLE_FROM = 10_000
@@ -161,3 +161,23 @@ class InceptionScore(Metric):
     @classmethod
     def note(cls, result: Entry) -> str:
         return f"+- {number(result['std'])} over {result['num_splits']} splits"
+
+
+class Sfid(Fid):
+    keeps = "sfid"
+
+
+class FdDinov2(Fid):
+    network, keeps = DINOV2, "fd_dinov2"
+
+
+class KidDinov2(Kid):
+    network = DINOV2
+
+
+class FdEffnet(Fid):
+    network, keeps = EFFNET, "fd_effnet"
+
+
+class KidEffnet(Kid):
+    network = EFFNET

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metrics.base import Entry, Metric, Row, measured, number
-from metrics.features import INCEPTION, Features
+from metrics.features import DINOV2, INCEPTION, Features
 from utils.precision import full_float32
 from utils.rng import EvaluationDraw, fixed_subset
 
@@ -119,3 +119,7 @@ class Prdc(Metric):
         others = ("recall", "density", "coverage")
         more = [(f"{name} {other}", number(result[other]), "") for other in others]
         return [*super().rows(f"{name} precision", result), *more]
+
+
+class PrdcDinov2(Prdc):
+    network = DINOV2

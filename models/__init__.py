@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
-from torch._functorch import config as functorch
 
-from models.dim import DiM
-from models.dit import DiT
-from models.jit import JiT
-from models.unet import UNet
 from utils.config import (
     Config,
     Parts,
@@ -34,7 +29,12 @@ from utils.images import ImageSpec
 log = logging.getLogger("diffusion")
 
 BACKBONES = Parts(
-    {"unet": UNet, "dit": DiT, "jit": JiT, "dim": DiM},
+    {
+        "unet": "models.unet:UNet",
+        "dit": "models.dit:DiT",
+        "jit": "models.jit:JiT",
+        "dim": "models.dim:DiM",
+    },
     kind_of(nn.Module, "a backbone", is_class=True),
 )
 
@@ -97,6 +97,8 @@ def compile_model(model: nn.Module, how: str | None) -> None:
     A replayed graph writes where it wrote before, so what blocks returned in one pass is lost at
     the next one; the model's own output is not.
     """
+    from torch._functorch import config as functorch
+
     if how is not None and hasattr(functorch, "backward_pass_autocast"):
         # As without compile: the backward of what is kept out of autocast stays out of it too.
         functorch.backward_pass_autocast = "off"

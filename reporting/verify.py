@@ -12,7 +12,8 @@ from reporting.run_files import CONFIG, METRICS, read_json, read_series
 from training.build import build_trainer, fixed_state
 from training.job import prepare
 from training.learner import Learner
-from training.resume import changed_settings, newest_checkpoint
+from training.pretrained import changed_settings
+from training.resume import newest_checkpoint
 from training.run_dir import Status
 from training.saving import LOSS, BestScore
 from utils.checkpoint import load_checkpoint

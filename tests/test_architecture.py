@@ -193,8 +193,8 @@ def test_start_up_is_lean_and_other_packages_work_beside_our_datasets_folder():
     and none of the optional or slow ones is loaded by the scripts themselves."""
     code = f"""
 import sys
-import train, sample
-loaded = {(*OPTIONAL, "torch.distributed.tensor", "sympy", "jinja2")!r}
+import train, sample, edit, evaluate, export
+loaded = {(*OPTIONAL, "torch.distributed.tensor", "sympy", "jinja2", "imageio", "yaml")!r}
 print([name for name in loaded if name in sys.modules])
 import datasets
 print(datasets.__file__)

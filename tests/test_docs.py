@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import re
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -209,8 +212,14 @@ def test_options_in_the_text_exist(page: Path) -> None:
 def reference_table() -> str:
     """The table of all keys in docs/configs.md, from the schema."""
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    texts = {
+        key.target.id: text.value.value
+        for key, text in pairwise(body)
+        if isinstance(key, ast.AnnAssign)
+    }
     for name, field in Config.model_fields.items():
-        meaning = " ".join(field.description.split())
+        meaning = " ".join(texts[name].split())
         rows.append(f"| `{name}` | `{field.default!r}` | {meaning} |")
     return "\n".join(rows)
 

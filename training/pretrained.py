@@ -1,22 +1,24 @@
-"""A fresh run that starts from another one's weights (`init_from`)."""
+"""What trained weights are and mean, and a fresh run that starts from them (`init_from`)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models import computing_params
 from models.layers import LabelEmbedding
 from models.lora import merged_weights
-from training.resume import changed_settings
 from utils.checkpoint import load_any, misfit, resolve_checkpoint
 from utils.config import Config, keys_by_resume
 from utils.errors import CheckpointError, show, told_as
 
+# Their values belong to the weights: no other value makes sense with them.
+SAME_MODEL = keys_by_resume("architecture", "meaning")
 MAX_SHOWN = 10  # parameters in a message
 
 log = logging.getLogger("diffusion")
@@ -44,6 +46,25 @@ def weights_of(
         with told_as(CheckpointError, f"{show(path)}: its adapters do not fit"):
             weights = merged_weights(weights, state["config"]["lora_alpha"])
     return weights, is_ema
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """A line for each of `keys` whose value differs; of `model_params`, for each argument. Keys
+    that are newer than the old config had their defaults."""
+    old = {**Config().to_dict(), **old}
+    pairs = [(key, old[key], new[key]) for key in keys if key != "model_params"]
+    if "model_params" in keys and old.get("model_type") == new["model_type"]:
+        before, after = old["model_params"], new["model_params"]
+        pairs += [
+            (f"model_params.{name}", before.get(name, "unset"), after.get(name, "unset"))
+            for name in dict.fromkeys((*before, *after))
+            if name not in computing_params(new["model_type"])
+        ]
+    return [
+        f"{name}: {was} in the checkpoint, {now} in the config"
+        for name, was, now in pairs
+        if was != now
+    ]
 
 
 def load_initial_weights(model: nn.Module, config: Config, class_names: Sequence[str] = ()) -> None:

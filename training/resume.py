@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from datasets import ImageDataset
-from models import computing_params, skeleton
+from models import skeleton
 from models.lora import add_adapters
 from training.ema import WIDTHS, trained_parameters
 from training.optim import MUON, build_optimizer, parameter_groups
+from training.pretrained import SAME_MODEL, changed_settings
 from training.progress import Schedule
 from training.tracking import ID_KEYS
 from utils import checkpoint as files
@@ -25,8 +26,6 @@ from utils.errors import CheckpointError, ConfigError, UserError, one_line, show
 from utils.images import ImageSpec
 
 AUTO = "auto"
-# Their values belong to the weights: no other value makes sense with them.
-SAME_MODEL = keys_by_resume("architecture", "meaning")
 SCALER_KEYS = ("scale", "growth_factor", "backoff_factor")
 
 log = logging.getLogger("diffusion")
@@ -185,25 +184,6 @@ def _form_of(state: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(ID_KEYS, lambda name: name is None or isinstance(name, str)),
     }
     return needed | {key: form for key, form in optional.items() if key in state}
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any], keys: Iterable[str]) -> list[str]:
-    """A line for each of `keys` whose value differs; of `model_params`, for each argument. Keys
-    that are newer than the old config had their defaults."""
-    old = {**Config().to_dict(), **old}
-    pairs = [(key, old[key], new[key]) for key in keys if key != "model_params"]
-    if "model_params" in keys and old.get("model_type") == new["model_type"]:
-        before, after = old["model_params"], new["model_params"]
-        pairs += [
-            (f"model_params.{name}", before.get(name, "unset"), after.get(name, "unset"))
-            for name in dict.fromkeys((*before, *after))
-            if name not in computing_params(new["model_type"])
-        ]
-    return [
-        f"{name}: {was} in the checkpoint, {now} in the config"
-        for name, was, now in pairs
-        if was != now
-    ]
 
 
 def _check_matches(resume: Resume, config: Config) -> None:

@@ -6,16 +6,18 @@ import contextlib
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
 Texts = Sequence[str]
+Font = Any  # an ImageFont of Pillow
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # pixels from the top of a line down to the foot of its letters
@@ -37,8 +39,10 @@ WIDE_FONTS = (
 
 
 @cache
-def wide_font() -> ImageFont.FreeTypeFont | None:
+def wide_font() -> Font | None:
     """The first of `WIDE_FONTS` that is installed, or None."""
+    from PIL import ImageFont
+
     for name in WIDE_FONTS:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, FONT_SIZE)
@@ -65,6 +69,8 @@ def contact_sheet(
             once. What does not fit is cut short.
         left: a text for each row.
     """
+    from PIL import ImageDraw, ImageFont
+
     font = ImageFont.load_default(FONT_SIZE)
     if not all(text.isascii() for texts in (*above, left) for text in texts):
         font = wide_font() or font
@@ -91,7 +97,7 @@ def contact_sheet(
     return sheet[None] if sheet.dim() == 2 else sheet.permute(2, 0, 1)
 
 
-def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:
+def _fit(text: str, font: Font, space: int) -> str:
     """`text`, cut short with two dots if it is wider than `space` pixels."""
     shown = text
     while shown and font.getlength(shown) > space:

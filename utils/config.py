@@ -61,7 +61,7 @@ class Parts(dict[str, Any]):
     there are. It is not listed among them.
 
     Args:
-        rows: the parts of this project.
+        rows: the parts of this project, or where each is, in the same way: "models.dim:DiM".
         accept: takes the object of that name and gives the row of the table. Raises a ValueError
             that says what it has to be.
     """
@@ -72,6 +72,10 @@ class Parts(dict[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or bool(PART.fullmatch(str(name)))
+
+    def __getitem__(self, name: str) -> Any:
+        row = super().__getitem__(name)
+        return self[row] if isinstance(row, str) else row
 
     def __missing__(self, name: str) -> Any:
         if not PART.fullmatch(name):

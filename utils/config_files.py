@@ -13,8 +13,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal
 
-import yaml
-
 from utils.cli import PLAIN_NUMBER, plain_name
 from utils.config_schema import Config, PathText
 from utils.errors import ConfigError, one_line, told_as
@@ -160,20 +158,21 @@ def _read_python(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]
     return dict(config), mappings
 
 
-class _YamlLoader(yaml.SafeLoader):
-    num_values = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.num_values += 1
-        if self.num_values > MAX_VALUES:
-            raise yaml.YAMLError(TOO_MANY)
-        return super().compose_node(parent, index)
-
-
-def _yaml_nodes(source: str) -> list[yaml.Node]:
+def _yaml_nodes(source: str) -> list[Any]:
     """What a file holds, from the outermost inwards, each as often as aliases repeat it. Raises a
     YAMLError for too many, and for numbers that are no plain decimals."""
-    nodes = [yaml.compose(source, _YamlLoader)]
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        num_values = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.num_values += 1
+            if self.num_values > MAX_VALUES:
+                raise yaml.YAMLError(TOO_MANY)
+            return super().compose_node(parent, index)
+
+    nodes = [yaml.compose(source, Loader)]
     for node in nodes:
         if isinstance(node, yaml.CollectionNode):
             for part in node.value:
@@ -188,6 +187,8 @@ def _yaml_nodes(source: str) -> list[yaml.Node]:
 
 
 def _read_yaml(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]]:
+    import yaml
+
     with told_as(ConfigError, f"{path}: not valid YAML"):  # whatever odd tags' constructors raise
         nodes, values = _yaml_nodes(source), yaml.safe_load(source)
     if not isinstance(values, dict):

@@ -59,7 +59,7 @@ VALIDATING = ("val_interval above 0", lambda config: config.val_interval > 0)
 class Config(BaseModel):
     """Every setting of a run. The texts below the keys are the reference in docs/configs.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     # --- run
     project_name: str = "diffusion"

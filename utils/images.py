@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -176,6 +175,8 @@ def check_film(fps: float, final_seconds: float, prefix: str = "--") -> None:
 
 def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
     """Write uint8 (C, H, W) frames as an endlessly looping GIF that holds the last frame."""
+    import imageio.v3 as iio
+
     frame_ms = max(MIN_GIF_FRAME_MS, 1000.0 / fps)
     final_ms = max(frame_ms, final_seconds * 1000.0)
     arrays = [to_array(frame) for frame in frames]
@@ -188,6 +189,8 @@ def save_gif(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds:
 def save_mp4(path: Path, frames: Sequence[Tensor], *, fps: float, final_seconds: float) -> None:
     """Write uint8 (C, H, W) frames as an H.264 film that shows the last frame longer. Works only
     where imageio-ffmpeg is installed, see `can_write_mp4`."""
+    import imageio.v3 as iio
+
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [frames[-1]] * max(0, round(final_seconds * fps) - 1)
     film = to_rgb(torch.stack([*frames, *held]))
