@@ -545,7 +545,7 @@ HOSTILE = {
     "LZMA bomb": (bomb(zipfile.ZIP_LZMA, parts=1), "numpy does not write"),
     "huge shape": (zipped(("arr_0.npy", header((2**40, 8, 8, 3)))), "says (1099511627776"),
     "negative shape": (zipped(("arr_0.npy", header((-1, 8, 8, 3)) + bytes(99))), "says (-1"),
-    "endless product": (zipped(("arr_0.npy", header((2**62, 2**62, 0)))), "cannot reshape"),
+    "endless product": (zipped(("arr_0.npy", header((2**62, 2**62, 0)))), "array is too big"),
     "huge header": (zipped(("arr_0.npy", long_header(b"{" + b" " * 10**8))), "would become 100"),
     "header of lies": (zipped(("arr_0.npy", b"\x93NUMPY\2\0\xff\xff\xff\xff{")), "array header"),
     "longish header": (zipped(("arr_0.npy", long_header(b"{" + b" " * 10_500))), "array header"),

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
@@ -36,6 +37,9 @@ FOREIGN = re.compile(
     rb"(?P<Photoshop>8BPS)|(?P<video>.{4}ftyp|\x1aE\xdf\xa3)",
     re.DOTALL,
 )
+# Python 3.11 now and then fails (SystemError) where two threads at a time parse literals, which the
+# headers of arrays are.
+PARSING = threading.Lock()
 MAX_HEADER_BYTES = 10_000  # what numpy reads without a word on files one should trust
 LOOKS_LIKE = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull gets it",
@@ -256,12 +260,16 @@ def read_npy(file: IO, name: str, size: int, header_only: bool = False) -> np.nd
     head = io.BytesIO(file.read(MAX_HEADER_BYTES))
     is_first = npy.read_magic(head) == (1, 0)
     read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
-    shape, _, dtype = read_header(head)
+    with PARSING:
+        shape, is_fortran, dtype = read_header(head)
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which could run code")
     if head.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} says {shape} {dtype}, but has {size} bytes")
     if header_only:
         return np.broadcast_to(np.zeros((), dtype), shape)
-    file.seek(0)
-    return npy.read_array(file, allow_pickle=False)
+    array = np.empty(shape, dtype, order="F" if is_fortran else "C")
+    file.seek(head.tell())
+    if file.readinto(array.reshape(-1, order="A").view(np.uint8)) != array.nbytes:
+        raise ValueError(f"{name} ends too early")
+    return array
