@@ -2,8 +2,8 @@
 
 python train.py --config configs/cifar10_small.py
 
-Trained in parts on a busy CPU with precision=bf16, so its time is not known: cars, horses and ships
-can be told, fd_effnet 311 with guidance (docs/export.md).
+Trained in parts on a busy CPU with precision=bf16, so its time is not known: requested-class
+accuracy 0.71, of real images 0.81, without guidance 0.43 (docs/export.md).
 """
 
 config = dict(
