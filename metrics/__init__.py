@@ -15,29 +15,6 @@ from training.saving import VAL_LOSS
 from utils.config import Config, Parts, Problem, did_you_mean, kind_of
 from utils.errors import ConfigError
 
-_METRICS = {  # in the order of the report
-    "fid": "metrics.fid:Fid",
-    "sfid": "metrics.fid:Sfid",
-    "kid": "metrics.fid:Kid",
-    "is": "metrics.fid:InceptionScore",
-    "prdc": "metrics.prdc:Prdc",
-    "fd_dinov2": "metrics.fid:FdDinov2",
-    "kid_dinov2": "metrics.fid:KidDinov2",
-    "prdc_dinov2": "metrics.prdc:PrdcDinov2",
-    "fd_effnet": "metrics.fid:FdEffnet",
-    "kid_effnet": "metrics.fid:KidEffnet",
-    "lpips": "metrics.lpips_score:Lpips",
-    "psnr": "metrics.paired:Psnr",
-    "ssim": "metrics.paired:Ssim",
-    "lpips_paired": "metrics.paired:LpipsPaired",
-    "class_acc": "metrics.class_accuracy:ClassAccuracy",
-    "fd_domain": "metrics.class_accuracy:FdDomain",
-    "prdc_domain": "metrics.class_accuracy:PrdcDomain",
-    "nll": "metrics.likelihood:Nll",
-    "memorization": "metrics.memorization:Memorization",
-    "sanity": "metrics.sanity:Sanity",
-}
-
 
 def _accept(part: Any) -> Any:
     from metrics.base import Metric
@@ -45,7 +22,31 @@ def _accept(part: Any) -> Any:
     return kind_of(Metric, "a metric", is_class=True)(part)
 
 
-METRICS = Parts(_METRICS, _accept)
+METRICS = Parts(
+    {  # in the order of the report
+        "fid": "metrics.fid:Fid",
+        "sfid": "metrics.fid:Sfid",
+        "kid": "metrics.fid:Kid",
+        "is": "metrics.fid:InceptionScore",
+        "prdc": "metrics.prdc:Prdc",
+        "fd_dinov2": "metrics.fid:FdDinov2",
+        "kid_dinov2": "metrics.fid:KidDinov2",
+        "prdc_dinov2": "metrics.prdc:PrdcDinov2",
+        "fd_effnet": "metrics.fid:FdEffnet",
+        "kid_effnet": "metrics.fid:KidEffnet",
+        "lpips": "metrics.lpips_score:Lpips",
+        "psnr": "metrics.paired:Psnr",
+        "ssim": "metrics.paired:Ssim",
+        "lpips_paired": "metrics.paired:LpipsPaired",
+        "class_acc": "metrics.class_accuracy:ClassAccuracy",
+        "fd_domain": "metrics.class_accuracy:FdDomain",
+        "prdc_domain": "metrics.class_accuracy:PrdcDomain",
+        "nll": "metrics.likelihood:Nll",
+        "memorization": "metrics.memorization:Memorization",
+        "sanity": "metrics.sanity:Sanity",
+    },
+    _accept,
+)
 ALL = "all"
 HINTS = {  # what else metrics are called -> the name here
     **dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc"),

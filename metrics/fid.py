@@ -163,21 +163,8 @@ class InceptionScore(Metric):
         return f"+- {number(result['std'])} over {result['num_splits']} splits"
 
 
-class Sfid(Fid):
-    keeps = "sfid"
-
-
-class FdDinov2(Fid):
-    network, keeps = DINOV2, "fd_dinov2"
-
-
-class KidDinov2(Kid):
-    network = DINOV2
-
-
-class FdEffnet(Fid):
-    network, keeps = EFFNET, "fd_effnet"
-
-
-class KidEffnet(Kid):
-    network = EFFNET
+Sfid = type("Sfid", (Fid,), {"keeps": "sfid"})
+FdDinov2 = type("FdDinov2", (Fid,), {"network": DINOV2, "keeps": "fd_dinov2"})
+FdEffnet = type("FdEffnet", (Fid,), {"network": EFFNET, "keeps": "fd_effnet"})
+KidDinov2 = type("KidDinov2", (Kid,), {"network": DINOV2})
+KidEffnet = type("KidEffnet", (Kid,), {"network": EFFNET})

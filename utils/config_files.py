@@ -158,9 +158,9 @@ def _read_python(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]
     return dict(config), mappings
 
 
-def _yaml_nodes(source: str) -> list[Any]:
-    """What a file holds, from the outermost inwards, each as often as aliases repeat it. Raises a
-    YAMLError for too many, and for numbers that are no plain decimals."""
+def _parse_yaml(source: str) -> tuple[Any, list[Any]]:
+    """What a file says, and its nodes, from the outermost inwards, each as often as aliases repeat
+    it. Raises a YAMLError for too many, and for numbers that are no plain decimals."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -183,14 +183,12 @@ def _yaml_nodes(source: str) -> list[Any]:
             raise yaml.YAMLError(f"{place} means different things to different readers; {advice}")
         if len(nodes) > MAX_VALUES:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {TOO_MANY}")
-    return nodes
+    return yaml.safe_load(source), nodes
 
 
 def _read_yaml(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]]:
-    import yaml
-
     with told_as(ConfigError, f"{path}: not valid YAML"):  # whatever odd tags' constructors raise
-        nodes, values = _yaml_nodes(source), yaml.safe_load(source)
+        values, nodes = _parse_yaml(source)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of config keys to values")
     for mapping in (values, values.get("model_params")):
@@ -199,7 +197,7 @@ def _read_yaml(path: Path, source: str) -> tuple[dict[str, Any], list[Mapping]]:
                 mapping[key] = parse_value(text, key)
                 if mapping[key] is None:
                     raise ConfigError(f"{path}: {key}: {text}: write null, as YAML calls it")
-    keys = [node.value for node in nodes if isinstance(node, yaml.MappingNode)]
+    keys = [node.value for node in nodes if node and node.id == "mapping"]
     return values, [[(key.value, key.start_mark.line + 1) for key, _ in pairs] for pairs in keys]
 
 
