@@ -2,8 +2,8 @@
 
 python train.py --config configs/cifar10_small.py
 
-Trained in parts on a busy CPU with precision=bf16, so its time is not known: requested-class
-accuracy 0.71, of real images 0.81, without guidance 0.43 (docs/export.md).
+1 CPU core with AVX-512 BF16, 42 minutes with precision=bf16: requested-class accuracy 0.87, of real
+images 0.81, without guidance 0.57 (docs/export.md).
 """
 
 config = dict(
@@ -14,7 +14,7 @@ config = dict(
     loss_space=None,
     sampling_method="dpmpp_2m",
     num_inference_steps=20,
-    epochs=5,
+    epochs=20,
     batch_size=128,
     ema_decay=0.999,
     warmup_epochs=0.25,
