@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from utils.images import GRID_BACKGROUND, GRID_PADDING, make_grid, to_array
 
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
 Texts = Sequence[str]
-Font = Any  # an ImageFont of Pillow
 FONT_SIZE = 12  # pixels
 LINE_HEIGHT = 16  # pixels
 BASELINE = 13  # pixels from the top of a line down to the foot of its letters
@@ -39,7 +41,7 @@ WIDE_FONTS = (
 
 
 @cache
-def wide_font() -> Font | None:
+def wide_font() -> ImageFont.FreeTypeFont | None:
     """The first of `WIDE_FONTS` that is installed, or None."""
     from PIL import ImageFont
 
@@ -97,7 +99,7 @@ def contact_sheet(
     return sheet[None] if sheet.dim() == 2 else sheet.permute(2, 0, 1)
 
 
-def _fit(text: str, font: Font, space: int) -> str:
+def _fit(text: str, font: ImageFont.ImageFont, space: int) -> str:
     """`text`, cut short with two dots if it is wider than `space` pixels."""
     shown = text
     while shown and font.getlength(shown) > space:

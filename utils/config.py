@@ -61,7 +61,7 @@ class Parts(dict[str, Any]):
     there are. It is not listed among them.
 
     Args:
-        rows: the parts of this project, or where each is, in the same way: "models.dim:DiM".
+        rows: the parts of this project, or their places, as "models.dim:DiM", imported likewise.
         accept: takes the object of that name and gives the row of the table. Raises a ValueError
             that says what it has to be.
     """
